@@ -1,0 +1,3 @@
+"""Baton: serve large language models with prefill and decode on separate workers."""
+
+__version__ = "0.1.0"
