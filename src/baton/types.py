@@ -1,0 +1,251 @@
+"""What crosses the rooms of the house: frozen, typed, cheap to encode.
+
+`Request` travels from gateway to worker, `TokenDelta` and `Handoff` back, `Grant` and the keys
+from worker to worker by way of the gateway. Nothing here has behaviour beyond validation.
+Durations are seconds, sizes bytes, counts tokens unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import msgspec
+
+from baton.errors import InvalidRequest, WireError
+
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_STOP_TOKEN_IDS = 128
+SEED_MASK = (1 << 64) - 1
+
+
+class Role(enum.StrEnum):
+    """A routing label. Every worker can do everything; see DESIGN rule 3."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    UNIFIED = "unified"
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # a stop token (or, at the gateway, a stop string)
+    LENGTH = "length"  # max_tokens or the model's length
+    HANDOFF = "handoff"  # this leg is over; the request goes on elsewhere
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How to draw the next token; token ids only, the engine knows no text.
+
+    temperature 0 is greedy. top_k 0 and min_p 0 are off. `logprobs` is None (none) or the number
+    of alternatives to return beside the chosen token (0 = only the chosen one). `stop_token_ids`
+    already holds the model's end-of-sequence ids unless the client asked to ignore them.
+    `seed` is always set: the gateway mints one when the client gave none.
+    """
+
+    max_tokens: int
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def validate(self, vocab_size: int) -> None:
+        """Check every bound. Runs at the gateway and again at the worker.
+
+        Raises:
+            InvalidRequest: `param` names the first field out of bounds.
+        """
+        for name, low, high in _BOUNDS:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                raise InvalidRequest(
+                    f"{name} must be between {low} and {high}, not {value}", param=name
+                )
+        if self.top_p <= 0:
+            raise InvalidRequest("top_p must be greater than 0", param="top_p")
+        if self.repetition_penalty <= 0:
+            raise InvalidRequest(
+                "repetition_penalty must be greater than 0", param="repetition_penalty"
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
+            raise InvalidRequest(
+                f"logprobs must be between 0 and {MAX_TOP_LOGPROBS}, not {self.logprobs}",
+                param="logprobs",
+            )
+        if self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens ({self.min_tokens}) exceeds max_tokens ({self.max_tokens})",
+                param="min_tokens",
+            )
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidRequest(
+                f"logit_bias has more than {MAX_LOGIT_BIAS} entries", param="logit_bias"
+            )
+        for token, bias in self.logit_bias.items():
+            if not 0 <= token < vocab_size:
+                raise InvalidRequest(
+                    f"logit_bias names token {token}; the vocabulary has {vocab_size}",
+                    param="logit_bias",
+                )
+            if not (math.isfinite(bias) and -100 <= bias <= 100):
+                raise InvalidRequest(
+                    f"logit_bias of token {token} must be between -100 and 100",
+                    param="logit_bias",
+                )
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(
+                f"stop_token_ids has more than {MAX_STOP_TOKEN_IDS} entries",
+                param="stop_token_ids",
+            )
+        for token in self.stop_token_ids:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequest(
+                    f"stop_token_ids names token {token}; the vocabulary has {vocab_size}",
+                    param="stop_token_ids",
+                )
+
+
+_BOUNDS: tuple[tuple[str, float, float], ...] = (
+    ("max_tokens", 1, 1 << 31),
+    ("min_tokens", 0, 1 << 31),
+    ("seed", 0, SEED_MASK),
+    ("temperature", 0.0, 2.0),
+    ("top_p", 0.0, 1.0),
+    ("top_k", 0, 1 << 31),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 0.0, 2.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+)
+
+
+class KvFormat(msgspec.Struct, frozen=True):
+    """The stored form of one block; unlike formats must be converted or refused.
+
+    block_size in tokens; dtype as torch names it; codec `raw` stores the pool's own bytes;
+    block_bytes is the length of a full block in that codec.
+    """
+
+    block_size: int
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_bytes: int
+    codec: str = "raw"
+    tensor_parallel: int = 1
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """The right to read the blocks of one handoff from one store, while the lease lives.
+
+    It carries no address: `source` is a worker id that the reader resolves for itself. `mac` is
+    keyed by a secret of the minting store's `epoch` and covers (grant_id, tenant, epoch, source).
+    """
+
+    grant_id: str
+    source: str
+    epoch: int
+    tenant: str
+    ttl_s: float
+    mac: bytes
+
+
+class Handoff(msgspec.Struct, frozen=True):
+    """The commit record of a handoff: sent when the last block is sealed, never before.
+
+    keys, digests and frames have one entry per block, in sequence order; the last block may be
+    partial. `frames` are hints: the reader trusts a frame only if its header holds the key.
+    `num_tokens` tokens of KV are covered.
+    """
+
+    request_id: str
+    choice: int
+    attempt: int
+    grant: Grant
+    num_tokens: int
+    kv_format: KvFormat
+    keys: tuple[bytes, ...]
+    digests: tuple[bytes, ...]
+    frames: tuple[int, ...]
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One choice of what a client asked, as a worker gets it.
+
+    `emitted` are the tokens that earlier legs produced: they count towards `max_tokens`,
+    `min_tokens` and penalties, and the next position drawn is `len(prompt) + len(emitted)`.
+    `hand_off` asks this worker to stop after one token and export the KV. `handoff` says whose
+    KV to import. `salt` separates tenants' cached blocks. `deadline_s` is what is left, from
+    receipt.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    choice: int = 0
+    attempt: int = 0
+    emitted: tuple[int, ...] = ()
+    hand_off: bool = False
+    handoff: Handoff | None = None
+    deadline_s: float | None = None
+    priority: int = 0
+    tenant: str = ""
+    salt: bytes = b""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """log-probability of one token under the model, before temperature and filters."""
+
+    token_id: int
+    logprob: float
+
+
+class SampledLogprobs(msgspec.Struct, frozen=True):
+    """The chosen token's log-probability and the most likely alternatives, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+class TokenDelta(msgspec.Struct, frozen=True):
+    """Tokens of one choice from one step.
+
+    `first_index` counts from the first generated token of the choice, `emitted` included, so the
+    receiver can refuse a repeat or a gap. `num_cached` is the prefix hit of this attempt, in
+    tokens, told with its first delta.
+    """
+
+    request_id: str
+    choice: int
+    attempt: int
+    first_index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[SampledLogprobs, ...] | None = None
+    finish: FinishReason | None = None
+    error: WireError | None = None
+    num_cached: int | None = None
+
+
+class WorkerLoad(msgspec.Struct, frozen=True):
+    """What a worker says of itself after every step."""
+
+    num_total_blocks: int = 0
+    num_free_blocks: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    step_s: float = 0.0
+    store_used_bytes: int = 0
+    store_total_bytes: int = 0
+    progress: int = 0
