@@ -1,0 +1,181 @@
+"""What gateways and workers say to each other, and its binary form.
+
+One bidirectional stream joins a gateway with a worker. The gateway opens it and speaks first:
+
+    gateway → worker   Open, then Instructions …      (one a loop turn, only when there is news)
+    worker  → gateway  Hello, then StepReport …       (one a step, and one when load changes)
+
+Reports are numbered from 1; the gateway acknowledges the last one that it has acted upon, and a
+stream that breaks is resumed after that number if the gateway's epoch is still the same. A
+gateway with a new epoch has forgotten its requests, so the worker aborts them.
+
+Workers find gateways, not the other way round: a worker calls `Announce` on every configured
+gateway until it succeeds, and the gateway then opens the stream.
+
+Everything is msgpack with a fixed schema; a message over `MAX_MESSAGE_BYTES`, of an unknown kind
+or nested too deep is refused as `MalformedMessage` and never reaches the policy code.
+"""
+
+from __future__ import annotations
+
+from typing import Final, TypeVar
+
+import msgspec
+
+from baton.errors import BatonError, WireError
+from baton.types import Handoff, KvFormat, Request, Role, TokenDelta, WorkerLoad
+
+T = TypeVar("T")
+
+PROTOCOL_VERSION: Final = 1
+MAX_MESSAGE_BYTES: Final = 64 << 20
+
+
+class MalformedMessage(BatonError):
+    """Bytes from a peer that are not a message of this protocol."""
+
+
+class Announce(msgspec.Struct, frozen=True, tag=True):
+    """worker → gateway, unary: "I am here"."""
+
+    worker_id: str
+    address: str
+    role: Role
+    epoch: int
+    protocol: int = PROTOCOL_VERSION
+
+
+class AnnounceReply(msgspec.Struct, frozen=True, tag=True):
+    accepted: bool
+    reason: str = ""
+
+
+class Open(msgspec.Struct, frozen=True, tag=True):
+    """gateway → worker, first on the stream. `last_index` is the last report acted upon."""
+
+    gateway_id: str
+    gateway_epoch: int
+    last_index: int = 0
+    protocol: int = PROTOCOL_VERSION
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """worker → gateway, first on the stream: who I am and what I can take.
+
+    `fingerprint` (of the weights) and `numerics` (the class of arithmetic) name the root of the
+    block keys. `kv_format` must match, or be convertible, between the two ends of a handoff.
+    """
+
+    worker_id: str
+    role: Role
+    epoch: int
+    model: str
+    fingerprint: bytes
+    numerics: str
+    kv_format: KvFormat
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    vocab_size: int
+    device: str
+    dtype: str
+    protocol: int = PROTOCOL_VERSION
+    pid: int = 0
+
+
+class Abort(msgspec.Struct, frozen=True):
+    request_id: str
+    choice: int
+    attempt: int
+
+
+class Instructions(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """gateway → worker: everything that is new since the last message.
+
+    `renew` and `release` name grants that this worker minted. `ack` is the last report index
+    acted upon. `drain` asks it to finish what runs and take nothing new.
+    """
+
+    submit: tuple[Request, ...] = ()
+    abort: tuple[Abort, ...] = ()
+    renew: tuple[str, ...] = ()
+    release: tuple[str, ...] = ()
+    drain: bool = False
+    ack: int = 0
+
+
+class StageTimes(msgspec.Struct, frozen=True):
+    """Where one leg spent its time, in seconds, from the worker's own monotonic clock.
+
+    Sent once, with the leg's last delta. `started_s` is the time from receipt to the first chunk
+    (queue); prefill and decode are until the last prompt token and the last token; export is
+    from there to the sealed last block; import is from receipt to the last verified block.
+    """
+
+    request_id: str
+    choice: int
+    attempt: int
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    export_s: float = 0.0
+    import_s: float = 0.0
+    decode_s: float = 0.0
+    num_prompt_computed: int = 0
+    num_imported_blocks: int = 0
+
+
+class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """worker → gateway: what one step brought for this gateway, and the load after it.
+
+    `counters` are the worker's running totals (tokens computed, hits, preemptions, fallbacks).
+    `fatal` is the last word of a worker that is about to exit.
+    """
+
+    index: int
+    load: WorkerLoad
+    deltas: tuple[TokenDelta, ...] = ()
+    handoffs: tuple[Handoff, ...] = ()
+    times: tuple[StageTimes, ...] = ()
+    counters: dict[str, float] = {}
+    draining: bool = False
+    fatal: WireError | None = None
+
+
+ToWorker = Open | Instructions
+ToGateway = Hello | StepReport
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker = msgspec.msgpack.Decoder(ToWorker)
+_to_gateway = msgspec.msgpack.Decoder(ToGateway)
+_announce = msgspec.msgpack.Decoder(Announce)
+_announce_reply = msgspec.msgpack.Decoder(AnnounceReply)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_worker(data: bytes) -> ToWorker:
+    return _decode(_to_worker, data)
+
+
+def decode_to_gateway(data: bytes) -> ToGateway:
+    return _decode(_to_gateway, data)
+
+
+def decode_announce(data: bytes) -> Announce:
+    return _decode(_announce, data)
+
+
+def decode_announce_reply(data: bytes) -> AnnounceReply:
+    return _decode(_announce_reply, data)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise MalformedMessage(f"message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}")
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise MalformedMessage(str(error)) from error
