@@ -146,8 +146,8 @@ ToWorker = Open | Instructions
 ToGateway = Hello | StepReport
 
 _encoder = msgspec.msgpack.Encoder()
-_to_worker = msgspec.msgpack.Decoder(ToWorker)
-_to_gateway = msgspec.msgpack.Decoder(ToGateway)
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_to_gateway: msgspec.msgpack.Decoder[ToGateway] = msgspec.msgpack.Decoder(ToGateway)
 _announce = msgspec.msgpack.Decoder(Announce)
 _announce_reply = msgspec.msgpack.Decoder(AnnounceReply)
 
