@@ -31,7 +31,6 @@ class Role(enum.StrEnum):
 class FinishReason(enum.StrEnum):
     STOP = "stop"  # a stop token (or, at the gateway, a stop string)
     LENGTH = "length"  # max_tokens or the model's length
-    HANDOFF = "handoff"  # this leg is over; the request goes on elsewhere
     ABORT = "abort"
     ERROR = "error"
 
@@ -199,7 +198,6 @@ class Request(msgspec.Struct, frozen=True):
     hand_off: bool = False
     handoff: Handoff | None = None
     deadline_s: float | None = None
-    priority: int = 0
     tenant: str = ""
     salt: bytes = b""
 
@@ -235,6 +233,26 @@ class TokenDelta(msgspec.Struct, frozen=True):
     finish: FinishReason | None = None
     error: WireError | None = None
     num_cached: int | None = None
+
+
+class StageTimes(msgspec.Struct, frozen=True):
+    """Where one leg spent its time, in seconds, from the worker's own monotonic clock.
+
+    Sent once, with the leg's last delta. `started_s` is the time from receipt to the first chunk
+    (queue); prefill and decode are until the last prompt token and the last token; export is
+    from there to the sealed last block; import is from receipt to the last verified block.
+    """
+
+    request_id: str
+    choice: int
+    attempt: int
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    export_s: float = 0.0
+    import_s: float = 0.0
+    decode_s: float = 0.0
+    num_prompt_computed: int = 0
+    num_imported_blocks: int = 0
 
 
 class WorkerLoad(msgspec.Struct, frozen=True):

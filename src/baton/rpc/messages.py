@@ -23,7 +23,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from baton.errors import BatonError, WireError
-from baton.types import Handoff, KvFormat, Request, Role, TokenDelta, WorkerLoad
+from baton.types import Handoff, KvFormat, Request, Role, StageTimes, TokenDelta, WorkerLoad
 
 T = TypeVar("T")
 
@@ -103,26 +103,6 @@ class Instructions(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     release: tuple[str, ...] = ()
     drain: bool = False
     ack: int = 0
-
-
-class StageTimes(msgspec.Struct, frozen=True):
-    """Where one leg spent its time, in seconds, from the worker's own monotonic clock.
-
-    Sent once, with the leg's last delta. `started_s` is the time from receipt to the first chunk
-    (queue); prefill and decode are until the last prompt token and the last token; export is
-    from there to the sealed last block; import is from receipt to the last verified block.
-    """
-
-    request_id: str
-    choice: int
-    attempt: int
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    export_s: float = 0.0
-    import_s: float = 0.0
-    decode_s: float = 0.0
-    num_prompt_computed: int = 0
-    num_imported_blocks: int = 0
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):

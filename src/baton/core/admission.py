@@ -1,0 +1,37 @@
+"""How much room a sequence will want before it ends."""
+
+from __future__ import annotations
+
+_NUM_BUCKETS = 32
+
+
+class OutputLengths:
+    """A quantile of output lengths, learned from those that finished.
+
+    Lengths are counted in buckets of powers of two; old ones fade, halved every `window`
+    sequences, so that the estimate follows the traffic. Deterministic and O(1).
+    """
+
+    def __init__(self, quantile: float = 0.5, window: int = 256) -> None:
+        self._quantile = quantile
+        self._window = window
+        self._counts = [0.0] * _NUM_BUCKETS
+        self._num_seen = 0
+
+    def observe(self, num_tokens: int) -> None:
+        """Count one finished output of `num_tokens`."""
+        self._counts[min(num_tokens.bit_length(), _NUM_BUCKETS - 1)] += 1
+        self._num_seen += 1
+        if self._num_seen % self._window == 0:
+            self._counts = [count / 2 for count in self._counts]
+
+    def estimate(self) -> int:
+        """Upper edge of the bucket that holds the quantile, in tokens; 0 before any was seen."""
+        wanted = self._quantile * sum(self._counts)
+        if wanted == 0:
+            return 0
+        for bucket, count in enumerate(self._counts):
+            wanted -= count
+            if wanted <= 0:
+                return (1 << bucket) - 1
+        return (1 << _NUM_BUCKETS) - 1

@@ -1,0 +1,130 @@
+"""Which KV block holds what, and who still needs it.
+
+A block is in one of three places:
+
+    empty ──allocate──▶ in use (refs > 0) ──release to 0──▶ cached (has a key, refs = 0)
+      ▲                    │    ▲                              │
+      └──release, no key───┘    └──────────acquire─────────────┤
+      └───────────────────evict (least recently released)──────┘
+
+Every operation costs O(1) a block. Sequences and transfers each take their own reference, so a
+block that is being copied out outlives the sequence that wrote it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+
+class BlockPool:
+    """Reference counts, content keys and least-recently-used eviction over `num_blocks` blocks."""
+
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 1:
+            raise ValueError("a pool needs at least one block")
+        self.num_blocks = num_blocks
+        self.num_evictions = 0
+        self._refs = [0] * num_blocks
+        self._key_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._empty = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` could hand out now, evicting cached ones."""
+        return len(self._empty) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks with content that nobody references."""
+        return len(self._cached)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks, each with one reference and no key.
+
+        Raises:
+            MemoryError: fewer than `count` are free; nothing was taken.
+        """
+        if count > self.num_free:
+            raise MemoryError(f"{count} blocks wanted, {self.num_free} free")
+        taken = []
+        for _ in range(count):
+            block = self._empty.pop() if self._empty else self._evict()
+            self._refs[block] = 1
+            taken.append(block)
+        return taken
+
+    def lookup(self, keys: Sequence[bytes]) -> list[int]:
+        """Blocks of the longest prefix of `keys` that is present. Takes no reference."""
+        found = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def num_unreferenced(self, blocks: Iterable[int]) -> int:
+        """How many of `blocks` count as free now, and would not after `acquire`."""
+        return sum(self._refs[block] == 0 for block in blocks)
+
+    def acquire(self, blocks: Iterable[int]) -> None:
+        """Add a reference to blocks that are in use or cached."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                del self._cached[block]
+            self._refs[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop a reference of each; what falls to zero is cached if it has a key, else empty.
+
+        The last block goes first, so that eviction takes the end of a prefix before its start.
+        """
+        for block in reversed(blocks):
+            refs = self._refs[block] - 1
+            assert refs >= 0, f"block {block} released once too often"
+            self._refs[block] = refs
+            if refs == 0:
+                if self._key_of[block] is None:
+                    self._empty.append(block)
+                else:
+                    self._cached[block] = None
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Make a full, computed or verified block findable. A key that is taken stays put."""
+        assert self._refs[block] > 0, f"block {block} published by nobody"
+        if key not in self._block_of:
+            assert self._key_of[block] is None, f"block {block} published twice"
+            self._block_of[key] = block
+            self._key_of[block] = key
+
+    def refs(self, block: int) -> int:
+        return self._refs[block]
+
+    def check(self) -> None:
+        """Verify every invariant; used when idle and by the tests.
+
+        Raises:
+            AssertionError: naming the invariant that does not hold.
+        """
+        empty, cached = set(self._empty), set(self._cached)
+        assert len(empty) == len(self._empty), "a block is empty twice"
+        assert not empty & cached, "a block is both empty and cached"
+        for block, refs in enumerate(self._refs):
+            assert (refs == 0) == (block in empty or block in cached), f"block {block} is lost"
+            key = self._key_of[block]
+            assert key is None or self._block_of.get(key) == block, f"stale key on {block}"
+            assert block not in empty or key is None, f"empty block {block} has a key"
+            assert block not in cached or key is not None, f"cached block {block} has no key"
+        assert len(self._block_of) == sum(key is not None for key in self._key_of)
+
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        key = self._key_of[block]
+        assert key is not None
+        del self._block_of[key]
+        self._key_of[block] = None
+        self.num_evictions += 1
+        return block

@@ -1,0 +1,188 @@
+"""The giving half of a handoff: blocks out of the pool, into the store, under one grant.
+
+    OPEN ──close(num_tokens)──▶ SEALING ──last digest──▶ COMMITTED   (a `Handoff` leaves)
+      └────────abandon────────────┴──▶ gone, holds dropped
+    a copy that failed: FAILED, and the sequence ends with a typed error
+
+The commit record is made when every block is sealed and not before. Until then the export holds
+its keys in the store; from then on the grant's lease does. `ExportTable` owns all exports of one
+worker, together with its store index and lease table.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from baton.core.block_pool import BlockPool
+from baton.core.lease import LeaseTable
+from baton.core.limits import SchedulerConfig
+from baton.core.plan import ExportOrder
+from baton.core.sequence import Sequence, SequenceId
+from baton.core.store_index import StoreIndex
+from baton.types import Handoff
+
+
+class ExportState(enum.Enum):
+    OPEN = enum.auto()
+    SEALING = enum.auto()
+    FAILED = enum.auto()
+
+
+@dataclass(slots=True)
+class _Part:
+    key: bytes
+    frame: int
+    digest: bytes | None = None
+
+
+@dataclass(slots=True)
+class _Export:
+    seq: Sequence
+    credits: int
+    state: ExportState = ExportState.OPEN
+    num_tokens: int = 0
+    num_unsealed: int = 0
+    parts: list[_Part] = field(default_factory=list)
+
+
+class ExportTable:
+    """Exports of one worker, with its store index and leases; pure, owned by the scheduler."""
+
+    def __init__(
+        self, config: SchedulerConfig, pool: BlockPool, index: StoreIndex, leases: LeaseTable
+    ) -> None:
+        self.index = index
+        self.leases = leases
+        self._config = config
+        self._pool = pool
+        self._copying: dict[bytes, int] = {}
+        self._exports: dict[SequenceId, _Export] = {}
+        self._waiting: dict[bytes, list[tuple[SequenceId, int]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._exports)
+
+    @property
+    def num_copying(self) -> int:
+        return len(self._copying)
+
+    def is_copying(self, key: bytes) -> bool:
+        return key in self._copying
+
+    def blocks_in_transfer(self) -> list[int]:
+        return list(self._copying.values())
+
+    def open(self, seq: Sequence) -> bool:
+        """Reserve frames for all tokens of `seq`; False, and nothing taken, when there are none.
+
+        A preempted sequence comes back to the export that it had.
+        """
+        if seq.id in self._exports:
+            return True
+        num_blocks = self._config.num_blocks_for(seq.num_tokens)
+        if not self.index.reserve(num_blocks):
+            return False
+        self._exports[seq.id] = _Export(seq, credits=num_blocks)
+        return True
+
+    def export_full_blocks(self, seq: Sequence) -> list[ExportOrder]:
+        """Give every block that is full by now, and was not given before, to the store."""
+        begun = len(self._exports[seq.id].parts)
+        keys = seq.full_keys(seq.num_computed)
+        orders = [self._begin(seq, i, keys[i]) for i in range(begun, len(keys))]
+        return [order for order in orders if order is not None]
+
+    def close(self, seq: Sequence) -> list[ExportOrder]:
+        """Everything is computed: give the partial last block, if any, and await the copies."""
+        export = self._exports[seq.id]
+        export.state = ExportState.SEALING
+        export.num_tokens = seq.num_computed
+        if seq.num_computed % seq.block_size == 0:
+            return []
+        index = seq.num_computed // seq.block_size
+        order = self._begin(seq, index, seq.tail_key(seq.num_computed))
+        return [order] if order is not None else []
+
+    def _begin(self, seq: Sequence, index: int, key: bytes) -> ExportOrder | None:
+        """None when the store has, or is getting, that content already."""
+        export = self._exports[seq.id]
+        begun = self.index.begin(key)
+        export.credits -= 1
+        held = self.index.hold(key)
+        assert held, "a key that was just begun can be held"
+        entry = self.index.lookup(key)
+        assert entry is not None
+        part = _Part(key, begun.frame, entry.digest or None)
+        if part.digest is None:
+            export.num_unsealed += 1
+            self._waiting.setdefault(key, []).append((seq.id, index))
+        export.parts.append(part)
+        if not begun.write:
+            return None
+        block = seq.blocks[index]
+        self._pool.acquire([block])
+        self._copying[key] = block
+        return ExportOrder(seq.id, index, block, begun.frame, key)
+
+    def sealed(self, key: bytes, digest: bytes | None) -> list[Sequence]:
+        """A copy ended, with its digest or (None) badly. Returns the sequences it concerned."""
+        self._pool.release([self._copying.pop(key)])
+        if digest is None:
+            self.index.fail(key)
+        else:
+            self.index.seal(key, digest)
+        concerned = []
+        for seq_id, number in self._waiting.pop(key, ()):
+            export = self._exports.get(seq_id)
+            if export is None:
+                continue
+            concerned.append(export.seq)
+            if digest is None:
+                export.state = ExportState.FAILED
+            else:
+                export.parts[number].digest = digest
+                export.num_unsealed -= 1
+        return concerned
+
+    def failed(self, seq_id: SequenceId) -> bool:
+        return self._exports[seq_id].state is ExportState.FAILED
+
+    def commit(self, seq_id: SequenceId, now: float) -> Handoff | None:
+        """The commit record, once every block is sealed; else None. Ends the export."""
+        export = self._exports[seq_id]
+        if export.state is not ExportState.SEALING or export.num_unsealed:
+            return None
+        request = export.seq.request
+        grant = self.leases.mint(
+            f"{request.id}.{request.choice}.{request.attempt}",
+            request.tenant,
+            self._config.lease_ttl_s,
+            now,
+        )
+        for part in export.parts:
+            covered = self.leases.cover(grant.grant_id, part.key)
+            assert covered, "a key that the export holds can be covered"
+        self._drop(seq_id)
+        return Handoff(
+            request_id=request.id,
+            choice=request.choice,
+            attempt=request.attempt,
+            grant=grant,
+            num_tokens=export.num_tokens,
+            kv_format=self._config.kv_format,
+            keys=tuple(part.key for part in export.parts),
+            digests=tuple(part.digest for part in export.parts if part.digest is not None),
+            frames=tuple(part.frame for part in export.parts),
+        )
+
+    def abandon(self, seq_id: SequenceId) -> None:
+        """Forget the export, if there is one; what is being copied is dropped when it arrives."""
+        if seq_id in self._exports:
+            self._drop(seq_id)
+
+    def _drop(self, seq_id: SequenceId) -> None:
+        export = self._exports.pop(seq_id)
+        self.index.unreserve(export.credits)
+        for part in export.parts:
+            self.index.unhold(part.key)

@@ -1,0 +1,50 @@
+"""Content keys of KV blocks.
+
+    root = SHA-256(weights, numerics class, tenant salt)
+    key  = SHA-256(parent key, token ids of the block)
+
+A key names the tokens of its block and of everything before it, under one set of weights, one
+way of computing and one tenant. The stored form (`KvFormat`) is not part of it. A block that is
+not full belongs to one attempt of one request alone: its key covers these as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence as Seq
+
+KEY_BYTES = 32
+
+
+def root_key(fingerprint: bytes, numerics: str, salt: bytes) -> bytes:
+    """The parent of a sequence's first block. Each part is length-prefixed: no two collide."""
+    digest = hashlib.sha256(b"baton-root-v1")
+    for part in (fingerprint, numerics.encode(), salt):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
+
+
+def block_key(parent: bytes, token_ids: Seq[int]) -> bytes:
+    """Key of a full block, chained to its parent."""
+    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+
+
+def chain(root: bytes, token_ids: Seq[int], block_size: int) -> list[bytes]:
+    """Keys of every full block of `token_ids`, in order."""
+    keys = []
+    parent = root
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        parent = block_key(parent, token_ids[start : start + block_size])
+        keys.append(parent)
+    return keys
+
+
+def private_key(
+    parent: bytes, token_ids: Seq[int], request_id: str, choice: int, attempt: int
+) -> bytes:
+    """Key of a partial last block, which nobody but this attempt may find."""
+    owner = f"{request_id}\0{choice}\0{attempt}".encode()
+    body = parent + array("q", token_ids).tobytes()
+    return hashlib.sha256(b"private" + len(body).to_bytes(8, "little") + body + owner).digest()

@@ -1,0 +1,66 @@
+"""What one worker can take, and whether a request fits into it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from baton.errors import InvalidRequest
+from baton.types import KvFormat, Request
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True):
+    """Resolved limits of a worker. `fingerprint` and `numerics` root the content keys."""
+
+    kv_format: KvFormat
+    num_blocks: int
+    num_frames: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    vocab_size: int
+    fingerprint: bytes
+    numerics: str
+    prefix_cache: bool = True
+    lease_ttl_s: float = 10.0
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.kv_format.block_size)
+
+    def validate(self, request: Request) -> None:
+        """Check a request against the model and against the worst case of its KV.
+
+        The gateway has checked before; a worker does not rely on it.
+
+        Raises:
+            InvalidRequest: it can never run here; `param` names the field.
+        """
+        request.sampling.validate(self.vocab_size)
+        if not request.prompt:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if min(request.prompt) < 0 or max(request.prompt) >= self.vocab_size:
+            raise InvalidRequest(
+                f"prompt holds a token outside the vocabulary of {self.vocab_size}",
+                param="prompt",
+            )
+        num_tokens = len(request.prompt) + len(request.emitted)
+        if num_tokens >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {num_tokens} tokens; with one to generate, this model serves "
+                f"at most {self.max_model_len}",
+                param="prompt",
+            )
+        longest = min(len(request.prompt) + request.sampling.max_tokens, self.max_model_len)
+        if self.num_blocks_for(longest) > self.num_blocks:
+            raise InvalidRequest(
+                f"{longest} tokens of prompt and answer need {self.num_blocks_for(longest)} KV "
+                f"blocks; this worker has {self.num_blocks}: ask for fewer tokens, or raise "
+                "engine.kv_cache_bytes",
+                param="max_tokens",
+            )
+        if request.hand_off and self.num_blocks_for(num_tokens) > self.num_frames:
+            raise InvalidRequest(
+                f"a prompt of {num_tokens} tokens needs {self.num_blocks_for(num_tokens)} frames; "
+                f"the block store has {self.num_frames}: raise store.max_bytes",
+                param="prompt",
+            )

@@ -1,0 +1,96 @@
+"""What the scheduler asks of the engine in one step, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.core.sequence import Sequence, SequenceId
+from baton.types import Grant, Handoff, SampledLogprobs, StageTimes, TokenDelta
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Compute KV for tokens [start, start + num_tokens) of `seq`; `samples` draws the next one."""
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class WantedBlock:
+    """A block to fetch from a peer's store into pool block `block`."""
+
+    index: int
+    block: int
+    key: bytes
+    frame: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOrder:
+    seq_id: SequenceId
+    grant: Grant
+    wanted: tuple[WantedBlock, ...]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOrder:
+    """Copy pool block `block` into store frame `frame` and seal it under `key`."""
+
+    seq_id: SequenceId
+    index: int
+    block: int
+    frame: int
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    step: int
+    chunks: tuple[Chunk, ...]
+    imports: tuple[ImportOrder, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """One entry a chunk, in the plan's order: the tokens drawn (none where it does not sample)."""
+
+    token_ids: list[list[int]]
+    logprobs: list[SampledLogprobs | None]
+    elapsed_s: float
+
+
+@dataclass(slots=True)
+class Update:
+    """What a call into the scheduler brought for the outside."""
+
+    deltas: list[TokenDelta] = field(default_factory=list)
+    exports: list[ExportOrder] = field(default_factory=list)
+    handoffs: list[Handoff] = field(default_factory=list)
+    times: list[StageTimes] = field(default_factory=list)
+
+
+class Runner(Protocol):
+    """Carries out step plans: the torch runner, the simulator's cost model, or a test's fake."""
+
+    @property
+    def pending(self) -> int:
+        """Plans submitted and not yet collected."""
+
+    def submit(self, plan: StepPlan) -> None: ...
+
+    def collect(self) -> StepOutput:
+        """Wait for the oldest submitted plan and return what it drew."""

@@ -1,0 +1,164 @@
+"""Which workers take a request.
+
+First version: the least predicted work. A prefill worker's work is the prompt tokens that it was
+given and has not finished, less what its prefix cache is believed to hold; a decode worker's is
+the tokens of context that it keeps. All figures are the router's own books, so that a placement
+depends on nothing but the calls made here, and replays.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import msgspec
+
+from baton.errors import Unavailable
+from baton.types import Role
+
+DECODE_WEIGHT = 16
+"""Prompt tokens' worth of waiting that one running answer means on a unified worker."""
+
+
+class WorkerInfo(msgspec.Struct, frozen=True):
+    """What the router must know of a worker. `num_blocks` bounds what it can have cached."""
+
+    worker_id: str
+    role: Role
+    epoch: int
+    num_blocks: int
+    block_size: int
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """Where a request goes. Without `prefill`, the `decode` worker computes the prompt too.
+
+    `predicted_tokens` is the work ahead of the first token, this prompt included.
+    """
+
+    decode: str
+    prefill: str | None
+    predicted_tokens: int
+
+
+class _Worker:
+    __slots__ = ("context_tokens", "info", "known", "num_requests", "prefill_tokens")
+
+    def __init__(self, info: WorkerInfo) -> None:
+        self.info = info
+        self.prefill_tokens = 0
+        self.context_tokens = 0
+        self.num_requests = 0
+        self.known: OrderedDict[bytes, None] = OrderedDict()
+
+    def uncached(self, num_tokens: int, keys: Sequence[bytes]) -> int:
+        num_hits = 0
+        for key in keys:
+            if key not in self.known:
+                break
+            num_hits += 1
+        # The last token is always computed.
+        return max(1, num_tokens - num_hits * self.info.block_size)
+
+    def remember(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            self.known[key] = None
+            self.known.move_to_end(key)
+        while len(self.known) > self.info.num_blocks:
+            self.known.popitem(last=False)
+
+
+class _Placed(msgspec.Struct):
+    prefill: _Worker
+    decode: _Worker
+    prefill_tokens: int
+    context_tokens: int
+
+
+class Router:
+    """Placements over the workers that have joined. Pure; owned by the gateway's loop."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, _Worker] = {}
+        self._placed: dict[tuple[str, int], _Placed] = {}
+
+    def join(self, info: WorkerInfo) -> None:
+        """A worker can take requests. One that was known starts anew, with an empty cache."""
+        self._workers[info.worker_id] = _Worker(info)
+
+    def leave(self, worker_id: str) -> None:
+        """A worker is gone or draining: nothing more is placed on it."""
+        self._workers.pop(worker_id, None)
+
+    def roles(self) -> set[Role]:
+        """The roles that somebody plays."""
+        return {worker.info.role for worker in self._workers.values()}
+
+    def place(
+        self, request_id: str, choice: int, num_tokens: int, keys: Sequence[bytes]
+    ) -> Placement:
+        """Choose workers for a prompt of `num_tokens` whose full blocks have these `keys`.
+
+        Raises:
+            Unavailable: no unified worker, and not both a prefill and a decode worker.
+        """
+        prefill = self._least(Role.PREFILL, num_tokens, keys)
+        unified = self._least(Role.UNIFIED, num_tokens, keys)
+        decodes = [w for w in self._workers.values() if w.info.role is Role.DECODE]
+        split = prefill is not None and bool(decodes)
+        if not split and unified is None:
+            missing = "decode" if prefill else "prefill"
+            raise Unavailable(f"no {missing} worker can take the request now", stage="queue")
+        if unified and (
+            not split
+            or not prefill
+            or _work(unified, num_tokens, keys) < _work(prefill, num_tokens, keys)
+        ):
+            first = second = unified
+        else:
+            assert prefill is not None
+            first = prefill
+            second = min(
+                decodes, key=lambda w: (w.context_tokens, w.num_requests, w.info.worker_id)
+            )
+        predicted = _work(first, num_tokens, keys)
+        placed = _Placed(first, second, first.uncached(num_tokens, keys), num_tokens)
+        first.prefill_tokens += placed.prefill_tokens
+        second.context_tokens += num_tokens
+        second.num_requests += 1
+        first.remember(keys)
+        second.remember(keys)
+        self._placed[request_id, choice] = placed
+        return Placement(
+            decode=second.info.worker_id,
+            prefill=None if first is second else first.info.worker_id,
+            predicted_tokens=predicted,
+        )
+
+    def prefilled(self, request_id: str, choice: int) -> None:
+        """The first token has arrived: the prompt's work is done."""
+        placed = self._placed.get((request_id, choice))
+        if placed is not None:
+            placed.prefill.prefill_tokens -= placed.prefill_tokens
+            placed.prefill_tokens = 0
+
+    def finished(self, request_id: str, choice: int) -> None:
+        """The request has ended, however it did. Idempotent."""
+        self.prefilled(request_id, choice)
+        placed = self._placed.pop((request_id, choice), None)
+        if placed is not None:
+            placed.decode.context_tokens -= placed.context_tokens
+            placed.decode.num_requests -= 1
+
+    def _least(self, role: Role, num_tokens: int, keys: Sequence[bytes]) -> _Worker | None:
+        return min(
+            (worker for worker in self._workers.values() if worker.info.role is role),
+            key=lambda w: (_work(w, num_tokens, keys), w.num_requests, w.info.worker_id),
+            default=None,
+        )
+
+
+def _work(worker: _Worker, num_tokens: int, keys: Sequence[bytes]) -> int:
+    """Predicted work ahead of the first token, in prompt tokens."""
+    decoding = DECODE_WEIGHT * worker.num_requests if worker.info.role is Role.UNIFIED else 0
+    return worker.prefill_tokens + worker.uncached(num_tokens, keys) + decoding

@@ -1,0 +1,404 @@
+"""What runs in the next step, and what its outcome means.
+
+One rule: `num_computed` catches up with `num_tokens`. A step has a token budget. Sequences that
+need one token go first, so a prompt never starves a running answer; prompts already begun come
+next, in order of admission; then new ones are admitted while blocks and budget last. When blocks
+run out the newest sequence is preempted: it keeps its tokens, gives back its blocks and comes
+back through admission, where the prefix cache may spare it most of the work. The oldest one is
+never preempted by another, so something always progresses.
+
+`Scheduler` owns the sequences, the block pool, the exports and the imports. Methods take the
+time as an argument; what they bring for the outside is collected by `take`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, OrderedDict
+
+from baton.core.admission import OutputLengths
+from baton.core.block_pool import BlockPool
+from baton.core.exports import ExportTable
+from baton.core.imports import ImportTable
+from baton.core.keys import root_key
+from baton.core.lease import LeaseTable
+from baton.core.limits import SchedulerConfig
+from baton.core.plan import Chunk, ImportOrder, StepOutput, StepPlan, Update
+from baton.core.sequence import Sequence, SequenceId, Status
+from baton.core.store_index import StoreIndex
+from baton.errors import DeadlineExceeded, ServeError, TransferFailed, Unavailable
+from baton.types import FinishReason, Request, SampledLogprobs, TokenDelta, WorkerLoad
+
+
+class Scheduler:
+    """Policy of one worker. Every call is deterministic in its arguments."""
+
+    def __init__(self, config: SchedulerConfig, leases: LeaseTable, index: StoreIndex) -> None:
+        self.config = config
+        self.counters: Counter[str] = Counter()
+        self.pool = BlockPool(config.num_blocks)
+        self.exports = ExportTable(config, self.pool, index, leases)
+        self.imports = ImportTable(config, self.pool, self.counters)
+        self._leases = leases
+        # A decode takes one token of the budget, so no more of them may run than it has.
+        self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._sequences: dict[SequenceId, Sequence] = {}
+        self._latest: dict[tuple[str, int], SequenceId] = {}
+        self._waiting: OrderedDict[SequenceId, Sequence] = OrderedDict()
+        self._running: dict[SequenceId, Sequence] = {}
+        self._chunks: dict[SequenceId, Chunk] = {}
+        self._budget = 0
+        self._deadlines: list[tuple[float, SequenceId]] = []
+        self._lengths = OutputLengths()
+        self._step = 0
+        self._draining = False
+        self._update = Update()
+
+    # What comes in ---------------------------------------------------------------------------
+
+    def add(self, request: Request, now: float) -> None:
+        """Accept a request, or end it at once with a typed error."""
+        known = self._latest.get((request.id, request.choice))
+        if known is not None:
+            if known[2] >= request.attempt:
+                return  # a repeat, or a late message of an attempt that was given up
+            self.abort(known)
+        try:
+            if self._draining:
+                raise Unavailable("this worker is draining", stage="queue")
+            self.config.validate(request)
+        except ServeError as error:
+            self._refuse(request, error)
+            return
+        root = root_key(self.config.fingerprint, self.config.numerics, request.salt)
+        seq = Sequence(request, root, self.config.kv_format.block_size, now)
+        self._sequences[seq.id] = seq
+        self._latest[seq.id[:2]] = seq.id
+        self._waiting[seq.id] = seq
+        if seq.deadline is not None:
+            heapq.heappush(self._deadlines, (seq.deadline, seq.id))
+
+    def abort(self, seq_id: SequenceId) -> None:
+        """Forget a sequence. Blocks in transfer are freed when the transfer is acknowledged."""
+        seq = self._sequences.get(seq_id)
+        if seq is not None:
+            self.counters["aborts"] += 1
+            self._release(seq)
+
+    def drain(self) -> None:
+        """Finish what was accepted, refuse what comes."""
+        self._draining = True
+
+    def exported(self, key: bytes, digest: bytes | None, now: float) -> None:
+        """A copy into the store ended: with its digest, or badly (None)."""
+        if digest is None:
+            self.counters["fallback_export_failed"] += 1
+        for seq in self.exports.sealed(key, digest):
+            if self.exports.failed(seq.id):
+                error = TransferFailed("a block could not be copied to the store", stage="export")
+                self._fail(seq, now, error)
+            elif seq.status is Status.EXPORTING:
+                self._try_commit(seq, now)
+
+    def imported(self, seq_id: SequenceId, results: tuple[str, ...], now: float) -> None:
+        """A fetch ended; one word a wanted block, `ok` or the reason why it may not be used."""
+        seq, num_verified = self.imports.finish(seq_id, results)
+        if seq.status is not Status.IMPORTING:
+            return
+        handoff = seq.request.handoff
+        assert handoff is not None
+        if num_verified:
+            computed = seq.num_computed + num_verified * seq.block_size
+            seq.num_computed = min(computed, handoff.num_tokens)
+            seq.num_imported_blocks = num_verified
+            self._publish(seq)
+        seq.import_done = now
+        seq.status = Status.RUNNING
+        self._running[seq.id] = seq
+
+    def renew(self, grant_ids: tuple[str, ...], now: float) -> None:
+        for grant_id in grant_ids:
+            if not self._leases.renew(grant_id, now):
+                self.counters["late_renewals"] += 1
+
+    def release(self, grant_ids: tuple[str, ...]) -> None:
+        for grant_id in grant_ids:
+            self._leases.release(grant_id)
+
+    # The step --------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> StepPlan:
+        """Choose the next step. A plan without chunks means: nothing can run until news comes."""
+        self._expire(now)
+        self._step += 1
+        self._chunks = {}
+        self._budget = self.config.max_num_batched_tokens
+        num_preempted = self.counters["preemptions"]
+        decodes = [seq for seq in self._running.values() if seq.num_remaining == 1]
+        prompts = [seq for seq in self._running.values() if seq.num_remaining > 1]
+        for seq in (*decodes, *prompts):
+            if self._budget <= 0:
+                break
+            if seq.status is Status.RUNNING and self._grow(seq):
+                self._plan(seq)
+        imports: list[ImportOrder] = []
+        # Whoever was preempted in this step must not take the blocks back in the same step.
+        while (
+            self._waiting
+            and self._budget > 0
+            and self._num_active() < self._max_running
+            and self.counters["preemptions"] == num_preempted
+        ):
+            seq = next(iter(self._waiting.values()))
+            if not self._admit(seq, imports, now):
+                break
+            if seq.status is Status.RUNNING:
+                self._plan(seq)
+        return StepPlan(self._step, tuple(self._chunks.values()), tuple(imports))
+
+    def update(self, plan: StepPlan, output: StepOutput, now: float) -> None:
+        """Take in what a step computed."""
+        for chunk, tokens, logprobs in zip(
+            plan.chunks, output.token_ids, output.logprobs, strict=True
+        ):
+            seq = chunk.seq
+            if seq.status is not Status.RUNNING:
+                continue  # ended while the step ran
+            self._count_computed(seq, chunk)
+            seq.num_computed = chunk.end
+            self._publish(seq)
+            if seq.request.hand_off:
+                self._update.exports += self.exports.export_full_blocks(seq)
+            if chunk.samples:
+                (token,) = tokens
+                self._append(seq, token, logprobs, now)
+
+    def take(self) -> Update:
+        """What happened since the last call: deltas, copies to make, commit records, times."""
+        update, self._update = self._update, Update()
+        return update
+
+    # What others ask -------------------------------------------------------------------------
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._sequences)
+
+    @property
+    def num_transfers(self) -> int:
+        """Copies and fetches that have not been acknowledged."""
+        return self.exports.num_copying + len(self.imports)
+
+    def is_drained(self) -> bool:
+        """Nothing is accepted any more, and nothing is left."""
+        return self._draining and not self._sequences and not self.num_transfers
+
+    def next_deadline(self) -> float | None:
+        """When `schedule` has something to do even if no news comes."""
+        expiry = self._leases.next_expiry()
+        times = [self._deadlines[0][0]] if self._deadlines else []
+        return min([*times, expiry] if expiry is not None else times, default=None)
+
+    def load(self) -> WorkerLoad:
+        """The part of the load that the scheduler knows."""
+        return WorkerLoad(
+            num_total_blocks=self.pool.num_blocks,
+            num_free_blocks=self.pool.num_free,
+            num_running=self._num_active(),
+            num_waiting=len(self._waiting),
+            num_waiting_tokens=sum(seq.num_remaining for seq in self._waiting.values())
+            + sum(seq.num_remaining for seq in self._running.values() if seq.num_remaining > 1),
+        )
+
+    def check(self) -> None:
+        """Verify that pool and sequences agree; used when idle and by the tests.
+
+        Raises:
+            AssertionError: naming what does not add up.
+        """
+        self.pool.check()
+        wanted = [0] * self.pool.num_blocks
+        for seq in self._sequences.values():
+            for block in seq.blocks:
+                wanted[block] += 1
+        for block in (*self.exports.blocks_in_transfer(), *self.imports.blocks_in_transfer()):
+            wanted[block] += 1
+        for block, refs in enumerate(wanted):
+            assert self.pool.refs(block) == refs, f"block {block}: {refs} owners"
+
+    # Inside ----------------------------------------------------------------------------------
+
+    def _refuse(self, request: Request, error: ServeError) -> None:
+        self.counters["refused"] += 1
+        self._update.deltas.append(
+            TokenDelta(
+                request.id,
+                request.choice,
+                request.attempt,
+                len(request.emitted),
+                (),
+                finish=FinishReason.ERROR,
+                error=error.to_wire(),
+            )
+        )
+
+    def _num_active(self) -> int:
+        return len(self._running) + len(self.imports)
+
+    def _plan(self, seq: Sequence) -> None:
+        num_tokens = min(seq.num_remaining, self._budget)
+        samples = seq.num_computed + num_tokens == seq.num_tokens
+        self._chunks[seq.id] = Chunk(seq, seq.num_computed, num_tokens, samples)
+        self._budget -= num_tokens
+
+    def _grow(self, seq: Sequence) -> bool:
+        """Make room for all tokens of `seq`; False if that took preempting `seq` itself."""
+        missing = self.config.num_blocks_for(seq.num_tokens) - len(seq.blocks)
+        while missing > self.pool.num_free:
+            victim = next(reversed(self._running.values()))
+            planned = self._chunks.pop(victim.id, None)
+            if planned is not None:
+                self._budget += planned.num_tokens
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        if missing > 0:
+            seq.blocks += self.pool.allocate(missing)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.counters["preemptions"] += 1
+        seq.num_preemptions += 1
+        self.pool.release(seq.blocks)
+        seq.reset()
+        del self._running[seq.id]
+        seq.status = Status.WAITING
+        self._waiting[seq.id] = seq
+        self._waiting.move_to_end(seq.id, last=False)
+
+    def _admit(self, seq: Sequence, imports: list[ImportOrder], now: float) -> bool:
+        """Move the head of the queue to running or importing, if there is room for it."""
+        fetches = self.imports.usable(seq)
+        # The last token is always computed: without it there is nothing to draw from.
+        covered = seq.num_tokens - 1
+        keys = seq.full_keys(covered)
+        hits = self.pool.lookup(keys) if self.config.prefix_cache else []
+        needed = self.config.num_blocks_for(seq.num_tokens) - len(hits)
+        wanted = needed + self.pool.num_unreferenced(hits)
+        if self._num_active():  # a lone sequence may use everything: its worst case fits
+            growth = min(seq.request.sampling.max_tokens, self._lengths.estimate())
+            wanted += self.config.num_blocks_for(growth)
+        if wanted > self.pool.num_free:
+            return False
+        if seq.request.hand_off and not self.exports.open(seq):
+            self.counters["store_full_waits"] += 1
+            return False
+        del self._waiting[seq.id]
+        self.pool.acquire(hits)
+        seq.blocks = hits + self.pool.allocate(needed)
+        seq.num_published = len(hits)
+        seq.num_computed = len(hits) * seq.block_size
+        if not seq.first_scheduled:
+            seq.first_scheduled = now
+            seq.num_cached = seq.num_computed
+        self.counters["prefix_query_tokens"] += covered
+        self.counters["prefix_hit_tokens"] += seq.num_computed
+        if fetches and seq.num_computed < covered:
+            seq.status = Status.IMPORTING
+            imports.append(self.imports.order(seq, len(hits), now))
+        else:
+            seq.status = Status.RUNNING
+            self._running[seq.id] = seq
+        return True
+
+    def _count_computed(self, seq: Sequence, chunk: Chunk) -> None:
+        num_prompt = max(0, min(seq.num_prompt - chunk.start, chunk.num_tokens))
+        again = "recomputed" if seq.num_preemptions else "computed"
+        self.counters[f"prompt_tokens_{again}"] += num_prompt
+        self.counters["tokens_computed"] += chunk.num_tokens
+        seq.num_prompt_computed += num_prompt
+
+    def _publish(self, seq: Sequence) -> None:
+        num_full = seq.num_computed // seq.block_size
+        if self.config.prefix_cache and num_full > seq.num_published:
+            keys = seq.full_keys(seq.num_computed)
+            for i in range(seq.num_published, num_full):
+                self.pool.publish(seq.blocks[i], keys[i])
+        seq.num_published = num_full
+
+    def _append(
+        self, seq: Sequence, token: int, logprobs: SampledLogprobs | None, now: float
+    ) -> None:
+        seq.prefilled = seq.prefilled or now
+        first_index = seq.num_generated
+        seq.token_ids.append(token)
+        sampling = seq.request.sampling
+        finish = None
+        if token in sampling.stop_token_ids:
+            finish = FinishReason.STOP
+        elif (
+            seq.num_generated >= sampling.max_tokens or seq.num_tokens >= self.config.max_model_len
+        ):
+            finish = FinishReason.LENGTH
+        self.counters["tokens_generated"] += 1
+        self._update.deltas.append(
+            TokenDelta(
+                *seq.id,
+                first_index,
+                (token,),
+                (logprobs,) if logprobs is not None else None,
+                finish,
+                num_cached=None if seq.told_cached else seq.num_cached,
+            )
+        )
+        seq.told_cached = True
+        if finish is not None:
+            self._lengths.observe(seq.num_generated)
+            self._end(seq, now)
+        elif seq.request.hand_off:
+            self._update.exports += self.exports.close(seq)
+            del self._running[seq.id]
+            seq.status = Status.EXPORTING
+            self._try_commit(seq, now)
+
+    def _try_commit(self, seq: Sequence, now: float) -> None:
+        handoff = self.exports.commit(seq.id, now)
+        if handoff is not None:
+            seq.exported = now
+            self._update.handoffs.append(handoff)
+            self._end(seq, now)
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, seq_id = heapq.heappop(self._deadlines)
+            seq = self._sequences.get(seq_id)
+            if seq is not None:
+                stage = "queue" if seq.status is Status.WAITING else "decode"
+                error = DeadlineExceeded("the request's deadline has passed", stage=stage)
+                self._fail(seq, now, error)
+        self.counters["leases_expired"] += len(self._leases.expire(now))
+
+    def _fail(self, seq: Sequence, now: float, error: ServeError) -> None:
+        self._update.deltas.append(
+            TokenDelta(
+                *seq.id, seq.num_generated, (), finish=FinishReason.ERROR, error=error.to_wire()
+            )
+        )
+        self._end(seq, now)
+
+    def _end(self, seq: Sequence, now: float) -> None:
+        seq.finished = now
+        self._update.times.append(seq.stage_times())
+        self._release(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        """Take the sequence out of every table and give back its own references."""
+        seq.status = Status.FINISHED
+        del self._sequences[seq.id]
+        del self._latest[seq.id[:2]]
+        self._waiting.pop(seq.id, None)
+        self._running.pop(seq.id, None)
+        self.exports.abandon(seq.id)
+        self.pool.release(seq.blocks)
+        seq.blocks = []

@@ -1,0 +1,147 @@
+"""What the engine knows of one choice of one request.
+
+    WAITING ──admit──▶ RUNNING ──stop, length──▶ FINISHED
+       ▲  └──admit with handoff──▶ IMPORTING ──▶ RUNNING
+       └────preempt────── RUNNING ──first token, hand_off──▶ EXPORTING ──commit──▶ FINISHED
+    any ──abort, deadline──▶ FINISHED
+
+There is no prefill state and no decode state: `num_computed` catches up with `num_tokens`.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from baton.core import keys as content_keys
+from baton.types import Request, StageTimes
+
+SequenceId = tuple[str, int, int]
+"""(request id, choice, attempt)"""
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    IMPORTING = enum.auto()
+    RUNNING = enum.auto()
+    EXPORTING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class Sequence:
+    """Mutable; owned by the scheduler and never leaves its process.
+
+    `token_ids` is prompt, emitted and generated tokens; `blocks` the block table; `keys` the
+    content keys of the full blocks as far as they have been worked out. Times are the caller's
+    monotonic seconds, 0.0 until known.
+    """
+
+    __slots__ = (
+        "arrived",
+        "block_size",
+        "blocks",
+        "deadline",
+        "exported",
+        "finished",
+        "first_scheduled",
+        "id",
+        "import_done",
+        "keys",
+        "num_cached",
+        "num_computed",
+        "num_imported_blocks",
+        "num_preemptions",
+        "num_prompt_computed",
+        "num_published",
+        "order",
+        "prefilled",
+        "request",
+        "root",
+        "status",
+        "token_ids",
+        "told_cached",
+    )
+
+    def __init__(self, request: Request, root: bytes, block_size: int, now: float) -> None:
+        self.request = request
+        self.id: SequenceId = (request.id, request.choice, request.attempt)
+        self.token_ids: list[int] = [*request.prompt, *request.emitted]
+        self.block_size = block_size
+        self.root = root
+        self.keys: list[bytes] = []
+        self.blocks: list[int] = []
+        self.num_computed = 0
+        self.num_published = 0
+        self.num_cached = 0
+        self.told_cached = False
+        self.num_prompt_computed = 0
+        self.num_imported_blocks = 0
+        self.num_preemptions = 0
+        self.status = Status.WAITING
+        self.order = 0
+        self.deadline = None if request.deadline_s is None else now + request.deadline_s
+        self.arrived = now
+        self.first_scheduled = 0.0
+        self.import_done = 0.0
+        self.prefilled = 0.0
+        self.exported = 0.0
+        self.finished = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of the answer so far, those of earlier legs included."""
+        return len(self.token_ids) - len(self.request.prompt)
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens whose KV is not computed yet."""
+        return len(self.token_ids) - self.num_computed
+
+    def full_keys(self, num_tokens: int) -> list[bytes]:
+        """Content keys of the full blocks within the first `num_tokens` tokens."""
+        size = self.block_size
+        wanted = num_tokens // size
+        while len(self.keys) < wanted:
+            start = len(self.keys) * size
+            parent = self.keys[-1] if self.keys else self.root
+            self.keys.append(content_keys.block_key(parent, self.token_ids[start : start + size]))
+        return self.keys[:wanted]
+
+    def tail_key(self, num_tokens: int) -> bytes:
+        """Private key of the partial block that ends at `num_tokens`."""
+        full = self.full_keys(num_tokens)
+        parent = full[-1] if full else self.root
+        tail = self.token_ids[len(full) * self.block_size : num_tokens]
+        return content_keys.private_key(
+            parent, tail, self.request.id, self.request.choice, self.request.attempt
+        )
+
+    def reset(self) -> None:
+        """Forget everything that was computed; the tokens stay."""
+        self.blocks = []
+        self.num_computed = 0
+        self.num_published = 0
+
+    def stage_times(self) -> StageTimes:
+        """Where the time of a finished sequence went."""
+        started = self.first_scheduled or self.finished
+        imported = bool(self.import_done)
+        computing = self.import_done or started
+        prefilled = computing if imported else (self.prefilled or self.finished)
+        return StageTimes(
+            *self.id,
+            queue_s=started - self.arrived,
+            import_s=computing - started,
+            prefill_s=prefilled - computing,
+            export_s=self.exported - prefilled if self.exported else 0.0,
+            decode_s=0.0 if self.exported else self.finished - prefilled,
+            num_prompt_computed=self.num_prompt_computed,
+            num_imported_blocks=self.num_imported_blocks,
+        )
