@@ -131,8 +131,8 @@ class StoreIndex:
 
         With `reserved`, spends one credit whatever the answer: where no copy is needed, the frame
         that the credit stood for becomes reservable again. The block is not held yet; a caller
-        who needs it to stay calls `hold` (or `LeaseTable.cover`) before anything else, and then
-        it cannot be refused.
+        who needs it to stay calls `hold` (or `LeaseTable.cover`) before anything else, and then,
+        having spent a credit, cannot be refused.
 
         Raises:
             StoreFull: only if not `reserved`, and no frame is to be had.
