@@ -42,11 +42,10 @@ def load_weights(
 
     Raises:
         ModelError: a file cannot be read, or a tensor is missing, unexpected, of another shape
-            than `spec` says, or quantised. All names, shapes and types are checked before any tensor is copied.
+            than `spec` says, or quantised. All names, shapes and types
+            are checked before any tensor is copied.
     """
-    stored = {
-        name: (file, shape) for file in weight_files(path) for name, shape in _shapes(file).items()
-    }
+    stored = _stored(path)
     weights, targets = allocate(spec, getattr(torch, dtype), device)
     _check(spec, targets, stored)
     done, total = 0, sum(target.nbytes for target in targets.values())
