@@ -1,0 +1,79 @@
+"""The memory of the KV pool. Which block belongs to whom is the block pool's business (core)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from baton.model_spec import ModelSpec
+
+
+def kv_block_bytes(spec: ModelSpec, block_size: int, dtype: str) -> int:
+    """Bytes of one block of `block_size` tokens over all layers; known before any allocation."""
+    return block_size * spec.kv_bytes_per_token(dtype)
+
+
+class KvCache:
+    """K and V of all layers, block-major: one block is one contiguous run of bytes.
+
+    `data` is [num_blocks, num_layers, 2 (K, V), block_size, num_kv_heads, head_dim]. It is not
+    initialised: a host's pages become resident when they are first written, and whatever a slot
+    held before must not be read (it may be NaN).
+
+    Args:
+        dtype: as torch names it ("bfloat16", "float16", "float32").
+    """
+
+    def __init__(
+        self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: str, device: str = "cpu"
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.num_layers = spec.num_layers
+        self.block_size = block_size
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.block_bytes = kv_block_bytes(spec, block_size, dtype)
+        self.data = torch.empty(
+            (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim),
+            dtype=self.dtype,
+            device=device,
+        )
+        self._rows = self.data.view(-1, spec.num_kv_heads * spec.head_dim)
+        self._host: npt.NDArray[np.uint8] | None = None
+        if self.data.device.type == "cpu":
+            self._host = self.data.view(num_blocks, -1).view(torch.uint8).numpy()
+
+    def block_view(self, block: int) -> npt.NDArray[np.uint8]:
+        """The bytes of one block, [block_bytes], not a copy: what is written here is in the pool.
+
+        Another thread may read or write it while the scheduler keeps the block out of every step.
+
+        Raises:
+            RuntimeError: the pool is not in host memory.
+        """
+        if self._host is None:
+            raise RuntimeError(f"the KV pool is on {self.data.device}, not in host memory")
+        view: npt.NDArray[np.uint8] = self._host[block]
+        return view
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """Where K of layer 0 lies for each slot, as indices into `gather`'s rows.
+
+        A slot is block * block_size + offset; any shape, int64.
+        """
+        blocks = slots // self.block_size
+        return slots + blocks * (self.block_size * (2 * self.num_layers - 1))
+
+    def gather(self, rows: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of one layer at `rows` [N]: two copies, each [N, num_kv_heads * head_dim]."""
+        k_rows = rows + layer * 2 * self.block_size
+        return self._rows.index_select(0, k_rows), self._rows.index_select(
+            0, k_rows + self.block_size
+        )
+
+    def write(self, rows: Tensor, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store k and v [N, num_kv_heads, head_dim] of one layer at `rows` [N], all different."""
+        k_rows = rows + layer * 2 * self.block_size
+        self._rows.index_copy_(0, k_rows, k.flatten(1))
+        self._rows.index_copy_(0, k_rows + self.block_size, v.flatten(1))
