@@ -153,7 +153,7 @@ def test_layout(text: str, counts: dict[Role, int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "P", "PD", "0U", "1D1P", "1P", "1D", "1P1U", "-1U", "99P99D"])
 def test_bad_layout(text: str) -> None:
-    with pytest.raises(ConfigError, match="launch.layout"):
+    with pytest.raises(ConfigError, match=r"launch\.layout"):
         load_config(None, {"launch.layout": text})
 
 
@@ -182,7 +182,7 @@ def test_listening_beyond_loopback_needs_tls_and_keys_or_the_word() -> None:
     tls = {"gateway.tls_cert_file": "c", "gateway.tls_key_file": "k"}
     keys = {"gateway.api_keys_file": "keys"}
     for partial in ({}, tls, keys):
-        with pytest.raises(ConfigError, match="--gateway.allow-insecure"):
+        with pytest.raises(ConfigError, match=r"--gateway\.allow-insecure"):
             load_config(None, {**open_host, **partial})
     load_config(None, {**open_host, **tls, **keys})
     load_config(None, {**open_host, "gateway.allow_insecure": "true"})
