@@ -96,7 +96,13 @@ def _kind(name: str, kind: inspect.Type) -> str:
     if isinstance(kind, inspect.UnionType):
         return next(_kind(name, t) for t in kind.types if not isinstance(t, inspect.NoneType))
     if isinstance(kind, inspect.LiteralType):
-        return "|".join(str(value) for value in kind.values)
+        return "|".join(str(value) for value in sorted(kind.values, key=_choice_order))
     if isinstance(kind, inspect.IntType):
         return "SIZE" if name.endswith("_bytes") else "INT"
     return {inspect.FloatType: "FLOAT", inspect.BoolType: "BOOL"}.get(type(kind), "TEXT")
+
+
+def _choice_order(value: str | int | None) -> tuple[bool, int]:
+    """msgspec gives choices in no useful order: auto first, log levels and widths as usual."""
+    order = ["auto", "debug", "info", "warning", "error"]
+    return (value not in order, order.index(str(value)) if value in order else 0)
