@@ -46,9 +46,9 @@ class Range(msgspec.Struct, frozen=True):
     @classmethod
     def parse(cls, text: str, flag: str) -> Range:
         """Raises: ConfigError naming `flag`."""
-        low, _, high = text.partition("-")
+        low, dash, high = text.partition("-")
         try:
-            parsed = cls(int(low), int(high or low))
+            parsed = cls(int(low), int(high if dash else low))
         except ValueError:
             parsed = cls(0, 0)
         if not 1 <= parsed.low <= parsed.high:
