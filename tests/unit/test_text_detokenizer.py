@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
 def chunked(draw: st.DrawFn, ids: list[int]) -> list[list[int]]:
     cuts = sorted(draw(st.lists(st.integers(0, len(ids)), max_size=len(ids) + 1)))
     edges = [0, *cuts, len(ids)]
-    return [ids[low:high] for low, high in zip(edges, edges[1:], strict=False)]
+    return [ids[low:high] for low, high in itertools.pairwise(edges)]
 
 
 def byte_ids(tokenizer: Tokenizer, shape: str) -> list[int]:
@@ -41,7 +43,9 @@ def id_lists(draw: st.DrawFn, tokenizer: Tokenizer, shape: str) -> list[int]:
     single = byte_ids(tokenizer, shape)
     part = st.one_of(
         st.text(max_size=12).map(lambda text: tokenizer.encode(text)),
-        st.sampled_from(["日本語", "😀👩‍👩‍👧", "e\u0301 नम", "  x", "\ufffd", "<s>"]).map(tokenizer.encode),
+        st.sampled_from(["日本語", "😀👩‍👩‍👧", "e\u0301 नम", "  x", "\ufffd", "<s>"]).map(
+            tokenizer.encode
+        ),
         st.text(max_size=4).map(lambda text: [single[byte] for byte in text.encode()]),
         st.lists(st.sampled_from(single[0x80:]), max_size=8),
         st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=6),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,7 +33,7 @@ def held_by_definition(text: str, stop: tuple[str, ...]) -> int:
 def pieces_of(draw: st.DrawFn, text: str) -> list[str]:
     cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=len(text) + 1)))
     edges = [0, *cuts, len(text)]
-    return [text[low:high] for low, high in zip(edges, edges[1:], strict=False)]
+    return [text[low:high] for low, high in itertools.pairwise(edges)]
 
 
 # Few letters, so that overlaps, nested and self-overlapping stops are the rule.

@@ -23,6 +23,7 @@ from unit.toy_tokenizers import (
 )
 
 from baton.errors import ConfigError, InvalidRequest
+from baton.text.model_files import SpecialTokens
 from baton.text.token_decoder import TokenDecoder
 from baton.text.tokenizer import Tokenizer
 
@@ -240,7 +241,9 @@ def test_missing_tokenizer_says_what_to_do(tmp_path):
         Tokenizer.from_dir(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"model": {"type": 1}}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"model": {"type": 1}}']
+)
 def test_broken_tokenizer_names_the_file(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"tokenizer\.json is not a tokenizer"):
@@ -344,11 +347,8 @@ def test_each_decoder_agrees_with_tokenizers(decoder):
 def check_decoder(hf: HfTokenizer) -> None:
     spec = json.loads(hf.to_str())["decoder"]
 
-    class NoSpecials:
-        named: dict[str, str] = {}
-        extra = ()
-
-    ours = Tokenizer(hf, TokenDecoder(spec, "FILE"), NoSpecials(), ())
+    no_specials = SpecialTokens(Path("/nonexistent"))
+    ours = Tokenizer(hf, TokenDecoder(spec, "FILE"), no_specials, ())
 
     @settings(deadline=None, max_examples=100)
     @given(st.lists(st.integers(0, ours.vocab_size - 1), max_size=6))
