@@ -5,9 +5,10 @@ One bidirectional stream joins a gateway with a worker. The gateway opens it and
     gateway → worker   Open, then Instructions …      (one a loop turn, only when there is news)
     worker  → gateway  Hello, then StepReport …       (one a step, and one when load changes)
 
-Reports are numbered from 1; the gateway acknowledges the last one that it has acted upon, and a
-stream that breaks is resumed after that number if the gateway's epoch is still the same. A
-gateway with a new epoch has forgotten its requests, so the worker aborts them.
+Reports are numbered from 1, and so are Instructions; each side acknowledges the last one that it
+has acted upon. A stream that breaks may be resumed within moments by the same gateway epoch: both
+sides then repeat what the other has not acted upon. Any other `Open` starts from 1: the gateway
+has forgotten its requests, so the worker aborts them.
 
 Workers find gateways, not the other way round: a worker calls `Announce` on every configured
 gateway until it succeeds, and the gateway then opens the stream.
@@ -51,12 +52,17 @@ class AnnounceReply(msgspec.Struct, frozen=True, tag=True):
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
-    """gateway → worker, first on the stream. `last_index` is the last report acted upon."""
+    """gateway → worker, first on the stream. `last_index` is the last report acted upon.
+
+    With `resume` the worker goes on where the broken stream ended, or refuses; without it, it
+    aborts what it still has of this gateway.
+    """
 
     gateway_id: str
     gateway_epoch: int
     last_index: int = 0
     protocol: int = PROTOCOL_VERSION
+    resume: bool = False
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -64,6 +70,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
     `fingerprint` (of the weights) and `numerics` (the class of arithmetic) name the root of the
     block keys. `kv_format` must match, or be convertible, between the two ends of a handoff.
+    `last_index` (set by the server) is the last Instructions acted upon: not 0 only on a resume.
     """
 
     worker_id: str
@@ -82,6 +89,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     dtype: str
     protocol: int = PROTOCOL_VERSION
     pid: int = 0
+    last_index: int = 0
 
 
 class Abort(msgspec.Struct, frozen=True):
@@ -94,7 +102,8 @@ class Instructions(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """gateway → worker: everything that is new since the last message.
 
     `renew` and `release` name grants that this worker minted. `ack` is the last report index
-    acted upon. `drain` asks it to finish what runs and take nothing new.
+    acted upon. `drain` asks it to finish what runs and take nothing new. A worker acts on
+    `submit` before `abort`, so that both may stand in one message. `index` is set by the link.
     """
 
     submit: tuple[Request, ...] = ()
@@ -103,13 +112,15 @@ class Instructions(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     release: tuple[str, ...] = ()
     drain: bool = False
     ack: int = 0
+    index: int = 0
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """worker → gateway: what one step brought for this gateway, and the load after it.
 
     `counters` are the worker's running totals (tokens computed, hits, preemptions, fallbacks).
-    `fatal` is the last word of a worker that is about to exit.
+    `fatal` is the last word of a worker that is about to exit. `index` and `ack` (the last
+    Instructions acted upon) are set by the server.
     """
 
     index: int
@@ -120,6 +131,7 @@ class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     counters: dict[str, float] = {}
     draining: bool = False
     fatal: WireError | None = None
+    ack: int = 0
 
 
 ToWorker = Open | Instructions
