@@ -52,9 +52,9 @@ def ours(checkpoint) -> Handmade:
 def prompt_logits(ours: Handmade, prompt: list[int], *cuts: int) -> torch.Tensor:
     """Logits of every prompt token, computed in chunks that end at `cuts`."""
     sequence = Sequence_(prompt)
-    parts = []
-    for cut in (*cuts, len(prompt)):
-        parts.append(ours.step([(sequence, cut - sequence.computed)], every=True))
+    parts = [
+        ours.step([(sequence, cut - sequence.computed)], every=True) for cut in (*cuts, len(prompt))
+    ]
     ours.release(sequence)
     return torch.cat(parts)
 
@@ -86,9 +86,7 @@ def test_mixed_batch_equals_each_alone(ours):
     prompts = [
         random_prompt(length, VOCAB_SIZE, seed=3 + i) for i, (length, _) in enumerate(shapes)
     ]
-    alone = []
-    for prompt in prompts:
-        alone.append(prompt_logits(ours, prompt)[-1])
+    alone = [prompt_logits(ours, prompt)[-1] for prompt in prompts]
     sequences = [Sequence_(prompt) for prompt in prompts]
     for sequence, (_, before) in zip(sequences, shapes, strict=True):
         if before:

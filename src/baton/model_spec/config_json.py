@@ -174,12 +174,14 @@ def _or_default(value: int | UnsetType | None, default: int | None) -> int | Non
 def _architecture(named: object, model_type: object) -> str:
     if not named:
         named = [name for name, family in _FAMILIES.items() if family.model_type == model_type]
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in _FAMILIES:
-        raise ModelError(
-            f"architectures {named!r} (model_type {model_type!r}) is not supported; "
-            f"Baton serves {', '.join(_FAMILIES)}"
-        )
-    architecture: str = named[0]
+    match named:
+        case [str(architecture)] if architecture in _FAMILIES:
+            pass
+        case _:
+            raise ModelError(
+                f"architectures {named!r} (model_type {model_type!r}) is not supported; "
+                f"Baton serves {', '.join(_FAMILIES)}"
+            )
     if model_type not in (None, _FAMILIES[architecture].model_type):
         raise ModelError(f"model_type is {model_type!r}, but architectures says {architecture}")
     return architecture
