@@ -78,7 +78,8 @@ def test_version_and_no_command(capsys: Any) -> None:
         (["serve", "--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
         (["worker", "--role", "boss"], "invalid choice"),
         (["worker", "--role", "decode", "--id", "d", "--runtime-dir", "r"], "give --model"),
-        (["replay", "a.log", "--set", "x"], "not NAME=VALUE"),
+        (["replay", "a.log", "--set", "x"], "not scheduler.NAME=N"),
+        (["replay", "a.log", "--set", "scheduler.x=-1"], "not scheduler.NAME=N"),
     ],
 )
 def test_wrong_usage_says_what_to_do(argv: list[str], message: str, capsys: Any) -> None:
@@ -162,27 +163,29 @@ def test_processes_get_their_arguments(calls: list[tuple[Any, ...]], tmp_path: P
     ]
 
 
-def test_replay_tells_by_its_exit_code(monkeypatch: Any, capsys: Any) -> None:
+def test_replay_tells_by_its_exit_code(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
     seen: list[tuple[Any, ...]] = []
 
-    class Report:
-        def __init__(self, num_differences: int) -> None:
-            self.num_differences = num_differences
-
-        def __str__(self) -> str:
-            return f"{self.num_differences} differences"
-
-    def replay_files(paths: Any, changes: dict[str, str]) -> Report:
-        seen.append((paths, changes))
-        return Report(3 if changes else 0)
+    def replay(data: bytes, changes: dict[str, int]) -> types.SimpleNamespace:
+        seen.append((data, changes))
+        found = {"num_differences": 3, "first": 2, "parted": "why"} if changes else {}
+        return types.SimpleNamespace(
+            source="decode-0", num_records=1234, num_decisions=5,
+            **{"num_differences": 0, "first": None, "parted": None, **found},
+        )  # fmt: skip
 
     fake = types.ModuleType("baton.core.replay")
-    monkeypatch.setattr(fake, "replay_files", replay_files, raising=False)
+    monkeypatch.setattr(fake, "replay", replay, raising=False)
     monkeypatch.setitem(sys.modules, "baton.core.replay", fake)
-    assert main(["replay", "a", "b"]) == 0
-    assert main(["replay", "a", "--set", "scheduler.x=1"]) == 1
-    assert seen == [([Path("a"), Path("b")], {}), ([Path("a")], {"scheduler.x": "1"})]
-    assert capsys.readouterr().out == "0 differences\n3 differences\n"
+    log = tmp_path / "log"
+    log.write_bytes(b"x")
+    assert main(["replay", str(log), str(log)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["decode-0", "1,234", "5", "0", "-"]
+    assert main(["replay", str(log), "--set", "scheduler.max_num_seqs=1"]) == 1
+    assert "decode-0: not comparable from there on: why" in capsys.readouterr().out
+    assert seen == [(b"x", {}), (b"x", {}), (b"x", {"max_num_seqs": 1})]
+    assert main(["replay", str(tmp_path / "none")]) == 2
+    assert "cannot read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
