@@ -97,7 +97,7 @@ def test_summary_of_three_good_one_slow_one_failed() -> None:
 
 
 def test_every_slo_must_hold_and_a_limit_is_inclusive() -> None:
-    exact = {name: 1.0 for name in ("ttft", "tpot", "e2e", "itl_p99")}
+    exact = dict.fromkeys(("ttft", "tpot", "e2e", "itl_p99"), 1.0)
     assert Slo.parse("ttft=1s,e2e=1s").broken_by(exact) == []
     assert Slo.parse("ttft=1s,tpot=999ms,e2e=0.5s").broken_by(exact) == ["tpot", "e2e"]
     assert summarize([RESULT], Slo()).attainment == 1.0

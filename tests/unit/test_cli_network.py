@@ -84,7 +84,7 @@ class FakeServer:
             if behave == "garbage" and i == 1:
                 yield b"data: {nonsense\n\n"
             if behave == "hang" and i == 1:
-                await asyncio.sleep(30)
+                await asyncio.sleep(2)
             if behave in ("cut", "disconnect") and i == 1:
                 return
             if behave == "odd" and i == 1:  # a raw U+2028, a comment, CRLF, and a cut in between
@@ -309,6 +309,7 @@ def test_bench_without_success_exits_with_1(url: str, capsys: Any) -> None:
         (["--sweep", "1", "--plot", "x.jpg2"], "must end in"),
         (["--sweep", "1", "--trace", "x"], "leave out --trace"),
         (["--rate", "inf", "--duration", "3"], "give --num-requests"),
+        (["--rate", "inf", "--sweep", "auto"], "no sweep"),
         (["--extra", "[1]"], "--extra"),
         (["--token-ids", "--api", "chat"], "completions only"),
         (["--trace", "nowhere.jsonl"], "cannot read"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from baton.errors import ConfigError
 
 def test_poisson_has_the_rate_and_the_spread_of_one() -> None:
     times = list(islice(poisson(4.0, random.Random(1)), 20_001))
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(times)]
     mean = sum(gaps) / len(gaps)
     variance = sum((gap - mean) ** 2 for gap in gaps) / len(gaps)
     assert times[0] == 0.0

@@ -99,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
         plot.check_plot(args.plot)
     if args.sweep and args.trace:
         raise ConfigError("--sweep raises a Poisson rate: leave out --trace")
+    if math.isinf(args.rate) and (rates is None or (args.duration and not args.num_requests)):
+        raise ConfigError("--rate inf sends all requests at once: give --num-requests, no sweep")
     session = _Session(args, slo)
     if rates is None:
         sweep.auto(args.rate, session.point)
@@ -165,8 +167,6 @@ class _Session:
             num_requests = DEFAULT_NUM_REQUESTS
             if args.sweep:
                 num_requests = max(SWEEP_MIN_REQUESTS, math.ceil(rate * SWEEP_POINT_S))
-        if num_requests is None and math.isinf(rate):
-            raise ConfigError("--rate inf never ends: give --num-requests")
         output = Range.parse(args.output_tokens, "--output-tokens") if args.output_tokens else None
         if args.dataset:
             stream = from_dataset(Path(args.dataset), rate, output, rng)

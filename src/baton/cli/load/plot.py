@@ -48,7 +48,12 @@ def plot_sweep(points: Sequence[Point], slo: Slo, title: str, file: str) -> None
         if name in slo.limits:
             axis.axhline(1000 * slo.limits[name], color="crimson", lw=1, label="SLO")
         axis.set(xlabel="output tokens/s", ylabel=f"{name.upper()} (ms)")
-        axis.set_yscale("log")
+        if name == "ttft":  # spans decades once requests queue
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+        else:
+            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3, which="both")
         axis.legend()
     figure.suptitle(title)
