@@ -15,6 +15,7 @@ from unit.toy_tokenizers import CHAT_TEMPLATE, byte_level_bpe, write_model_dir
 from baton.errors import ConfigError, InvalidRequest
 from baton.text import template_sandbox
 from baton.text.chat_template import ChatTemplate
+from baton.text.template_sandbox import RenderLimitError
 from baton.text.tokenizer import Tokenizer
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -99,7 +100,10 @@ IDIOMS = {
         "{% if tools is defined and tools %}t{% endif %}{{ foo is defined }}",
         "False",
     ),
-    "format": ("{{ '%s-%03d' % ('a', 7) }}{{ '%.1f' | format(2.25) }}", "a-0072.2"),
+    "format": (
+        "{{ '%s-%03d 1000000' % ('a', 7) }} {{ '%.1f' | format(2.25) }}",
+        "a-007 1000000 2.2",
+    ),
     "generation": ("{% generation %}{{ messages[0].role }}{% endgeneration %}", "system"),
     "block_set": ("{% set x %}{{ messages[0].role }}!{% endset %}{{ x }}", "system!"),
     "items": ("{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}", "a1"),
@@ -339,6 +343,8 @@ BOMBS = {
     ),
     "format": "{{ '%1000000000d' % 1 }}",
     "format_star": "{{ '%*d' % (1000000000, 1) }}",
+    "format_precision": "{{ '%5.1000000000f' % 1 }}",
+    "format_named": "{{ '%(x)-1000000000d' % {'x': 1} }}",
 }
 
 
@@ -348,6 +354,12 @@ def test_bombs_are_defused(name):
     start = time.monotonic()
     error = refusal(of(BOMBS[name]))
     assert error.param == "messages"
+    # The bound must be what ended it, not an exhausted memory.
+    assert isinstance(error.__cause__, OverflowError if name == "range" else RenderLimitError)
+    if "loops" in name or name == "macro_tree":
+        assert "steps" in error.message
+    if "format" in name:
+        assert "width" in error.message  # and not the length of what was already made
     assert time.monotonic() - start < 15  # all steps take under a second; a bomb, for ever
 
 

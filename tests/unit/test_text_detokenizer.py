@@ -163,5 +163,6 @@ def test_skipped_and_unknown_ids_do_not_count_as_the_first_token(tokenizers):
     detokenizer = Detokenizer(tokenizer)
     ids = [1, tokenizer.vocab_size + 1, word, word]
     assert [detokenizer.push([id]) for id in ids] == ["", "", "the", " the"]
+    assert tokenizer.decode(ids) == "the the"
     shown = Detokenizer(tokenizer, skip_special_tokens=False)
     assert [shown.push([id]) for id in ids] == ["<s>", "", " the", " the"]

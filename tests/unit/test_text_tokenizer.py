@@ -170,8 +170,8 @@ def test_encoding_lets_other_threads_run(pairs):
     while worker.is_alive():
         time.sleep(0.001)
         turns += 1
-    # With the GIL held throughout there would be a handful of turns.
-    assert turns > 20, f"{turns} turns in {time.perf_counter() - start:.2f} s"
+    # With the GIL held throughout there would be one or two turns.
+    assert turns > 5, f"{turns} turns in {time.perf_counter() - start:.2f} s"
 
 
 def test_truncation_and_padding_in_the_file_are_switched_off(tmp_path):
@@ -179,8 +179,9 @@ def test_truncation_and_padding_in_the_file_are_switched_off(tmp_path):
     hf.enable_truncation(4)
     hf.enable_padding(length=64)
     ours = Tokenizer.from_dir(write_model_dir(tmp_path, hf))
-    ids = ours.encode("The quick brown fox jumps over the lazy dog. " * 3)
-    assert ours.decode(ids) == "The quick brown fox jumps over the lazy dog. " * 3
+    plain = byte_level_bpe()
+    for text in ("a", "The quick brown fox jumps over the lazy dog. " * 3):
+        assert ours.encode(text) == plain.encode(text).ids
 
 
 # ------------------------------------------------------------------ end of sequence, specials

@@ -37,7 +37,8 @@ MAX_STEPS = 300_000
 MAX_RENDER_S = 5.0
 MAX_INT_BITS = 4096
 
-_WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\d{6}|\*)")
+_WIDE = r"(?:\d{6}|\*)"
+_WIDE_FORMAT = re.compile(rf"%(?:\([^)]*\))?[-+ #0]*(?:{_WIDE}|\d*\.{_WIDE})")
 
 
 class RenderLimitError(Exception):
@@ -121,7 +122,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         budget.steps -= 1
         if budget.steps < 0:
             raise RenderLimitError(f"take more than {MAX_STEPS} steps to render")
-        if budget.steps % 256 == 0 and time.monotonic() > budget.deadline:
+        if budget.steps % 16 == 0 and time.monotonic() > budget.deadline:
             raise RenderLimitError(f"take more than {MAX_RENDER_S:g} s to render")
         return True
 
