@@ -145,3 +145,13 @@ def reference_greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list
         min_new_tokens=num_tokens,
     )
     return found[0, ids.shape[1] :].tolist()
+
+
+def is_greedy(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+    """Whether `answer` is the greedy continuation of `prompt`, token for token.
+
+    One pass over prompt and answer decides it: each token must be the most likely one after those
+    before it, which by induction is what greedy decoding would have chosen.
+    """
+    logits = reference_logits(model, [*prompt, *answer[:-1]])
+    return logits[len(prompt) - 1 :].argmax(-1).tolist() == list(answer)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from baton.model_spec import ModelSpec
 
+HostBlock = npt.NDArray[np.uint8]
+
 
 def kv_block_bytes(spec: ModelSpec, block_size: int, dtype: str) -> int:
     """Bytes of one block of `block_size` tokens over all layers; known before any allocation."""
@@ -40,22 +42,32 @@ class KvCache:
             device=device,
         )
         self._rows = self.data.view(-1, spec.num_kv_heads * spec.head_dim)
-        self._host: npt.NDArray[np.uint8] | None = None
+        self._host: HostBlock | None = None
         if self.data.device.type == "cpu":
             self._host = self.data.view(num_blocks, -1).view(torch.uint8).numpy()
 
-    def block_view(self, block: int) -> npt.NDArray[np.uint8]:
-        """The bytes of one block, [block_bytes], not a copy: what is written here is in the pool.
+    def read_block(self, block: int) -> HostBlock:
+        """The bytes of one block, [block_bytes] uint8: a view of the pool, or a copy off a GPU.
 
-        Another thread may read or write it while the scheduler keeps the block out of every step.
-
-        Raises:
-            RuntimeError: the pool is not in host memory.
+        Another thread may read it while the scheduler keeps the block referenced.
         """
+        if self._host is not None:
+            view: HostBlock = self._host[block]
+            return view
+        copy: HostBlock = self.data[block].reshape(-1).view(torch.uint8).cpu().numpy()
+        return copy
+
+    def landing(self, block: int) -> HostBlock:
+        """Where another thread may write the bytes of `block`; `land` makes them the block's."""
+        if self._host is not None:
+            view: HostBlock = self._host[block]
+            return view
+        return np.empty(self.block_bytes, np.uint8)
+
+    def land(self, block: int, landed: HostBlock) -> None:
+        """Take over what was written to `landing(block)`; on a host it is in place already."""
         if self._host is None:
-            raise RuntimeError(f"the KV pool is on {self.data.device}, not in host memory")
-        view: npt.NDArray[np.uint8] = self._host[block]
-        return view
+            self.data[block].reshape(-1).view(torch.uint8).copy_(torch.from_numpy(landed))
 
     def rows(self, slots: Tensor) -> Tensor:
         """Where K of layer 0 lies for each slot, as indices into `gather`'s rows.

@@ -1,0 +1,174 @@
+"""From a configuration to an engine that is ready to step."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from baton.config import Config
+from baton.core.decision_log import LoggedScheduler, Sink
+from baton.core.lease import LeaseTable
+from baton.core.limits import SchedulerConfig
+from baton.core.scheduler import Scheduler
+from baton.core.store_index import StoreIndex
+from baton.engine.engine import Emitted, Engine
+from baton.engine.runner import TorchRunner
+from baton.errors import ConfigError
+from baton.model.attention import NUMERICS
+from baton.model.kv_cache import KvCache, kv_block_bytes
+from baton.model.loader import Progress, load_weights, weights_fingerprint
+from baton.model.transformer import Transformer
+from baton.model_spec import ModelSpec, load_model_spec
+from baton.types import KvFormat
+
+logger = logging.getLogger(__name__)
+
+HOST_KV_SHARE = 1 / 8
+"""Of the host memory that is free at start: several workers and their stores share a host."""
+DEVICE_KV_SHARE = 0.85
+"""Of the device memory that is free once the weights are there."""
+
+
+class EngineLimits(msgspec.Struct, frozen=True):
+    """What the configuration came to on this machine, with this model."""
+
+    device: str
+    dtype: str
+    threads: int
+    max_model_len: int
+    num_blocks: int
+    num_frames: int
+    block_bytes: int
+
+
+class Built(msgspec.Struct, frozen=True):
+    """An engine and what others must know of it."""
+
+    engine: Engine
+    limits: EngineLimits
+    scheduler_config: SchedulerConfig
+    spec: ModelSpec
+
+
+def build_engine(
+    config: Config,
+    model_dir: Path,
+    emit: Callable[[Emitted], None],
+    *,
+    worker_id: str,
+    epoch: int,
+    lease_secret: bytes,
+    with_store: bool = True,
+    progress: Progress | None = None,
+    decision_sink: Sink | None = None,
+) -> Built:
+    """Load the model and lay out the KV pool. The fabric is the caller's to attach.
+
+    Raises:
+        ModelError: the checkpoint cannot be served.
+        ConfigError: the limits do not fit the model or the machine.
+    """
+    spec = load_model_spec(model_dir)
+    device = _device(config)
+    dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
+    weights = load_weights(model_dir, spec, dtype, device, progress)
+    limits = resolve_limits(config, spec, device, dtype, with_store)
+    kv_format = KvFormat(
+        block_size=config.engine.block_size,
+        dtype=dtype,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        block_bytes=limits.block_bytes,
+    )
+    scheduler_config = SchedulerConfig(
+        kv_format=kv_format,
+        num_blocks=limits.num_blocks,
+        num_frames=limits.num_frames,
+        max_num_seqs=config.engine.max_num_seqs,
+        max_num_batched_tokens=config.engine.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+        vocab_size=spec.vocab_size,
+        fingerprint=weights_fingerprint(model_dir),
+        numerics=f"{NUMERICS}-{dtype}-{device}",
+        prefix_cache=config.engine.prefix_cache,
+        lease_ttl_s=config.store.lease_ttl_s,
+    )
+    index = StoreIndex(limits.num_frames)
+    leases = LeaseTable(worker_id, epoch, lease_secret, index)
+    scheduler = (
+        Scheduler(scheduler_config, leases, index)
+        if decision_sink is None
+        else LoggedScheduler(scheduler_config, leases, index, decision_sink)
+    )
+    kv = KvCache(spec, limits.num_blocks, config.engine.block_size, dtype, device)
+    runner = TorchRunner(Transformer(spec, weights), kv, device)
+    for name, value in msgspec.structs.asdict(limits).items():
+        logger.info("engine %s=%s", name, value)
+    logger.info("engine kernels=%s (inexact: results may vary in the last bits)", NUMERICS)
+    return Built(Engine(scheduler, runner, kv, emit), limits, scheduler_config, spec)
+
+
+def resolve_limits(
+    config: Config, spec: ModelSpec, device: str, dtype: str, with_store: bool
+) -> EngineLimits:
+    """Work out the sizes. Call it when the weights are loaded, so that free memory is what is left.
+
+    The pool takes `kv_cache_bytes`, or an eighth of the free host memory (85 % of the free memory
+    of a GPU), but never more than `max_num_seqs` sequences of full length could use.
+
+    Raises:
+        ConfigError: naming the field to change.
+    """
+    engine = config.engine
+    block_bytes = kv_block_bytes(spec, engine.block_size, dtype)
+    max_model_len = config.model.max_model_len or spec.max_position
+    if max_model_len > spec.max_position:
+        raise ConfigError(
+            f"model.max_model_len {max_model_len} exceeds the {spec.max_position} positions that "
+            "the model was made for: lower it"
+        )
+    num_blocks = engine.num_kv_blocks
+    if num_blocks is None:
+        useful = engine.max_num_seqs * -(-max_model_len // engine.block_size)
+        budget = engine.kv_cache_bytes or _default_kv_bytes(device)
+        num_blocks = min(useful, budget // block_bytes)
+    if num_blocks < 2:
+        raise ConfigError(
+            f"the KV pool would have {num_blocks} blocks of {block_bytes} bytes: "
+            "raise engine.kv_cache_bytes"
+        )
+    return EngineLimits(
+        device=device,
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        max_model_len=max_model_len,
+        num_blocks=num_blocks,
+        num_frames=config.store.max_bytes // block_bytes if with_store else 0,
+        block_bytes=block_bytes,
+    )
+
+
+def _device(config: Config) -> str:
+    if config.engine.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("engine.device is cuda, but torch finds no CUDA device here")
+    if config.engine.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.engine.device
+
+
+def _default_kv_bytes(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0] * DEVICE_KV_SHARE)
+    with open("/proc/meminfo") as meminfo:
+        for line in meminfo:
+            if line.startswith("MemAvailable:"):
+                return int(int(line.split()[1]) * 1024 * HOST_KV_SHARE)
+    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * HOST_KV_SHARE)

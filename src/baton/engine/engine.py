@@ -1,0 +1,174 @@
+"""The step: schedule, compute, take in, and move blocks in and out.
+
+    inbox ─▶ drain ─▶ Scheduler.schedule ─▶ imports to the fabric thread
+                            │
+                            ▼
+                      Runner.submit / collect ─▶ Scheduler.update ─▶ exports to the fabric thread
+                                                        └─▶ emit(deltas, handoffs, load)
+
+One thread calls `step`; it alone owns the scheduler, the pool and the running step. Others only
+put messages into `inbox`. The fabric thread touches no block but those it was given, and these
+are freed only after its answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+import msgspec
+
+from baton.core.plan import ExportOrder, ImportOrder, Runner, Update
+from baton.core.scheduler import Scheduler
+from baton.core.sequence import SequenceId
+from baton.engine import inbox as messages
+from baton.engine.inbox import Inbox, Message
+from baton.errors import Internal
+from baton.fabric.thread import (
+    ExportDone,
+    ExportJob,
+    FabricFailed,
+    FabricThread,
+    FetchDone,
+    FetchJob,
+)
+from baton.fabric.transport import ReadResult, Wanted
+from baton.model.kv_cache import HostBlock, KvCache
+from baton.types import WorkerLoad
+
+STEP_TIME_WEIGHT = 0.1
+"""Of the newest step in the moving average that `WorkerLoad.step_s` tells."""
+
+
+class Emitted(msgspec.Struct, frozen=True):
+    """What one turn brought for the outside; totals of the counters are cumulative."""
+
+    update: Update
+    load: WorkerLoad
+    counters: dict[str, float]
+
+
+class Engine:
+    """One model, one KV pool, one scheduler, driven step by step.
+
+    `fabric` may be set after construction, since its answers go to `inbox`; an engine without
+    one serves no handoffs.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        kv: KvCache,
+        emit: Callable[[Emitted], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler = scheduler
+        self.inbox: Inbox = SimpleQueue()
+        self.fabric: FabricThread | None = None
+        self.stopping = False
+        self.progress = 0
+        self._runner = runner
+        self._kv = kv
+        self._emit = emit
+        self._clock = clock
+        self._step_s = 0.0
+        self._landing: dict[SequenceId, list[tuple[int, HostBlock]]] = {}
+
+    def step(self) -> bool:
+        """One turn. Returns whether a step ran; if not, there is nothing to do until news comes."""
+        heard = self._drain_inbox()
+        plan = self.scheduler.schedule(self._clock())
+        for order in plan.imports:
+            self._start_import(order)
+        if plan.chunks:
+            self._runner.submit(plan)
+            output = self._runner.collect()
+            self._step_s += STEP_TIME_WEIGHT * (output.elapsed_s - self._step_s)
+            self.progress += 1
+            self.scheduler.update(plan, output, self._clock())
+        update = self.scheduler.take()
+        for export in update.exports:
+            self._start_export(export)
+        if heard or plan.chunks or update.deltas or update.handoffs:
+            self._emit(Emitted(update, self.load(), dict(self.scheduler.counters)))
+        return bool(plan.chunks)
+
+    def wait(self) -> None:
+        """Sleep until there is a message, or until a deadline or lease runs out."""
+        deadline = self.scheduler.next_deadline()
+        timeout = None if deadline is None else max(0.0, deadline - self._clock())
+        try:
+            self._receive(self.inbox.get(timeout=timeout))
+        except Empty:
+            return
+
+    def load(self) -> WorkerLoad:
+        index = self.scheduler.exports.index
+        frame_bytes = self.scheduler.config.kv_format.block_bytes
+        return msgspec.structs.replace(
+            self.scheduler.load(),
+            step_s=self._step_s,
+            store_used_bytes=index.num_used * frame_bytes,
+            store_total_bytes=index.num_frames * frame_bytes,
+            progress=self.progress,
+        )
+
+    def _drain_inbox(self) -> bool:
+        heard = False
+        while True:
+            try:
+                message = self.inbox.get_nowait()
+            except Empty:
+                return heard
+            heard = True
+            self._receive(message)
+
+    def _receive(self, message: Message) -> None:
+        scheduler = self.scheduler
+        match message:
+            case messages.Submit(request):
+                scheduler.add(request, self._clock())
+            case messages.Abort(seq_id):
+                scheduler.abort(seq_id)
+            case messages.Renew(grant_ids):
+                scheduler.renew(grant_ids, self._clock())
+            case messages.Release(grant_ids):
+                scheduler.release(grant_ids)
+            case messages.Drain():
+                scheduler.drain()
+            case messages.Stop():
+                self.stopping = True
+            case ExportDone():
+                scheduler.exported(message.key, message.digest, self._clock())
+            case FetchDone():
+                self._finish_import(message)
+            case FabricFailed():
+                # The fabric's own code is broken, so nothing that it did can be trusted.
+                raise Internal(f"the fabric failed at {message.tag!r}: {message.error}")
+
+    def _start_export(self, order: ExportOrder) -> None:
+        assert self.fabric is not None, "a hand-off was accepted without a fabric"
+        source = self._kv.read_block(order.block)
+        self.fabric.export(ExportJob(order.key, order.frame, order.key, source))
+
+    def _start_import(self, order: ImportOrder) -> None:
+        assert self.fabric is not None, "a handoff was accepted without a fabric"
+        landing = [(want.block, self._kv.landing(want.block)) for want in order.wanted]
+        self._landing[order.seq_id] = landing
+        wanted = tuple(
+            Wanted(want.key, want.frame, want.digest, place)
+            for want, (_, place) in zip(order.wanted, landing, strict=True)
+        )
+        self.fabric.fetch(FetchJob(order.seq_id, order.grant, wanted, order.deadline))
+
+    def _finish_import(self, done: FetchDone) -> None:
+        seq_id = done.tag
+        assert isinstance(seq_id, tuple)
+        landing = self._landing.pop(seq_id)
+        for (block, place), result in zip(landing, done.results, strict=True):
+            if result is ReadResult.OK:
+                self._kv.land(block, place)
+        results = tuple(result.value for result in done.results)
+        self.scheduler.imported(seq_id, results, self._clock())
