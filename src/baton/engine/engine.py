@@ -42,11 +42,15 @@ STEP_TIME_WEIGHT = 0.1
 
 
 class Emitted(msgspec.Struct, frozen=True):
-    """What one turn brought for the outside; totals of the counters are cumulative."""
+    """What one turn brought for the outside; totals of the counters are cumulative.
+
+    `drained`: the engine was asked to drain, nothing is left, and nobody holds a lease any more.
+    """
 
     update: Update
     load: WorkerLoad
     counters: dict[str, float]
+    drained: bool
 
 
 class Engine:
@@ -91,8 +95,10 @@ class Engine:
         update = self.scheduler.take()
         for export in update.exports:
             self._start_export(export)
-        if heard or plan.chunks or update.deltas or update.handoffs:
-            self._emit(Emitted(update, self.load(), dict(self.scheduler.counters)))
+        drained = self.scheduler.is_drained() and not len(self.scheduler.exports.leases)
+        if heard or plan.chunks or update.deltas or update.handoffs or drained:
+            counters = dict(self.scheduler.counters)
+            self._emit(Emitted(update, self.load(), counters, drained))
         return bool(plan.chunks)
 
     def wait(self) -> None:

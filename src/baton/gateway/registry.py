@@ -1,0 +1,183 @@
+"""The workers that a gateway knows, and its stream to each.
+
+    Announce ──▶ connecting ──Hello fits──▶ joined ──stream lost──▶ gone
+                     └──Hello of another model, or stream lost──▶ gone
+
+All methods run on the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from baton.gateway.dispatch import Readiness
+from baton.rpc.client import WorkerLink
+from baton.rpc.messages import Announce, AnnounceReply, Hello, StepReport
+from baton.types import Role, WorkerLoad
+
+logger = logging.getLogger(__name__)
+
+_WORKER_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_MUST_AGREE = ("model", "fingerprint", "numerics", "kv_format", "vocab_size", "max_model_len")
+
+
+class Member:
+    """One worker: its link, and from its Hello on what it last said of itself."""
+
+    __slots__ = ("announced", "counters", "draining", "hello", "link", "load")
+
+    def __init__(self, announced: Announce, link: WorkerLink) -> None:
+        self.announced = announced
+        self.link = link
+        self.hello: Hello | None = None
+        self.load = WorkerLoad()
+        self.counters: dict[str, float] = {}
+        self.draining = False
+
+
+class Registry:
+    """Members by worker id. `expected` is the number of workers of each role in the layout."""
+
+    def __init__(
+        self,
+        gateway_id: str,
+        gateway_epoch: int,
+        secret: bytes,
+        runtime_dir: Path,
+        expected: Mapping[Role, int],
+        *,
+        on_join: Callable[[Hello], None],
+        on_report: Callable[[str, StepReport], None],
+        on_lost: Callable[[str, str], None],
+    ) -> None:
+        self._gateway_id = gateway_id
+        self._gateway_epoch = gateway_epoch
+        self._secret = secret
+        self._runtime_dir = runtime_dir
+        self._expected = {role: count for role, count in expected.items() if count}
+        self._on_join = on_join
+        self._on_report = on_report
+        self._on_lost = on_lost
+        self._members: dict[str, Member] = {}
+        self._was_complete = False
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def announce(self, message: Announce) -> AnnounceReply:
+        """A worker says that it is there; a new start of it takes the place of the old one."""
+        worker_id = message.worker_id
+        if not _WORKER_ID.fullmatch(worker_id):
+            return AnnounceReply(False, "a worker id has 1 to 64 letters, digits, '_', '.', '-'")
+        if message.address != f"unix:{self._runtime_dir / worker_id}.sock":
+            # An address from a peer is never followed to where this side did not look for it.
+            return AnnounceReply(False, "the worker's socket is not in this runtime directory")
+        known = self._members.get(worker_id)
+        if known is not None:
+            if known.announced.epoch == message.epoch:
+                return AnnounceReply(True)
+            self._remove(worker_id, "started anew")
+        link = WorkerLink(
+            message.address,
+            self._gateway_id,
+            self._gateway_epoch,
+            self._secret,
+            on_hello=lambda hello: self._greeted(message, hello),
+            on_report=lambda report: self._reported(message, report),
+            on_lost=lambda reason: self._lost(message, reason),
+        )
+        self._members[worker_id] = Member(message, link)
+        link.start()
+        return AnnounceReply(True)
+
+    def link(self, worker_id: str) -> WorkerLink | None:
+        member = self._members.get(worker_id)
+        return None if member is None else member.link
+
+    def joined(self) -> list[Member]:
+        """Members that have said a fitting Hello, by worker id."""
+        return [self._members[i] for i in sorted(self._members) if self._members[i].hello]
+
+    def hello(self) -> Hello | None:
+        """What all members agree on; any one's word for it."""
+        return next((member.hello for member in self.joined()), None)
+
+    def readiness(self) -> Readiness:
+        """Ready when the layout has been complete once and no worker pool is empty now."""
+        have = dict.fromkeys(self._expected, 0)
+        for member in self.joined():
+            if not member.draining:
+                role = member.announced.role
+                have[role] = have.get(role, 0) + 1
+        wanted = dict.fromkeys(self._expected, 1) if self._was_complete else self._expected
+        missing = [
+            f"{have[role]} of {count} {role.value} workers are there"
+            for role, count in wanted.items()
+            if have[role] < count
+        ]
+        if missing:
+            return Readiness(False, "; ".join(missing))
+        self._was_complete = True
+        return Readiness(True)
+
+    async def close(self) -> None:
+        for member in self._members.values():
+            self._close(member.link)
+        await asyncio.gather(*self._closing)
+
+    def _is_current(self, announced: Announce) -> bool:
+        member = self._members.get(announced.worker_id)
+        return member is not None and member.announced is announced
+
+    def _greeted(self, announced: Announce, hello: Hello) -> None:
+        if not self._is_current(announced):
+            return
+        problem = self._misfit(announced, hello)
+        if problem is not None:
+            logger.error("worker id=%s refused: %s", announced.worker_id, problem)
+            self._remove(announced.worker_id, problem)
+            return
+        self._members[announced.worker_id].hello = hello
+        logger.info("worker id=%s role=%s joined pid=%d", hello.worker_id, hello.role, hello.pid)
+        self._on_join(hello)
+
+    def _misfit(self, announced: Announce, hello: Hello) -> str | None:
+        said = (announced.worker_id, announced.epoch, announced.role)
+        if (hello.worker_id, hello.epoch, hello.role) != said:
+            return "its Hello is not what it announced"
+        other = self.hello()
+        if other is not None:
+            for field in _MUST_AGREE:
+                if getattr(hello, field) != getattr(other, field):
+                    return f"its {field} differs from that of {other.worker_id}"
+        return None
+
+    def _reported(self, announced: Announce, report: StepReport) -> None:
+        if not self._is_current(announced):
+            return
+        member = self._members[announced.worker_id]
+        member.load = report.load
+        member.draining = report.draining
+        if report.counters:
+            member.counters = report.counters
+        if report.fatal is not None:
+            logger.error("worker id=%s fatal: %s", announced.worker_id, report.fatal.message)
+        self._on_report(announced.worker_id, report)
+
+    def _lost(self, announced: Announce, reason: str) -> None:
+        if self._is_current(announced):
+            self._remove(announced.worker_id, reason)
+
+    def _remove(self, worker_id: str, reason: str) -> None:
+        member = self._members.pop(worker_id)
+        logger.warning("worker id=%s gone: %s", worker_id, reason)
+        self._close(member.link)
+        self._on_lost(worker_id, reason)
+
+    def _close(self, link: WorkerLink) -> None:
+        # Not awaited here: this may be one of the link's own callbacks.
+        task = asyncio.get_running_loop().create_task(link.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)

@@ -1,0 +1,72 @@
+"""The life of a request as one waterfall: the only source of its timing.
+
+    received ─ queue ─ prefill ─┬─ first token ─▶ client
+                                └─ export ─ handoff ─ import wait ─ transfer ─ decode ─ finished
+
+Stages are measured where they happen: `StageTimes` come from the workers, each on its own
+clock; only durations are compared across processes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import msgspec
+
+from baton.types import StageTimes
+
+
+class Waterfall(msgspec.Struct, kw_only=True):
+    """One choice of one request. Durations in seconds; `*_worker` are worker ids.
+
+    queue_s: received to first chunk, all waiting rooms included. prefill_s: first chunk to first
+    token. export_s: from there to the last sealed block. import_wait_s: received by the decode
+    worker until its blocks are there to be filled. transfer_s: fetching and verifying. decode_s:
+    from there to the last token. ttft_s and e2e_s are the gateway's own.
+    """
+
+    request_id: str
+    choice: int
+    num_prompt_tokens: int
+    prefill_worker: str | None = None
+    decode_worker: str | None = None
+    predicted_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_imported_blocks: int = 0
+    num_generated_tokens: int = 0
+    attempt: int = 0
+    finish: str = ""
+    error: str | None = None
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    export_s: float = 0.0
+    import_wait_s: float = 0.0
+    transfer_s: float = 0.0
+    decode_s: float = 0.0
+    ttft_s: float = 0.0
+    e2e_s: float = 0.0
+
+    def add(self, times: StageTimes, *, took_over: bool) -> None:
+        """Count the stages of one leg; `took_over` says that it began with a handoff."""
+        if took_over:
+            self.import_wait_s += times.queue_s
+        else:
+            self.queue_s += times.queue_s
+        self.prefill_s += times.prefill_s
+        self.export_s += times.export_s
+        self.transfer_s += times.import_s
+        self.decode_s += times.decode_s
+        self.num_imported_blocks += times.num_imported_blocks
+
+
+class RecentRequests:
+    """The waterfalls of the last requests to finish."""
+
+    def __init__(self, capacity: int = 1000) -> None:
+        self._recent: deque[Waterfall] = deque(maxlen=capacity)
+
+    def add(self, waterfall: Waterfall) -> None:
+        self._recent.append(waterfall)
+
+    def newest_first(self) -> list[Waterfall]:
+        return list(reversed(self._recent))

@@ -1,0 +1,72 @@
+"""The worker process: signals, logging, exit code.
+
+    SIGTERM, SIGINT   drain: finish what runs, take nothing new, exit 0
+    a second one      exit 1 at once
+    an engine error   exit 1; the supervisor restarts, the gateway ends or re-places the requests
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from pathlib import Path
+
+import uvloop
+
+from baton.config import Config
+from baton.observe.logs import setup_logging
+from baton.observe.progress import loading_progress
+from baton.types import Role
+from baton.worker.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    config: Config, role: Role, worker_id: str, runtime_dir: Path, gateways: list[str]
+) -> int:
+    """Run one worker until it is drained or fails; returns the exit code.
+
+    Raises:
+        ConfigError, ModelError: it cannot start.
+    """
+    setup_logging(config.log.level, worker_id)
+    sink = None
+    if config.log.decision_log is not None:
+        directory = Path(config.log.decision_log)
+        directory.mkdir(parents=True, exist_ok=True)
+        log = (directory / f"{worker_id}-{os.getpid()}.log").open("wb")
+        sink = log.write
+    with loading_progress(f"{worker_id}: loading weights") as progress:
+        worker = Worker(
+            config, role, worker_id, runtime_dir, progress=progress, decision_sink=sink
+        )
+    code = uvloop.run(_serve(worker, gateways))
+    if code == 0:
+        worker.close()
+    if sink is not None:
+        log.close()
+    logging.shutdown()
+    # The engine's and the fabric's threads may be stuck in whatever broke: do not wait for them.
+    if code != 0:
+        os._exit(code)
+    return code
+
+
+async def _serve(worker: Worker, gateways: list[str]) -> int:
+    loop = asyncio.get_running_loop()
+    heard = 0
+
+    def stop() -> None:
+        nonlocal heard
+        heard += 1
+        if heard == 1:
+            worker.drain()
+        else:
+            worker.end(1)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    return await worker.run(gateways)

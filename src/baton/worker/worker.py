@@ -1,0 +1,279 @@
+"""One worker: an engine thread, a fabric thread, and the event loop that talks to gateways.
+
+    gateways ══RPC══ event loop ──inbox──▶ engine thread ──jobs──▶ fabric thread
+                        ▲ one call_soon_threadsafe a step │◀──answers (inbox)──┘
+
+The event loop's thread owns who asked for what (`_live`); the engine's owns everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+from pathlib import Path
+
+from baton.config import Config
+from baton.core.decision_log import Sink
+from baton.core.sequence import SequenceId
+from baton.engine import inbox
+from baton.engine.build import Built, build_engine
+from baton.engine.engine import Emitted
+from baton.engine.loop import EngineLoop
+from baton.errors import Internal, WorkerLost
+from baton.fabric.arena import Arena
+from baton.fabric.descriptors import DescriptorServer
+from baton.fabric.shm import ShmTransport
+from baton.fabric.thread import FabricThread
+from baton.model.hub import resolve_model
+from baton.model.loader import Progress
+from baton.rpc.auth import read_secret
+from baton.rpc.client import announce
+from baton.rpc.messages import Announce, Hello, Instructions
+from baton.rpc.server import WorkerServer
+from baton.types import Handoff, Request, Role, StageTimes, TokenDelta, WorkerLoad
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+"""Between load reports of a worker that has no other news."""
+STOP_GRACE_S = 1.0
+
+
+class Worker:
+    """Everything of one worker process but its signals and exit code.
+
+    Args:
+        address: where to listen for gateways, `unix:/path` or `host:port`.
+
+    Raises:
+        ModelError, ConfigError: the model or the configuration cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        role: Role,
+        worker_id: str,
+        runtime_dir: Path,
+        *,
+        progress: Progress | None = None,
+        decision_sink: Sink | None = None,
+    ) -> None:
+        self._config = config
+        self._role = role
+        self._id = worker_id
+        self._runtime_dir = runtime_dir
+        self._epoch = secrets.randbits(63)
+        self._secret = read_secret(runtime_dir)
+        lease_secret = secrets.token_bytes(32)
+        self._built: Built = build_engine(
+            config,
+            resolve_model(config.model.path),
+            self._emit_from_engine,
+            worker_id=worker_id,
+            epoch=self._epoch,
+            lease_secret=lease_secret,
+            progress=progress,
+            decision_sink=decision_sink,
+        )
+        engine = self._built.engine
+        kv_format = self._built.scheduler_config.kv_format
+        limits = self._built.limits
+        self._arena = Arena.create(limits.num_frames, limits.block_bytes, self._epoch, kv_format)
+        self._descriptors = DescriptorServer(runtime_dir, worker_id, self._arena, lease_secret)
+        self._transport = ShmTransport(runtime_dir, kv_format)
+        self._fabric = FabricThread(self._arena, self._transport, engine.inbox.put)
+        engine.fabric = self._fabric
+        self._loop_thread = EngineLoop(engine, self._on_engine_failed)
+        self._server = WorkerServer(self._hello, self, self._secret)
+        self._live: dict[SequenceId, str] = {}
+        self._load: WorkerLoad = engine.load()
+        self._counters: dict[str, float] = {}
+        self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended: asyncio.Future[int] | None = None
+
+    async def run(self, gateways: list[str]) -> int:
+        """Serve until drained, stopped or broken; returns the exit code."""
+        self._loop = asyncio.get_running_loop()
+        self._ended = self._loop.create_future()
+        self._loop_thread.start()
+        address = await self._server.start(f"unix:{self._runtime_dir / self._id}.sock")
+        await self._server.set_serving(True)
+        logger.info("worker id=%s role=%s address=%s ready", self._id, self._role, address)
+        tasks = [
+            asyncio.create_task(self._announce(gateway, address)) for gateway in gateways
+        ] + [asyncio.create_task(self._beat())]
+        try:
+            return await self._ended
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._server.stop(STOP_GRACE_S)
+
+    def drain(self) -> None:
+        """Finish what was accepted, take nothing new, then end `run` with 0."""
+        if not self._draining:
+            self._draining = True
+            logger.info("draining num_live=%d", len(self._live))
+            self._loop_thread.put(inbox.Drain())
+            self._report_all()
+
+    def end(self, code: int) -> None:
+        """End `run` with `code`, whatever is running."""
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(code)
+
+    def close(self) -> None:
+        """Stop the threads and give back the memory. Only after a `run` that ended well."""
+        self._loop_thread.stop()
+        self._fabric.stop()
+        self._descriptors.stop()
+        self._transport.close()
+        self._arena.close()
+
+    # What gateways say (`rpc.server.WorkerHandler`, on the event loop's thread) -----------------
+
+    def opened(self, gateway_id: str, epoch: int, resumed: bool) -> None:
+        logger.info("gateway id=%s epoch=%d resumed=%s", gateway_id, epoch, resumed)
+
+    def instructions(self, gateway_id: str, instructions: Instructions) -> None:
+        for request in instructions.submit:
+            self._submit(gateway_id, request)
+        for abort in instructions.abort:
+            seq_id = (abort.request_id, abort.choice, abort.attempt)
+            if self._live.pop(seq_id, None) is not None:
+                self._loop_thread.put(inbox.Abort(seq_id))
+        if instructions.renew:
+            self._loop_thread.put(inbox.Renew(instructions.renew))
+        if instructions.release:
+            self._loop_thread.put(inbox.Release(instructions.release))
+        if instructions.drain:
+            self.drain()
+
+    def lost(self, gateway_id: str) -> None:
+        logger.warning("gateway id=%s lost its stream", gateway_id)
+
+    def forgotten(self, gateway_id: str) -> None:
+        theirs = [seq_id for seq_id, owner in self._live.items() if owner == gateway_id]
+        logger.warning("gateway id=%s forgotten, num_aborted=%d", gateway_id, len(theirs))
+        for seq_id in theirs:
+            del self._live[seq_id]
+            self._loop_thread.put(inbox.Abort(seq_id))
+
+    def _submit(self, gateway_id: str, request: Request) -> None:
+        self._live[request.id, request.choice, request.attempt] = gateway_id
+        self._loop_thread.put(inbox.Submit(request))
+
+    # What the engine says -----------------------------------------------------------------------
+
+    def _emit_from_engine(self, emitted: Emitted) -> None:
+        """Called on the engine thread, once a step."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._emitted, emitted)
+
+    def _emitted(self, emitted: Emitted) -> None:
+        self._load, self._counters = emitted.load, emitted.counters
+        update = emitted.update
+        news: dict[str, _News] = {gateway_id: _News() for gateway_id in self._server.gateways()}
+        for delta in update.deltas:
+            seq_id = (delta.request_id, delta.choice, delta.attempt)
+            if (mine := news.get(self._live.get(seq_id, ""))) is not None:
+                mine.deltas.append(delta)
+            if delta.finish is not None:
+                self._live.pop(seq_id, None)
+        for handoff in update.handoffs:
+            seq_id = (handoff.request_id, handoff.choice, handoff.attempt)
+            owner = self._live.pop(seq_id, "")
+            if owner in news:
+                news[owner].handoffs.append(handoff)
+            else:  # nobody is left to renew or release it
+                self._loop_thread.put(inbox.Release((handoff.grant.grant_id,)))
+        for times in update.times:
+            for mine in news.values():
+                if mine.concerns(times):
+                    mine.times.append(times)
+        for gateway_id, mine in news.items():
+            self._report(gateway_id, mine)
+        if emitted.drained and not self._live:
+            self.end(0)
+
+    def _report(self, gateway_id: str, news: _News) -> None:
+        self._server.report(
+            gateway_id,
+            load=self._load,
+            deltas=tuple(news.deltas),
+            handoffs=tuple(news.handoffs),
+            times=tuple(news.times),
+            counters=self._counters,
+            draining=self._draining,
+        )
+
+    def _report_all(self) -> None:
+        for gateway_id in self._server.gateways():
+            self._report(gateway_id, _News())
+
+    def _on_engine_failed(self, error: BaseException) -> None:
+        """Called on the engine thread: tell everyone, then end the process."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _fail(self, error: BaseException) -> None:
+        fatal = error if isinstance(error, Internal) else WorkerLost(f"engine failed: {error}")
+        for gateway_id in self._server.gateways():
+            self._server.report(gateway_id, load=self._load, fatal=fatal.to_wire())
+        self.end(1)
+
+    # Standing tasks -----------------------------------------------------------------------------
+
+    async def _announce(self, gateway: str, address: str) -> None:
+        reply = await announce(
+            gateway, Announce(self._id, address, self._role, self._epoch), self._secret
+        )
+        if not reply.accepted:
+            logger.error("gateway=%s refused this worker: %s", gateway, reply.reason)
+            self.end(1)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            self._report_all()
+
+    def _hello(self) -> Hello:
+        scheduler = self._built.scheduler_config
+        limits = self._built.limits
+        return Hello(
+            worker_id=self._id,
+            role=self._role,
+            epoch=self._epoch,
+            model=self._config.model.name,
+            fingerprint=scheduler.fingerprint,
+            numerics=scheduler.numerics,
+            kv_format=scheduler.kv_format,
+            num_blocks=limits.num_blocks,
+            max_model_len=limits.max_model_len,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            vocab_size=scheduler.vocab_size,
+            device=limits.device,
+            dtype=limits.dtype,
+            pid=os.getpid(),
+        )
+
+
+class _News:
+    """What one step brought for one gateway."""
+
+    __slots__ = ("deltas", "handoffs", "times")
+
+    def __init__(self) -> None:
+        self.deltas: list[TokenDelta] = []
+        self.handoffs: list[Handoff] = []
+        self.times: list[StageTimes] = []
+
+    def concerns(self, times: StageTimes) -> bool:
+        key = (times.request_id, times.choice)
+        return any((d.request_id, d.choice) == key for d in (*self.deltas, *self.handoffs))
