@@ -122,8 +122,6 @@ def _holds(value: object, what: str) -> bool:
                 return True
             if what == "control" and any(char < " " for char in item):
                 return True
-        elif what == "number" and isinstance(item, int | float):
-            # Compared, not converted: an integer may be too large for a float.
-            if not -_MAX_NUMBER < item < _MAX_NUMBER:
-                return True
+        elif what == "number" and isinstance(item, int | float) and not abs(item) < _MAX_NUMBER:
+            return True
     return False

@@ -100,7 +100,7 @@ class CompletionEndpoint:
             request = parse(self._model, body)
             del body
             service.check_model(request.model)
-            left = await _unless_disconnected(receive, session.answer(request))
+            left = await _unless_disconnected(receive, session, session.answer(request))
         if left:
             service.metrics.add(DISCONNECTS)
             log.info("client left id=%s after_s=%.3f", session.id, session.elapsed_s())
@@ -116,6 +116,7 @@ class Session:
         self._send = send
         self._started_s = time.monotonic()
         self._answering = False
+        self.answered = False  # the last byte is on its way
 
     def elapsed_s(self) -> float:
         return time.monotonic() - self._started_s
@@ -231,6 +232,7 @@ class Session:
 
     async def _body(self, data: bytes, more: bool = True) -> None:
         """Waits while the client's connection has too much unsent: that is the back-pressure."""
+        self.answered = not more
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _last_word(self, error: ServeError) -> None:
@@ -253,15 +255,20 @@ def _usage(work: Work, texts: list[ChoiceText]) -> Usage:
     return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
 
 
-async def _unless_disconnected(receive: Receive, work: Awaitable[None]) -> bool:
-    """Run `work`; cancel it when the client leaves, and tell whether that happened."""
+async def _unless_disconnected(
+    receive: Receive, session: Session, work: Awaitable[None]
+) -> bool:
+    """Run `work`; cancel it when the client leaves, and tell whether that happened.
+
+    Servers also tell of a disconnect once the answer is complete; that one is no news.
+    """
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        if not task.done() and not session.answered:
             return True
-        task.result()
+        await task
         return False
     finally:
         watch.cancel()
