@@ -97,7 +97,7 @@ class ToyModel:
     def _next(self, request: Request, out: list[int]) -> int:
         sampling = request.sampling
         forced = [token for token, bias in sampling.logit_bias.items() if bias == 100]
-        if forced:
+        if forced and (forced[0] not in sampling.stop_token_ids or self._may_stop(sampling, out)):
             return forced[0]
         drawn = (sampling.seed, request.choice) if sampling.temperature > 0 else ()
         state = hashlib.sha256(repr((request.prompt, out[-8:], len(out), drawn)).encode()).digest()

@@ -182,7 +182,7 @@ class Preparer(msgspec.Struct, frozen=True):
         room = model.max_model_len - len(prompt)
         if room < 1:
             raise ContextLengthExceeded(
-                f"the prompt has {len(prompt)} tokens; this model's context is"
+                f"{prompt_param} has {len(prompt)} tokens; this model's context is"
                 f" {model.max_model_len} tokens, of which at least one is for the answer",
                 stage="validate",
                 param=prompt_param,
