@@ -1,0 +1,222 @@
+"""The sections of the configuration and what they may hold; one declaration a field."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from baton.config.layout import Layout
+from baton.errors import ConfigError
+
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0, le=1e6)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One group of fields; subclasses' docstrings are the groups' headings in `--help`."""
+
+
+class ModelConfig(Section, frozen=True):
+    """Model: what is served."""
+
+    path: Annotated[
+        str, Meta(description="Model directory (Hugging Face layout) or repository id.")
+    ] = ""
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Meta(description="Type of weights and KV cache; auto follows the checkpoint."),
+    ] = "auto"
+    served_name: Annotated[
+        str | None,
+        Meta(description="Model name in the API; by default the last part of the path."),
+    ] = None
+    max_model_len: Annotated[
+        Count | None,
+        Meta(description="Longest prompt plus output, in tokens; by default the model's."),
+    ] = None
+
+    @property
+    def name(self) -> str:
+        """The name under which clients ask for the model."""
+        return self.served_name or Path(self.path).resolve().name
+
+
+class EngineConfig(Section, frozen=True):
+    """Engine: each worker's batches and KV cache."""
+
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Meta(description="Where the model runs; auto takes CUDA when there is one."),
+    ] = "auto"
+    block_size: Annotated[int, Meta(ge=1, le=1024, description="Tokens in a KV block.")] = 16
+    kv_cache_bytes: Annotated[
+        Count | None,
+        Meta(description="KV pool of a worker; by default a share of the memory free at start."),
+    ] = None
+    num_kv_blocks: Annotated[
+        Count | None,
+        Meta(description="KV blocks of a worker, exactly; overrides kv_cache_bytes."),
+    ] = None
+    max_num_seqs: Annotated[Count, Meta(description="Most sequences in one step.")] = 256
+    max_num_batched_tokens: Annotated[
+        Count, Meta(description="Token budget of one step; longer prompts are chunked.")
+    ] = 512
+    threads: Annotated[
+        Count | None,
+        Meta(description="CPU threads of a worker; by default the cores shared out evenly."),
+    ] = None
+    prefix_cache: Annotated[bool, Meta(description="Reuse KV of prompts that begin alike.")] = True
+
+
+class StoreConfig(Section, frozen=True):
+    """Store: each worker's host memory for KV that others may read."""
+
+    max_bytes: Annotated[
+        int, Meta(ge=1 << 20, description="Size of the block store; full means back-pressure.")
+    ] = 256 << 20
+    lease_ttl_s: Annotated[
+        Seconds, Meta(description="Seconds for which a lease holds without renewal.")
+    ] = 10.0
+
+
+class GatewayConfig(Section, frozen=True):
+    """Gateway: the HTTP service."""
+
+    host: Annotated[str, Meta(min_length=1, description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="Port; 0 takes any free one.")] = 8000
+    admin_host: Annotated[
+        str, Meta(min_length=1, description="Address of the admin listener (/metrics).")
+    ] = "127.0.0.1"
+    admin_port: Annotated[
+        int, Meta(ge=0, le=65535, description="Port of the admin listener; 0 takes any free one.")
+    ] = 8001
+    api_keys_file: Annotated[
+        str | None, Meta(description="File with one SHA-256 hash of an API key a line.")
+    ] = None
+    tls_cert_file: Annotated[
+        str | None, Meta(description="TLS certificate chain (PEM); needs tls_key_file.")
+    ] = None
+    tls_key_file: Annotated[str | None, Meta(description="TLS private key (PEM).")] = None
+    allow_insecure: Annotated[
+        bool, Meta(description="Listen beyond loopback without TLS and API keys.")
+    ] = False
+    max_body_bytes: Annotated[
+        int, Meta(ge=1024, description="Largest request body; larger ones get 413.")
+    ] = 8 << 20
+    max_connections: Annotated[
+        Count, Meta(description="Most open connections; further ones get 503.")
+    ] = 1024
+    max_queued_requests: Annotated[
+        Count, Meta(description="Most requests in flight; further ones get 429.")
+    ] = 1024
+    request_timeout_s: Annotated[
+        Seconds, Meta(description="Deadline of a request, in seconds.")
+    ] = 600.0
+
+
+class LaunchConfig(Section, frozen=True):
+    """Launch: which workers run, and what happens when one ends."""
+
+    layout: Annotated[
+        str, Meta(description="Workers by role: 1P1D, 2P3D, 1U (prefill, decode, unified).")
+    ] = "1P1D"
+    restart_backoff_s: Annotated[
+        Seconds, Meta(description="Pause before the first restart; doubles each time.")
+    ] = 0.5
+    restart_backoff_max_s: Annotated[
+        Seconds, Meta(description="Longest pause between restarts.")
+    ] = 30.0
+    max_restarts: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="Give up after so many restarts of one worker in a row."),
+    ] = None
+    start_timeout_s: Annotated[
+        Seconds, Meta(description="Seconds until every process must be ready.")
+    ] = 300.0
+    drain_timeout_s: Annotated[
+        float, Meta(ge=0, le=1e6, description="Seconds for running requests at shutdown.")
+    ] = 30.0
+
+
+class LogConfig(Section, frozen=True):
+    """Log: what is written down."""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="Least level to log.")
+    ] = "info"
+    decision_log: Annotated[
+        str | None, Meta(description="Directory for decision logs, which `baton replay` reads.")
+    ] = None
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that a user can set."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    store: StoreConfig = StoreConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    launch: LaunchConfig = LaunchConfig()
+    log: LogConfig = LogConfig()
+
+    def validate(self) -> None:
+        """Check what no single field can: listeners, TLS files, layout, back-off.
+
+        Raises:
+            ConfigError: it names the fields and what to change.
+        """
+        gateway = self.gateway
+        Layout.parse(self.launch.layout)
+        for have, lack in (("cert", "key"), ("key", "cert")):
+            if getattr(gateway, f"tls_{have}_file") and not getattr(gateway, f"tls_{lack}_file"):
+                raise ConfigError(
+                    f"gateway.tls_{have}_file is set without gateway.tls_{lack}_file: "
+                    f"give both, or neither"
+                )
+        if not gateway.allow_insecure:
+            _check_listeners(gateway)
+        if gateway.port == gateway.admin_port != 0:
+            raise ConfigError(
+                f"gateway.port and gateway.admin_port are both {gateway.port}: "
+                "give the admin listener a port of its own"
+            )
+        if self.launch.restart_backoff_max_s < self.launch.restart_backoff_s:
+            raise ConfigError(
+                "launch.restart_backoff_max_s is less than launch.restart_backoff_s: raise it"
+            )
+
+
+def _check_listeners(gateway: GatewayConfig) -> None:
+    if not is_loopback(gateway.host):
+        missing = [
+            name
+            for name in ("tls_cert_file", "tls_key_file", "api_keys_file")
+            if getattr(gateway, name) is None
+        ]
+        if missing:
+            raise ConfigError(
+                f"gateway.host {gateway.host} can be reached from other machines, and "
+                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: set "
+                f"{'it' if len(missing) == 1 else 'them'}, listen on 127.0.0.1, or say "
+                "--gateway.allow-insecure"
+            )
+    if not is_loopback(gateway.admin_host):
+        raise ConfigError(
+            f"gateway.admin_host {gateway.admin_host} can be reached from other machines, and the "
+            "admin listener has neither TLS nor API keys: use 127.0.0.1, or say "
+            "--gateway.allow-insecure"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`; a name other than localhost counts as not."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
