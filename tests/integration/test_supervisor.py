@@ -24,7 +24,8 @@ class Deployment:
 
     def __init__(self, directory: Path, modes: dict[str, str], **launch: object) -> None:
         self.directory = directory
-        overrides = {"model.path": "demo", "launch.restart_backoff_s": 0.1}
+        overrides = {"model.path": "demo", "gateway.port": 0, "gateway.admin_port": 0}
+        overrides |= {"launch.restart_backoff_s": 0.1}
         overrides |= {f"launch.{name}": value for name, value in launch.items()}
         (directory / "run").mkdir()
         self.process = subprocess.Popen(
@@ -117,7 +118,7 @@ ALL = ("gateway", "prefill-0", "decode-0")
 def test_drains_the_gateway_first_and_leaves_nothing(start: Start) -> None:
     deployment = start()
     said = deployment.until_ready()
-    assert "Ready after" in said and "curl -N http://127.0.0.1:8000/v1/chat/completions" in said
+    assert "Ready after" in said and "curl -N http://127.0.0.1:" in said
     deployment.until_up(*ALL)
     runtime = Path(deployment.events()[0][4])
     assert runtime.parent == deployment.directory / "run"

@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from baton.launch import pdeathsig, runtime_dir
 from baton.launch.backoff import Backoff
 from baton.launch.console import Console
 from baton.launch.cores import threads_per_worker, usable_cores
-from baton.launch.local import baton_command, curl_line, resolve, worker_names
+from baton.launch.local import baton_command, check_ports, curl_line, resolve, worker_names
 from baton.launch.process import Child, describe_exit
 from baton.launch.ready import ReadyProbe, base_url
 from baton.types import Role
@@ -69,6 +70,21 @@ def test_resolve_fills_threads_and_port() -> None:
         assert resolve(load_config(None, overrides)).engine.threads == threads
     with pytest.raises(ConfigError, match=r"203\.0\.113\.1"):
         resolve(Config(gateway=GatewayConfig(host="203.0.113.1", port=0)))
+
+
+def test_taken_ports_are_told_before_anything_starts() -> None:
+    with socket.socket() as taken, socket.socket() as free:
+        for listener in (taken, free):
+            listener.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        free_port = free.getsockname()[1]
+        free.close()
+        for ports in ((port, free_port), (free_port, port)):
+            gateway = GatewayConfig(port=ports[0], admin_port=ports[1])
+            with pytest.raises(ConfigError, match=rf"port {port} on 127.0.0.1 .*in use"):
+                check_ports(Config(gateway=gateway))
+        check_ports(Config(gateway=GatewayConfig(port=free_port, admin_port=0)))
 
 
 def test_commands(tmp_path: Path) -> None:

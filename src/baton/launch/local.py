@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shlex
 import socket
@@ -66,6 +67,7 @@ def serve(config: Config, *, command: Command = baton_command, probe: Probe | No
         ConfigError: the configuration cannot be used here.
     """
     config = resolve(config)
+    check_ports(config)
     console = Console()
     with runtime_dir() as directory:
         create_secret(directory)
@@ -90,11 +92,12 @@ def serve(config: Config, *, command: Command = baton_command, probe: Probe | No
 
 def _announce(config: Config, seconds: float) -> None:
     url = base_url(config.gateway)
-    sys.stdout.write(
-        f"\nReady after {seconds:.1f} s: {config.model.name} ({config.launch.layout}) on {url}\n\n"
-        f"  {curl_line(config)}\n\n"
-    )
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the reader of our output is gone; serving goes on
+        sys.stdout.write(
+            f"\nReady after {seconds:.1f} s: "
+            f"{config.model.name} ({config.launch.layout}) on {url}\n\n  {curl_line(config)}\n\n"
+        )
+        sys.stdout.flush()
 
 
 def curl_line(config: Config) -> str:
@@ -114,11 +117,43 @@ def curl_line(config: Config) -> str:
     return line
 
 
+def check_ports(config: Config) -> None:
+    """See that the gateway will be able to listen.
+
+    Without this, a stranger who has the port already might answer the question whether we are
+    ready.
+
+    Raises:
+        ConfigError: a port is taken, or the address is not this machine's.
+    """
+    gateway = config.gateway
+    for name, host, port in (
+        ("port", gateway.host, gateway.port),
+        ("admin_port", gateway.admin_host, gateway.admin_port),
+    ):
+        try:
+            with _bound(host, port):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"gateway.{name} {port} on {host} cannot be listened on: {error.strerror}"
+            ) from None
+
+
 def _free_port(host: str) -> int:
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.bind((host, 0))
+        with _bound(host, 0) as probe:
             return int(probe.getsockname()[1])
     except OSError as error:
-        raise ConfigError(f"gateway.host {host} cannot be listened on: {error}") from None
+        raise ConfigError(f"gateway.host {host} cannot be listened on: {error.strerror}") from None
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+    except OSError:
+        probe.close()
+        raise
+    return probe
