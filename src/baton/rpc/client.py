@@ -180,14 +180,10 @@ class WorkerLink:
             try:
                 await self._greet(call)
                 tasks = [asyncio.create_task(run(call)) for run in (self._read, self._write)]
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                await asyncio.gather(*tasks)
             except grpc.aio.AioRpcError as error:
                 text = f"{error.code().name}: {error.details()}"
                 raise (_Broken if error.code() in _BROKEN else _Ended)(text) from None
-            except asyncio.InvalidStateError:
-                raise _Broken("the stream is closed") from None
             except MalformedMessage as error:
                 raise _Ended(f"malformed message: {error}") from None
             finally:
@@ -206,7 +202,8 @@ class WorkerLink:
         )
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
-                await call.write(encode(opening))
+                with contextlib.suppress(asyncio.InvalidStateError):  # refused: read() says why
+                    await call.write(encode(opening))
                 data = await call.read()
         except TimeoutError:
             raise _Ended(f"no answer within {HELLO_TIMEOUT_S} s") from None
@@ -253,7 +250,10 @@ class WorkerLink:
             self._pack()
             while batch := self._outbox.after(self._sent):
                 for data in batch:
-                    await call.write(data)
+                    try:
+                        await call.write(data)
+                    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                        return  # the stream is over: `_read` takes what is left, and tells why
                     self._sent += 1
             # What the worker has not told to have, but surely has by now, need not be kept.
             self._outbox.drop_through(self._sent - KEPT_INSTRUCTIONS)

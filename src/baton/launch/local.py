@@ -1,0 +1,159 @@
+"""`baton serve`: gateway and workers of one deployment on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shlex
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from baton.config import Config, Layout, to_yaml
+from baton.errors import ConfigError
+from baton.launch.console import Console
+from baton.launch.cores import threads_per_worker, usable_cores
+from baton.launch.process import Child
+from baton.launch.ready import ReadyProbe, base_url
+from baton.launch.runtime_dir import runtime_dir
+from baton.launch.supervisor import Probe, Supervisor
+from baton.rpc.auth import create_secret
+from baton.types import Role
+
+Command = Callable[[str, Role | None, Path], list[str]]
+"""(name, role, runtime directory) → the command line of a child; the gateway has no role."""
+
+
+def baton_command(name: str, role: Role | None, directory: Path) -> list[str]:
+    """`python -m baton gateway …` or `python -m baton worker --role … --id … …`."""
+    command = [sys.executable, "-m", "baton", "gateway" if role is None else "worker"]
+    if role is not None:
+        command += ["--role", role.value, "--id", name]
+    command += ["--runtime-dir", str(directory), "--config", str(directory / "config.yaml")]
+    if role is not None:
+        command += ["--gateway", f"unix:{directory / 'gateway.sock'}"]
+    return command
+
+
+def worker_names(layout: Layout) -> dict[str, Role]:
+    """`prefill-0`, `decode-0`, `unified-0`, … and their roles."""
+    return {
+        f"{role.value}-{i}": role for role, count in layout.counts().items() for i in range(count)
+    }
+
+
+def resolve(config: Config) -> Config:
+    """Fill in what only the supervisor knows: threads of each CPU worker, and a free port for 0."""
+    engine, gateway = config.engine, config.gateway
+    if engine.threads is None and engine.device != "cuda":
+        num_workers = Layout.parse(config.launch.layout).num_workers
+        threads = threads_per_worker(num_workers, usable_cores())
+        engine = msgspec.structs.replace(engine, threads=threads)
+    if gateway.port == 0:
+        gateway = msgspec.structs.replace(gateway, port=_free_port(gateway.host))
+    return msgspec.structs.replace(config, engine=engine, gateway=gateway)
+
+
+def serve(config: Config, *, command: Command = baton_command, probe: Probe | None = None) -> int:
+    """Run the deployment until SIGINT or SIGTERM.
+
+    Returns 0 after a clean drain; 1 if it could not start, kept failing or had to be killed.
+
+    Raises:
+        ConfigError: the configuration cannot be used here.
+    """
+    config = resolve(config)
+    check_ports(config)
+    console = Console()
+    with runtime_dir() as directory:
+        create_secret(directory)
+        (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+
+        async def run() -> int:
+            supervisor = Supervisor(
+                Child("gateway", command("gateway", None, directory), console),
+                [
+                    Child(name, command(name, role, directory), console)
+                    for name, role in worker_names(Layout.parse(config.launch.layout)).items()
+                ],
+                config.launch,
+                probe or ReadyProbe(config.gateway),
+                lambda seconds: _announce(config, seconds),
+                console,
+            )
+            return await supervisor.run()
+
+        return asyncio.run(run())
+
+
+def _announce(config: Config, seconds: float) -> None:
+    url = base_url(config.gateway)
+    with contextlib.suppress(OSError):  # the reader of our output is gone; serving goes on
+        sys.stdout.write(
+            f"\nReady after {seconds:.1f} s: "
+            f"{config.model.name} ({config.launch.layout}) on {url}\n\n  {curl_line(config)}\n\n"
+        )
+        sys.stdout.flush()
+
+
+def curl_line(config: Config) -> str:
+    """A request to paste into a shell."""
+    body = {
+        "model": config.model.name,
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "stream": True,
+    }
+    words = ["curl", "-N", f"{base_url(config.gateway)}/v1/chat/completions"]
+    if config.gateway.tls_cert_file:
+        words += ["--cacert", config.gateway.tls_cert_file]
+    words += ["-H", "Content-Type: application/json", "-d", json.dumps(body, ensure_ascii=False)]
+    line = shlex.join(words)
+    if config.gateway.api_keys_file:
+        line += ' -H "Authorization: Bearer $API_KEY"'  # for the shell to fill in
+    return line
+
+
+def check_ports(config: Config) -> None:
+    """See that the gateway will be able to listen.
+
+    Without this, a stranger who has the port already might answer the question whether we are
+    ready.
+
+    Raises:
+        ConfigError: a port is taken, or the address is not this machine's.
+    """
+    gateway = config.gateway
+    for name, host, port in (
+        ("port", gateway.host, gateway.port),
+        ("admin_port", gateway.admin_host, gateway.admin_port),
+    ):
+        try:
+            with _bound(host, port):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"gateway.{name} {port} on {host} cannot be listened on: {error.strerror}"
+            ) from None
+
+
+def _free_port(host: str) -> int:
+    try:
+        with _bound(host, 0) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise ConfigError(f"gateway.host {host} cannot be listened on: {error.strerror}") from None
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+    except OSError:
+        probe.close()
+        raise
+    return probe

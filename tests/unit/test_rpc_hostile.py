@@ -1,0 +1,265 @@
+"""Garbage, strangers, oversize messages and sudden death."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from rpc_ends import LOAD, SECRET, Gateway, hello, request, status_of, until, worker
+
+from baton.errors import ConfigError
+from baton.rpc import auth
+from baton.rpc.auth import credentials
+from baton.rpc.channel import ANNOUNCE_METHOD, STREAM_METHOD, connect
+from baton.rpc.client import announce
+from baton.rpc.messages import (
+    MAX_MESSAGE_BYTES,
+    Announce,
+    AnnounceReply,
+    Instructions,
+    MalformedMessage,
+    Open,
+    decode_to_gateway,
+    decode_to_worker,
+    encode,
+)
+from baton.rpc.server import RegistryServer
+from baton.types import Role
+
+WORKER_PROGRAM = """
+import asyncio, sys
+from rpc_ends import *
+async def main():
+    async with worker(sys.argv[1]) as (srv, handler, address):
+        print("ready", flush=True)
+        step = 0
+        while True:
+            srv.report("gw", load=LOAD)
+            await asyncio.sleep(0.005)
+asyncio.run(main())
+"""
+
+
+def _garbage(rng: random.Random) -> bytes:
+    """Random bytes, or a real message with some of its bytes changed, cut or repeated."""
+    real = [
+        encode(Open("gw", 1)),
+        encode(Instructions(submit=(request("r"),), ack=0, index=1)),
+        encode(hello()),
+    ]
+    kind = rng.randrange(4)
+    if kind == 0:
+        return rng.randbytes(rng.randrange(200))
+    data = bytearray(rng.choice(real))
+    if kind == 1:
+        del data[rng.randrange(len(data)) :]
+    elif kind == 2:
+        data[rng.randrange(len(data)) :] = b"\x91" * rng.randrange(5000)  # nested arrays
+    else:
+        for _ in range(rng.randrange(1, 8)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data)
+
+
+def _is_malformed(data: bytes) -> bool:
+    try:
+        decode_to_worker(data)
+    except MalformedMessage:
+        return True
+    return False
+
+
+def test_garbage_never_reaches_the_handler(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    garbage = [data for data in (_garbage(rng) for _ in range(4000)) if _is_malformed(data)]
+    assert len(garbage) > 2500
+
+    async def main() -> None:
+        async with worker(f"unix:{tmp_path}/w") as (_, handler, address):
+            async with connect(address) as channel:
+                stream = channel.stream_stream(STREAM_METHOD)
+
+                async def send(number: int, data: bytes) -> grpc.StatusCode:
+                    call = stream(metadata=credentials(SECRET))
+                    try:
+                        if number % 4 == 0:  # every fourth comes after a proper start
+                            await call.write(encode(Open(f"gw{number}", 1)))
+                            await call.read()
+                        await call.write(data)
+                        while await call.read() is not grpc.aio.EOF:
+                            pass
+                    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                        pass
+                    return await call.code()
+
+                for start in range(0, len(garbage), 64):
+                    batch = enumerate(garbage[start : start + 64], start)
+                    codes = await asyncio.gather(*(send(n, data) for n, data in batch))
+                    assert set(codes) == {grpc.StatusCode.INVALID_ARGUMENT}
+            assert handler.messages == []
+            gateway = Gateway(address)
+            gateway.link.submit(request("good"))
+            await until(lambda: handler.submitted() == ["good"])
+            await gateway.link.close()
+
+    asyncio.run(main())
+
+
+def test_wrong_order_of_messages_is_refused(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with worker(f"unix:{tmp_path}/w") as (_, handler, address):
+            for messages in ([Instructions(index=1)], [Open("gw", 1), Open("gw", 1)]):
+                code, _ = await status_of(address, *map(encode, messages))
+                assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert handler.messages == []
+
+    asyncio.run(main())
+
+
+def test_garbage_from_a_worker_loses_the_link(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with worker(f"unix:{tmp_path}/w") as (srv, _, address):
+            gateway = Gateway(address)
+            await until(lambda: gateway.hellos)
+            srv._peers["gw"].outbox.append(b"\xc1garbage")
+            srv.report("gw", load=LOAD)
+            await until(lambda: gateway.losses)
+            assert "malformed" in gateway.losses[0]
+            assert gateway.reports == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("metadata", [None, [("baton-token", "é".encode().hex())], "other"])
+def test_strangers_are_refused(tmp_path: Path, metadata: object) -> None:
+    sent = credentials(b"x" * 32) if metadata == "other" else metadata
+
+    async def main() -> None:
+        async with worker(f"unix:{tmp_path}/w") as (_, handler, address):
+            code, _ = await status_of(address, encode(Open("gw", 1)), metadata=sent)
+            assert code is grpc.StatusCode.UNAUTHENTICATED
+            gateway = Gateway(address, secret=b"x" * 32)
+            await until(lambda: gateway.losses)
+            assert "UNAUTHENTICATED" in gateway.losses[0]
+            assert handler.events == []
+
+    asyncio.run(main())
+
+
+def test_oversize_messages_are_refused(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with worker(f"unix:{tmp_path}/w") as (_, handler, address):
+            # A client without our own limit on what it sends.
+            options = (("grpc.max_send_message_length", -1),)
+            async with grpc.aio.insecure_channel(address, options=options) as channel:
+                call = channel.stream_stream(STREAM_METHOD)(metadata=credentials(SECRET))
+                await call.write(encode(Open("gw", 1)))
+                await call.read()
+                with pytest.raises((grpc.aio.AioRpcError, asyncio.InvalidStateError)):
+                    await call.write(bytes(MAX_MESSAGE_BYTES + 1))
+                    while await call.read() is not grpc.aio.EOF:
+                        pass
+                assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert handler.messages == []
+        for decode in (decode_to_worker, decode_to_gateway):
+            with pytest.raises(MalformedMessage, match="exceeds"):
+                decode(bytes(MAX_MESSAGE_BYTES + 1))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("address", ["unix:{}/w", "127.0.0.1:0"])
+def test_killed_worker_is_lost_within_a_second(tmp_path: Path, address: str) -> None:
+    path = address.format(tmp_path)
+    if path.endswith(":0"):
+        path = "127.0.0.1:" + str(_free_port())
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", WORKER_PROGRAM, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+
+            async def main() -> float:
+                gateway = Gateway(path)
+                await until(lambda: len(gateway.reports) > 10)
+                started = time.monotonic()
+                process.send_signal(signal.SIGKILL)
+                await until(lambda: gateway.losses)
+                elapsed = time.monotonic() - started
+                await asyncio.sleep(0.5)
+                assert len(gateway.losses) == 1
+                return elapsed
+
+            assert asyncio.run(main()) < 1.0
+        finally:
+            process.kill()
+
+
+def test_announce_retries_until_there_is_a_gateway(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/g"
+    message = Announce("decode-0", f"unix:{tmp_path}/w", Role.DECODE, 7)
+    seen: list[Announce] = []
+
+    def on_announce(said: Announce) -> AnnounceReply:
+        seen.append(said)
+        return AnnounceReply(said.role is Role.DECODE, "")
+
+    async def main() -> None:
+        early = asyncio.create_task(announce(address, message, SECRET))
+        await asyncio.sleep(0.1)
+        assert not early.done()
+        registry = RegistryServer(on_announce, SECRET)
+        await registry.start(address)
+        assert await asyncio.wait_for(early, 3) == AnnounceReply(True)
+        assert seen == [message]
+        refused = await announce(address, Announce("p", "unix:x", Role.PREFILL, 1), SECRET)
+        assert not refused.accepted
+        stranger = await announce(address, message, b"x" * 32)
+        assert (stranger.accepted, "UNAUTHENTICATED" in stranger.reason) == (False, True)
+        skewed = await announce(address, Announce("p", "unix:x", Role.PREFILL, 1, 99), SECRET)
+        assert (skewed.accepted, "protocol 1" in skewed.reason) == (False, True)
+        assert len(seen) == 2
+        async with connect(address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):
+                await channel.unary_unary(ANNOUNCE_METHOD)(b"\xc1", metadata=credentials(SECRET))
+        assert len(seen) == 2
+        await registry.stop(0.1)
+
+    asyncio.run(main())
+
+
+def test_secret_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        auth.read_secret(tmp_path)
+    secret = auth.create_secret(tmp_path)
+    assert len(secret) == 32
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+    assert auth.read_secret(tmp_path) == secret
+    with pytest.raises(FileExistsError):
+        auth.create_secret(tmp_path)
+    assert secret.hex() not in auth.token(secret)
+    (tmp_path / "secret").chmod(0o640)
+    with pytest.raises(ConfigError, match="open to other users"):
+        auth.read_secret(tmp_path)
+    (tmp_path / "secret").chmod(0o600)
+    (tmp_path / "secret").write_bytes(b"short")
+    with pytest.raises(ConfigError, match="32 bytes"):
+        auth.read_secret(tmp_path)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
