@@ -49,7 +49,7 @@ class Emitted(msgspec.Struct, frozen=True):
 
     update: Update
     load: WorkerLoad
-    counters: dict[str, float]
+    counters: dict[str, int]
     drained: bool
 
 

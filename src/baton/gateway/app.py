@@ -33,6 +33,7 @@ from baton.gateway.prepare import Preparer
 from baton.gateway.problems import from_http, to_response
 from baton.gateway.replies import Detokenized, Model, ModelList, Status, Tokens
 from baton.gateway.session import CompletionEndpoint, Service
+from baton.observe.events import RecentRequests
 from baton.observe.metrics import CONTENT_TYPE, Metrics
 from baton.text.chat_template import ChatTemplate
 from baton.text.tokenizer import Tokenizer
@@ -89,14 +90,28 @@ def create_app(
     return app
 
 
-def create_admin_app(*, metrics: Metrics) -> FastAPI:
-    """`/metrics` for Prometheus, and `/health`. It asks for no key: keep it on loopback."""
+def create_admin_app(
+    *,
+    metrics: Metrics,
+    refresh: Callable[[], None] = lambda: None,
+    recent: RecentRequests | None = None,
+) -> FastAPI:
+    """For operators: `/metrics` (Prometheus), `/requests` (waterfalls, newest first), `/health`.
+
+    It asks for no key: keep it on loopback. `refresh` brings the metrics up to date first.
+    """
     app = _bare_app()
 
     async def exposition() -> Response:
+        refresh()
         return Response(metrics.exposition(), media_type=CONTENT_TYPE)
 
+    async def requests() -> Response:
+        body = msgspec.json.encode(recent.newest_first() if recent else [])
+        return Response(body, media_type="application/json")
+
     app.add_api_route("/metrics", exposition, methods=["GET"])
+    app.add_api_route("/requests", requests, methods=["GET"])
     app.add_api_route("/health", _health, methods=["GET"])
     return app
 

@@ -76,8 +76,6 @@ class ChoiceText:
             raise from_wire(delta.error) if delta.error else Internal("the request failed")
         if delta.finish is FinishReason.ABORT:
             raise Unavailable("the request was aborted by the server", stage="decode")
-        if delta.finish is FinishReason.HANDOFF:
-            raise Internal("a handoff was shown to the gateway's HTTP side")
         text: list[str] = []
         shown: list[ShownToken] = []
         used = 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
 import signal
 import socket
@@ -26,8 +25,9 @@ from baton.gateway.app import create_admin_app, create_app
 from baton.gateway.auth import ApiKeys
 from baton.gateway.limits import Limits
 from baton.gateway.placement import PlacingDispatcher
+from baton.gateway.worker_metrics import export_workers
 from baton.model.hub import resolve_model
-from baton.observe.logs import setup_logging
+from baton.observe.logs import open_decision_log, setup_logging
 from baton.observe.metrics import Metrics
 from baton.rpc.auth import read_secret
 from baton.rpc.server import RegistryServer
@@ -58,11 +58,9 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
     secret = read_secret(runtime_dir)
     with contextlib.ExitStack() as stack:
         router = Router()
-        if config.log.decision_log is not None:
-            directory = Path(config.log.decision_log)
-            directory.mkdir(parents=True, exist_ok=True)
-            log = stack.enter_context((directory / f"{gateway_id}-{os.getpid()}.log").open("wb"))
-            router = LoggedRouter(gateway_id, log.write)
+        decisions = open_decision_log(config.log.decision_log, gateway_id)
+        if decisions is not None:
+            router = LoggedRouter(gateway_id, stack.enter_context(decisions).write)
         dispatcher = PlacingDispatcher(
             gateway_id,
             secrets.randbits(63),
@@ -87,7 +85,11 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
             keys=ApiKeys.from_file(gateway.api_keys_file) if gateway.api_keys_file else None,
             tenant_secret=secret,
         )
-        admin = create_admin_app(metrics=metrics, dispatcher=dispatcher)
+        admin = create_admin_app(
+            metrics=metrics,
+            refresh=lambda: export_workers(dispatcher.registry.joined(), metrics),
+            recent=dispatcher.recent,
+        )
         servers = [
             _server(
                 app,

@@ -37,8 +37,16 @@ class _Live:
     """One choice on its way through the workers. `worker_id` has the present leg."""
 
     __slots__ = (
-        "grant", "ended", "placement", "queue", "received", "request", "tokens", "took_over",
-        "waterfall", "worker_id",
+        "ended",
+        "grant",
+        "placement",
+        "queue",
+        "received",
+        "request",
+        "tokens",
+        "took_over",
+        "waterfall",
+        "worker_id",
     )  # fmt: skip
 
     def __init__(self, request: Request, placement: Placement, now: float) -> None:

@@ -35,7 +35,7 @@ class Member:
         self.link = link
         self.hello: Hello | None = None
         self.load = WorkerLoad()
-        self.counters: dict[str, float] = {}
+        self.counters: dict[str, int] = {}
         self.draining = False
 
 

@@ -96,7 +96,42 @@ REQUEST_GENERATION_TOKENS = Metric(
     buckets=_TOKENS,
 )
 
+WORKER_UP = Metric(
+    "baton_worker_up", "gauge", "1 while the worker's stream is open.", ("worker", "role")
+)
+WORKER_RUNNING = Metric(
+    "baton_worker_num_requests_running", "gauge", "Sequences in the worker's steps.", ("worker",)
+)
+WORKER_WAITING = Metric(
+    "baton_worker_num_requests_waiting", "gauge", "Sequences waiting for admission.", ("worker",)
+)
+KV_CACHE_USAGE = Metric(
+    "baton_kv_cache_usage_perc",
+    "gauge",
+    "Share of the worker's KV blocks in use, 0 to 1; cached ones that nobody needs are not.",
+    ("worker",),
+)
+STORE_USAGE = Metric(
+    "baton_store_usage_perc", "gauge", "Share of the block store's frames in use.", ("worker",)
+)
+STEP_SECONDS = Metric(
+    "baton_worker_step_seconds", "gauge", "Moving average of a step's duration.", ("worker",)
+)
+WORKER_EVENTS = Metric(
+    "baton_worker_events_total",
+    "counter",
+    "Running totals of a worker: tokens computed, prefix hits, preemptions, imports, fallbacks.",
+    ("worker", "event"),
+)
+
 METRICS: tuple[Metric, ...] = (
+    WORKER_UP,
+    WORKER_RUNNING,
+    WORKER_WAITING,
+    KV_CACHE_USAGE,
+    STORE_USAGE,
+    STEP_SECONDS,
+    WORKER_EVENTS,
     HTTP_REQUESTS,
     RUNNING,
     REQUESTS_FINISHED,
@@ -148,6 +183,10 @@ class Metrics:
     def set(self, metric: Metric, value: float, **labels: str) -> None:
         gauge = self._gauges[metric.name]
         (gauge.labels(**labels) if labels else gauge).set(value)
+
+    def clear(self, metric: Metric) -> None:
+        """Drop every series of a gauge with labels."""
+        self._gauges[metric.name].clear()
 
     def observe(self, metric: Metric, value: float, **labels: str) -> None:
         histogram = self._histograms[metric.name]

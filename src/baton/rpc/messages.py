@@ -128,7 +128,7 @@ class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     deltas: tuple[TokenDelta, ...] = ()
     handoffs: tuple[Handoff, ...] = ()
     times: tuple[StageTimes, ...] = ()
-    counters: dict[str, float] = {}
+    counters: dict[str, int] = {}
     draining: bool = False
     fatal: WireError | None = None
     ack: int = 0

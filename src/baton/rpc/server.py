@@ -34,14 +34,13 @@ from baton.rpc.messages import (
     Instructions,
     MalformedMessage,
     Open,
-    StageTimes,
     StepReport,
     decode_announce,
     decode_to_worker,
     encode,
 )
 from baton.rpc.outbox import Outbox
-from baton.types import Handoff, TokenDelta, WorkerLoad
+from baton.types import Handoff, StageTimes, TokenDelta, WorkerLoad
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +163,7 @@ class WorkerServer:
         deltas: tuple[TokenDelta, ...] = (),
         handoffs: tuple[Handoff, ...] = (),
         times: tuple[StageTimes, ...] = (),
-        counters: dict[str, float] | None = None,
+        counters: dict[str, int] | None = None,
         draining: bool = False,
         fatal: WireError | None = None,
     ) -> None:

@@ -1,8 +1,8 @@
 """The worker process: signals, logging, exit code.
 
-    SIGTERM, SIGINT   drain: finish what runs, take nothing new, exit 0
-    a second one      exit 1 at once
-    an engine error   exit 1; the supervisor restarts, the gateway ends or re-places the requests
+SIGTERM, SIGINT   drain: finish what runs, take nothing new, exit 0
+a second one      exit 1 at once
+an engine error   exit 1; the supervisor restarts, the gateway ends or re-places the requests
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import uvloop
 
 from baton.config import Config
-from baton.observe.logs import setup_logging
+from baton.observe.logs import open_decision_log, setup_logging
 from baton.observe.progress import loading_progress
 from baton.types import Role
 from baton.worker.worker import Worker
@@ -24,30 +24,22 @@ from baton.worker.worker import Worker
 logger = logging.getLogger(__name__)
 
 
-def run(
-    config: Config, role: Role, worker_id: str, runtime_dir: Path, gateways: list[str]
-) -> int:
+def run(config: Config, role: Role, worker_id: str, runtime_dir: Path, gateways: list[str]) -> int:
     """Run one worker until it is drained or fails; returns the exit code.
 
     Raises:
         ConfigError, ModelError: it cannot start.
     """
     setup_logging(config.log.level, worker_id)
-    sink = None
-    if config.log.decision_log is not None:
-        directory = Path(config.log.decision_log)
-        directory.mkdir(parents=True, exist_ok=True)
-        log = (directory / f"{worker_id}-{os.getpid()}.log").open("wb")
-        sink = log.write
+    decisions = open_decision_log(config.log.decision_log, worker_id)
+    sink = decisions.write if decisions else None
     with loading_progress(f"{worker_id}: loading weights") as progress:
-        worker = Worker(
-            config, role, worker_id, runtime_dir, progress=progress, decision_sink=sink
-        )
+        worker = Worker(config, role, worker_id, runtime_dir, progress=progress, decision_sink=sink)
     code = uvloop.run(_serve(worker, gateways))
     if code == 0:
         worker.close()
-    if sink is not None:
-        log.close()
+    if decisions is not None:
+        decisions.close()
     logging.shutdown()
     # The engine's and the fabric's threads may be stuck in whatever broke: do not wait for them.
     if code != 0:

@@ -90,7 +90,7 @@ class Worker:
         self._server = WorkerServer(self._hello, self, self._secret)
         self._live: dict[SequenceId, str] = {}
         self._load: WorkerLoad = engine.load()
-        self._counters: dict[str, float] = {}
+        self._counters: dict[str, int] = {}
         self._draining = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[int] | None = None
@@ -103,9 +103,9 @@ class Worker:
         address = await self._server.start(f"unix:{self._runtime_dir / self._id}.sock")
         await self._server.set_serving(True)
         logger.info("worker id=%s role=%s address=%s ready", self._id, self._role, address)
-        tasks = [
-            asyncio.create_task(self._announce(gateway, address)) for gateway in gateways
-        ] + [asyncio.create_task(self._beat())]
+        tasks = [asyncio.create_task(self._announce(gateway, address)) for gateway in gateways] + [
+            asyncio.create_task(self._beat())
+        ]
         try:
             return await self._ended
         finally:
@@ -276,4 +276,6 @@ class _News:
 
     def concerns(self, times: StageTimes) -> bool:
         key = (times.request_id, times.choice)
-        return any((d.request_id, d.choice) == key for d in (*self.deltas, *self.handoffs))
+        return any((d.request_id, d.choice) == key for d in self.deltas) or any(
+            (h.request_id, h.choice) == key for h in self.handoffs
+        )

@@ -1,0 +1,31 @@
+"""What workers report of themselves, as metrics of the gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from baton.gateway.registry import Member
+from baton.observe import metrics as table
+from baton.observe.metrics import Metrics
+
+
+def export_workers(members: Iterable[Member], metrics: Metrics) -> None:
+    """Bring the workers' series up to their last reports. One that is gone shows as not up."""
+    metrics.clear(table.WORKER_UP)
+    for member in members:
+        worker, load = member.announced.worker_id, member.load
+        metrics.set(table.WORKER_UP, 1, worker=worker, role=member.announced.role.value)
+        metrics.set(table.WORKER_RUNNING, load.num_running, worker=worker)
+        metrics.set(table.WORKER_WAITING, load.num_waiting, worker=worker)
+        metrics.set(table.STEP_SECONDS, load.step_s, worker=worker)
+        used = load.num_total_blocks - load.num_free_blocks
+        metrics.set(table.KV_CACHE_USAGE, _share(used, load.num_total_blocks), worker=worker)
+        metrics.set(
+            table.STORE_USAGE, _share(load.store_used_bytes, load.store_total_bytes), worker=worker
+        )
+        for event, total in member.counters.items():
+            metrics.set_total(table.WORKER_EVENTS, total, worker=worker, event=event)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
