@@ -26,12 +26,14 @@ class Handmade:
     free: list[int]
 
     @classmethod
-    def load(cls, path: Path, dtype: str = "float32", num_blocks: int = 300) -> Handmade:
+    def load(
+        cls, path: Path, dtype: str = "float32", device: str = "cpu", num_blocks: int = 300
+    ) -> Handmade:
         spec = load_model_spec(path)
-        kv = KvCache(spec, num_blocks, BLOCK_SIZE, dtype)
+        kv = KvCache(spec, num_blocks, BLOCK_SIZE, dtype, device)
         kv.data.fill_(float("nan"))
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))
-        weights = load_weights(path, spec, dtype, "cpu")
+        weights = load_weights(path, spec, dtype, device)
         return cls(Transformer(spec, weights), kv, order.tolist())
 
     def step(self, chunks: Sequence[tuple[Sequence_, int]], every: bool = False) -> torch.Tensor:
@@ -56,14 +58,15 @@ class Handmade:
         width = max(len(sequence.table) for sequence, _ in chunks)
         tables = [s.table + [0] * (width - len(s.table)) for s, _ in chunks]
         rows = range(len(tokens)) if every else [start - 1 for start in starts[1:]]
+        device = self.kv.data.device
         batch = Batch(
-            token_ids=torch.tensor(tokens),
-            positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
+            token_ids=torch.tensor(tokens, device=device),
+            positions=torch.tensor(positions, device=device),
+            slots=torch.tensor(slots, device=device),
             query_starts=starts,
             context_lens=contexts,
-            block_tables=torch.tensor(tables),
-            sample_rows=torch.tensor(list(rows)),
+            block_tables=torch.tensor(tables, device=device),
+            sample_rows=torch.tensor(list(rows), device=device),
         )
         return self.model.forward(batch, self.kv)
 

@@ -129,3 +129,22 @@ def test_parameter_and_cache_sizes(checkpoint, reference, ours):
     assert spec.num_parameters() == sum(p.numel() for p in reference.parameters())
     assert ours.model.weights.nbytes() == 4 * spec.num_parameters()
     assert ours.kv.data[0].nbytes == ours.kv.block_bytes
+
+
+def test_no_tensor_is_on_another_device(checkpoint):
+    """On the meta device nothing is computed, but an operand left on the CPU is an error."""
+    elsewhere = Handmade.load(checkpoint, device="meta")
+    sequences = [Sequence_(random_prompt(60, VOCAB_SIZE, seed=40 + i)) for i in range(4)]
+    elsewhere.step([(s, 10 + i) for i, s in enumerate(sequences)])
+    logits = elsewhere.step([(sequences[0], 1), (sequences[1], 1), (sequences[2], 40)])
+    assert logits.device.type == "meta"
+    assert logits.shape == (3, VOCAB_SIZE)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_transformers(checkpoint, reference):
+    ours = Handmade.load(checkpoint, device="cuda")
+    prompt = random_prompt(300, VOCAB_SIZE, seed=50)
+    assert_close(
+        prompt_logits(ours, prompt, 150, 151, 152).cpu(), reference_logits(reference, prompt)
+    )
