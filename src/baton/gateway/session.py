@@ -255,9 +255,7 @@ def _usage(work: Work, texts: list[ChoiceText]) -> Usage:
     return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
 
 
-async def _unless_disconnected(
-    receive: Receive, session: Session, work: Awaitable[None]
-) -> bool:
+async def _unless_disconnected(receive: Receive, session: Session, work: Awaitable[None]) -> bool:
     """Run `work`; cancel it when the client leaves, and tell whether that happened.
 
     Servers also tell of a disconnect once the answer is complete; that one is no news.
