@@ -33,9 +33,7 @@ def toy_target(toy_dir: Path) -> Iterator[tuple[Target, ToyModel]]:
     assert served is not None
     with serve(app) as root:
         yield (
-            Target(
-                root, "org/toy", served.max_model_len, served.vocab_size, limits.max_body_bytes
-            ),
+            Target(root, "org/toy", served.max_model_len, served.vocab_size, limits.max_body_bytes),
             dispatcher,
         )
 

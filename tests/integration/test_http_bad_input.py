@@ -337,7 +337,10 @@ def test_escaped_control_characters_are_text(http: httpx.Client, target: Target)
     text = b'"a\\u0000\\n\\u001fb"'
     for path, raw in (
         (COMPLETIONS, b'{"model": MODEL, "max_tokens": 2, "prompt": TEXT}'),
-        (CHAT, b'{"model": MODEL, "max_tokens": 2, "messages": [{"role": "user", "content": TEXT}]}'),
+        (
+            CHAT,
+            b'{"model": MODEL, "max_tokens": 2, "messages": [{"role": "user", "content": TEXT}]}',
+        ),
         ("/tokenize", b'{"model": MODEL, "prompt": TEXT}'),
     ):
         body = raw.replace(b"MODEL", json.dumps(target.model).encode()).replace(b"TEXT", text)

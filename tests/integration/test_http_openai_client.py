@@ -282,7 +282,9 @@ def test_echo(client: OpenAI, target: Target, stream: bool) -> None:
     prompts = [PROMPT, PROMPT, "Another one", "Another one"]
     assert echoed.texts == [p + t for p, t in zip(prompts, plain.texts, strict=True)]
     # A stop string in the prompt does not end the answer.
-    assert complete(client, target.model, stream, echo=True, stop=PROMPT).texts[0].startswith(PROMPT)
+    assert (
+        complete(client, target.model, stream, echo=True, stop=PROMPT).texts[0].startswith(PROMPT)
+    )
 
 
 def tokenize(target: Target, text: str) -> list[int]:
@@ -302,7 +304,9 @@ def tokenize(target: Target, text: str) -> list[int]:
 
 def test_max_completion_tokens(client: OpenAI, target: Target) -> None:
     for fields in ({"max_tokens": None}, {"max_tokens": 3}):
-        answer = chat(client, target.model, False, max_completion_tokens=3, ignore_eos=True, **fields)
+        answer = chat(
+            client, target.model, False, max_completion_tokens=3, ignore_eos=True, **fields
+        )
         assert answer.usage["completion_tokens"] == 3
 
 
@@ -321,13 +325,20 @@ def test_prompt_token_ids(client: OpenAI, target: Target) -> None:
     tokens = tokenize(target, PROMPT)
     assert whole.choices[0].prompt_token_ids == tokens  # type: ignore[attr-defined]
     whole_chat: Any = client.chat.completions.create(
-        model=target.model, messages=CHAT, max_tokens=2, extra_body=extra  # type: ignore[arg-type]
+        model=target.model,
+        messages=CHAT,
+        max_tokens=2,
+        extra_body=extra,  # type: ignore[arg-type]
     )
     assert len(whole_chat.prompt_token_ids) == whole_chat.usage.prompt_tokens
     first: Any = next(
         iter(
             client.chat.completions.create(
-                model=target.model, messages=CHAT, max_tokens=2, extra_body=extra, stream=True  # type: ignore[arg-type, call-overload]
+                model=target.model,
+                messages=CHAT,
+                max_tokens=2,
+                extra_body=extra,
+                stream=True,  # type: ignore[arg-type, call-overload]
             )
         )
     )
@@ -341,7 +352,9 @@ def test_roles_and_text_parts(client: OpenAI, target: Target) -> None:
         )
 
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    split_up = ask({"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts})
+    split_up = ask(
+        {"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}
+    )
     joined = ask(
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "one\ntwo"}
     )
@@ -361,7 +374,7 @@ def test_harmless_fields_of_clients_are_ignored(client: OpenAI, target: Target) 
         parallel_tool_calls=False,
         tools=[],
         response_format={"type": "text"},
-        extra_body={"some_new_field": 1, "best_of": 1, "suffix": None},
+        extra_body={"some_new_field": 1, "best_of": 1, "suffix": None, "ignore_eos": True},
     )
     assert whole.choices[0].finish_reason == "length"
 

@@ -61,9 +61,7 @@ def test_everything_but_health_needs_the_key(tmp_path: Path) -> None:
         chat_template=None,
         model_name="toy",
         metrics=metrics,
-        keys=ApiKeys(
-            {bytes.fromhex(hashed("one")): "alice", bytes.fromhex(hashed("two")): "bob"}
-        ),
+        keys=ApiKeys({bytes.fromhex(hashed("one")): "alice", bytes.fromhex(hashed("two")): "bob"}),
     )
     body = {"model": "toy", "prompt": "Hello"}
 

@@ -6,6 +6,7 @@ its own. Neither knows of workers beyond the `Dispatcher`.
 
 from __future__ import annotations
 
+import functools
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,7 +19,7 @@ from starlette.routing import Route
 from baton.errors import Internal, InvalidRequest, ServeError, Unavailable
 from baton.gateway.auth import ApiKeys
 from baton.gateway.body import read_json
-from baton.gateway.dispatch import Dispatcher
+from baton.gateway.dispatch import Dispatcher, ServedModel
 from baton.gateway.front import Front
 from baton.gateway.intake import parse
 from baton.gateway.limits import Limits, OpenRequests
@@ -74,7 +75,7 @@ def create_app(
     app.add_api_route("/detokenize", plain.detokenize, methods=["POST"])
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/ready", plain.ready, methods=["GET"])
-    app.add_api_route("/openapi.json", _document_route(keys is not None), methods=["GET"])
+    app.add_api_route("/openapi.json", _document_route(service, keys is not None), methods=["GET"])
     endpoints = {
         str(path): str(path)
         for route in app.router.routes
@@ -203,11 +204,14 @@ async def _health() -> Response:
     return _reply(Status("ok"))
 
 
-def _document_route(with_keys: bool) -> Callable[[], Awaitable[Response]]:
-    encoded = msgspec.json.encode(document(with_keys))
+def _document_route(service: Service, with_keys: bool) -> Callable[[], Awaitable[Response]]:
+    @functools.lru_cache(maxsize=4)
+    def encoded(served: ServedModel | None) -> bytes:
+        return msgspec.json.encode(document(service.model_name, served, with_keys))
 
     async def served_document() -> Response:
-        return Response(encoded, media_type="application/json")
+        served = service.preparer.dispatcher.model()
+        return Response(encoded(served), media_type="application/json")
 
     return served_document
 

@@ -21,6 +21,9 @@ from baton.gateway.limits import (
 from baton.types import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SEED_MASK
 
 MAX_TOKEN_IDS = 1 << 20
+# Stand-ins until the workers have told what they serve; `openapi` and `prepare` know better then.
+ANY_TOKEN_ID = (1 << 31) - 1
+ANY_LENGTH = 1 << 31
 MAX_STOP_TOKEN_IDS = 64  # the model's own end-of-sequence ids come on top
 
 
@@ -37,7 +40,7 @@ def _prompt_kind(value: object) -> str:
     return "<token_lists>" if isinstance(first, list) else "<tokens>"
 
 
-TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
+TokenId = Annotated[int, Field(ge=0, le=ANY_TOKEN_ID)]
 Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS, fail_fast=True)]
 Prompt = Annotated[
@@ -81,7 +84,7 @@ class SamplingFields(Fields):
     seed: int | None = Field(
         None, ge=-(1 << 63), le=SEED_MASK, description="Taken modulo 2^64; minted if not given."
     )
-    max_tokens: int | None = Field(None, ge=1, le=1 << 31)
+    max_tokens: int | None = Field(None, ge=1, le=ANY_LENGTH)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     logit_bias: (
@@ -93,10 +96,10 @@ class SamplingFields(Fields):
     ) = Field(None, description="Token id (as a string) to what is added to its logit.")
     presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=-1, le=1 << 31, description="-1 and 0: off.")
+    top_k: int | None = Field(None, ge=-1, le=1 << 30, description="-1 and 0: off.")
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     repetition_penalty: float | None = Field(None, gt=0, le=2, allow_inf_nan=False)
-    min_tokens: int | None = Field(None, ge=0, le=1 << 31)
+    min_tokens: int | None = Field(None, ge=0, le=ANY_LENGTH)
     stop_token_ids: (
         Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None
     ) = None
@@ -150,7 +153,7 @@ Messages = Annotated[
 
 class ChatRequest(SamplingFields):
     messages: Messages
-    max_completion_tokens: int | None = Field(None, ge=1, le=1 << 31)
+    max_completion_tokens: int | None = Field(None, ge=1, le=ANY_LENGTH)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="Needs `logprobs`: true."
@@ -159,6 +162,10 @@ class ChatRequest(SamplingFields):
 
 class TokenizeRequest(Fields):
     """Either `prompt` or `messages`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
+    )
 
     model: ModelName | None = None
     prompt: str | None = None

@@ -1,4 +1,7 @@
-"""The served OpenAPI document, built from the types that parse requests and make replies."""
+"""The served OpenAPI document, built from the types that parse requests and make replies.
+
+Once the workers have told what they serve, the document has this model's own bounds.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 from baton import __version__
 from baton.gateway import openai, replies
+from baton.gateway.dispatch import ServedModel
 from baton.gateway.problems import ErrorReply
 
 _REF = "#/components/schemas/"
@@ -44,16 +48,19 @@ _PROBLEMS = {
 }
 
 
-def document(with_keys: bool) -> dict[str, Any]:
+def document(model_name: str, served: ServedModel | None, with_keys: bool) -> dict[str, Any]:
     """The OpenAPI 3.1 document; `with_keys`: the server asks for API keys."""
     schemas: dict[str, Any] = {}
     _, requests = models_json_schema(
         [(model, "validation") for model in _REQUESTS], ref_template=_REF + "{model}"
     )
     schemas.update(requests["$defs"])
+    _tighten(schemas, served)
+    for model in _REQUESTS:
+        _name_model(schemas[model.__name__]["properties"]["model"], model_name)
     _, components = msgspec.json.schema_components(_REPLIES, ref_template=_REF + "{name}")
     schemas.update(components)
-    text = ("Answered by the workers.", ("400", "404", "408", "413", "415", "429"))
+    problems = ("400", "404", "408", "413", "415", "429")
     result: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "Baton", "version": __version__},
@@ -67,14 +74,18 @@ def document(with_keys: bool) -> dict[str, Any]:
                             "name": "model_id",
                             "in": "path",
                             "required": True,
-                            "schema": {"type": "string", "minLength": 1},
+                            "schema": {"type": "string", "enum": [model_name]},
                         }
                     ],
                 }
             },
             "/v1/completions": {
                 "post": _operation(
-                    "create_completion", replies.Completion, openai.CompletionRequest, text[1], True
+                    "create_completion",
+                    replies.Completion,
+                    openai.CompletionRequest,
+                    problems,
+                    True,
                 )
             },
             "/v1/chat/completions": {
@@ -82,16 +93,16 @@ def document(with_keys: bool) -> dict[str, Any]:
                     "create_chat_completion",
                     replies.ChatCompletion,
                     openai.ChatRequest,
-                    text[1],
+                    problems,
                     True,
                 )
             },
             "/tokenize": {
-                "post": _operation("tokenize", replies.Tokens, openai.TokenizeRequest, text[1])
+                "post": _operation("tokenize", replies.Tokens, openai.TokenizeRequest, problems)
             },
             "/detokenize": {
                 "post": _operation(
-                    "detokenize", replies.Detokenized, openai.DetokenizeRequest, text[1]
+                    "detokenize", replies.Detokenized, openai.DetokenizeRequest, problems
                 )
             },
             "/health": {"get": {**_operation("health", replies.Status), "security": []}},
@@ -103,6 +114,31 @@ def document(with_keys: bool) -> dict[str, Any]:
         result["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         result["security"] = [{"key": []}]
     return result
+
+
+def _tighten(node: Any, served: ServedModel | None) -> None:
+    """Put this model's own bounds in the place of the stand-ins, everywhere in `node`."""
+    if served is None:
+        return
+    if isinstance(node, list):
+        for item in node:
+            _tighten(item, served)
+    elif isinstance(node, dict):
+        if node.get("maximum") == openai.ANY_TOKEN_ID:
+            node["maximum"] = served.vocab_size - 1
+        elif node.get("maximum") == openai.ANY_LENGTH:
+            node["maximum"] = served.max_model_len - 1
+        elif node.get("maxItems") == openai.MAX_TOKEN_IDS:
+            node["maxItems"] = min(openai.MAX_TOKEN_IDS, served.max_model_len - 1)
+        for value in node.values():
+            _tighten(value, served)
+
+
+def _name_model(schema: dict[str, Any], model_name: str) -> None:
+    """Only one name is accepted, so the document says which."""
+    for alternative in schema.get("anyOf", [schema]):
+        if alternative.get("type") == "string":
+            alternative["enum"] = [model_name]
 
 
 def _operation(
