@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -198,7 +199,7 @@ def test_the_deadline_holds_between_blocks(
 ) -> None:
     assert store.fetch(transport, mint()) is ReadResult.OK
     clock = iter([0.0, 0.0, 1.0, 2.0])
-    monkeypatch.setattr(shm.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(shm, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     wanted = [Wanted(KEY, 1, store.digest, bytearray(4096)) for _ in range(3)]
     assert transport.fetch(mint(), wanted, 1.0) == ["ok", "timed_out", "timed_out"]
 
