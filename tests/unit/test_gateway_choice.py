@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from http_fixtures import toy_model_dir
 from hypothesis import given
@@ -133,7 +131,6 @@ def test_cached_tokens_are_those_of_the_first_leg(tokenizer: Tokenizer) -> None:
         (delta([], FinishReason.ERROR, error=WireError("worker_lost", "gone")), WorkerLost),
         (delta([], FinishReason.ERROR), Internal),
         (delta([], FinishReason.ABORT), Unavailable),
-        (delta([], FinishReason.HANDOFF), Internal),
     ],
 )
 def test_bad_ends_are_typed_errors(

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.core.sequence import Sequence, SequenceId
-from baton.types import Grant, Handoff, SampledLogprobs, StageTimes, TokenDelta
+from baton.errors import ServeError
+from baton.types import FinishReason, Grant, Handoff, SampledLogprobs, StageTimes, TokenDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,11 @@ class Update:
     exports: list[ExportOrder] = field(default_factory=list)
     handoffs: list[Handoff] = field(default_factory=list)
     times: list[StageTimes] = field(default_factory=list)
+
+
+def error_delta(seq_id: SequenceId, first_index: int, error: ServeError) -> TokenDelta:
+    """The last word on a sequence that ends badly."""
+    return TokenDelta(*seq_id, first_index, (), finish=FinishReason.ERROR, error=error.to_wire())
 
 
 class Runner(Protocol):

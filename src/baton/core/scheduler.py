@@ -14,7 +14,7 @@ time as an argument; what they bring for the outside is collected by `take`.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 
 from baton.core.admission import OutputLengths
 from baton.core.block_pool import BlockPool
@@ -23,11 +23,16 @@ from baton.core.imports import ImportTable
 from baton.core.keys import root_key
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
-from baton.core.plan import Chunk, ImportOrder, StepOutput, StepPlan, Update
+from baton.core.plan import Chunk, ImportOrder, StepOutput, StepPlan, Update, error_delta
 from baton.core.sequence import Sequence, SequenceId, Status
 from baton.core.store_index import StoreIndex
 from baton.errors import DeadlineExceeded, ServeError, TransferFailed, Unavailable
 from baton.types import FinishReason, Request, SampledLogprobs, TokenDelta, WorkerLoad
+
+NUM_REMEMBERED = 1 << 16
+"""Ended sequences whose attempt is remembered, so that a repeat does not run them again."""
+
+_STAGES = {Status.WAITING: "queue", Status.IMPORTING: "transfer", Status.EXPORTING: "export"}
 
 
 class Scheduler:
@@ -44,6 +49,7 @@ class Scheduler:
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._latest: dict[tuple[str, int], SequenceId] = {}
+        self._ended: deque[SequenceId] = deque()
         self._waiting: OrderedDict[SequenceId, Sequence] = OrderedDict()
         self._running: dict[SequenceId, Sequence] = {}
         self._chunks: dict[SequenceId, Chunk] = {}
@@ -58,22 +64,25 @@ class Scheduler:
 
     def add(self, request: Request, now: float) -> None:
         """Accept a request, or end it at once with a typed error."""
-        known = self._latest.get((request.id, request.choice))
+        seq_id = (request.id, request.choice, request.attempt)
+        known = self._latest.get(seq_id[:2])
         if known is not None:
             if known[2] >= request.attempt:
                 return  # a repeat, or a late message of an attempt that was given up
             self.abort(known)
+        self._latest[seq_id[:2]] = seq_id
         try:
             if self._draining:
                 raise Unavailable("this worker is draining", stage="queue")
             self.config.validate(request)
         except ServeError as error:
-            self._refuse(request, error)
+            self.counters["refused"] += 1
+            self._update.deltas.append(error_delta(seq_id, len(request.emitted), error))
+            self._remember(seq_id)
             return
         root = root_key(self.config.fingerprint, self.config.numerics, request.salt)
         seq = Sequence(request, root, self.config.kv_format.block_size, now)
         self._sequences[seq.id] = seq
-        self._latest[seq.id[:2]] = seq.id
         self._waiting[seq.id] = seq
         if seq.deadline is not None:
             heapq.heappush(self._deadlines, (seq.deadline, seq.id))
@@ -191,8 +200,9 @@ class Scheduler:
         return self.exports.num_copying + len(self.imports)
 
     def is_drained(self) -> bool:
-        """Nothing is accepted any more, and nothing is left."""
-        return self._draining and not self._sequences and not self.num_transfers
+        """Nothing is accepted, nothing is left, and nobody may still read from the store."""
+        idle = not self._sequences and not self.num_transfers and not len(self._leases)
+        return self._draining and idle
 
     def next_deadline(self) -> float | None:
         """When `schedule` has something to do even if no news comes."""
@@ -228,20 +238,6 @@ class Scheduler:
             assert self.pool.refs(block) == refs, f"block {block}: {refs} owners"
 
     # Inside ----------------------------------------------------------------------------------
-
-    def _refuse(self, request: Request, error: ServeError) -> None:
-        self.counters["refused"] += 1
-        self._update.deltas.append(
-            TokenDelta(
-                request.id,
-                request.choice,
-                request.attempt,
-                len(request.emitted),
-                (),
-                finish=FinishReason.ERROR,
-                error=error.to_wire(),
-            )
-        )
 
     def _num_active(self) -> int:
         return len(self._running) + len(self.imports)
@@ -279,7 +275,6 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, imports: list[ImportOrder], now: float) -> bool:
         """Move the head of the queue to running or importing, if there is room for it."""
-        fetches = self.imports.usable(seq)
         # The last token is always computed: without it there is nothing to draw from.
         covered = seq.num_tokens - 1
         keys = seq.full_keys(covered)
@@ -287,8 +282,7 @@ class Scheduler:
         needed = self.config.num_blocks_for(seq.num_tokens) - len(hits)
         wanted = needed + self.pool.num_unreferenced(hits)
         if self._num_active():  # a lone sequence may use everything: its worst case fits
-            growth = min(seq.request.sampling.max_tokens, self._lengths.estimate())
-            wanted += self.config.num_blocks_for(growth)
+            wanted += self.config.num_blocks_for(self._predicted_growth(seq))
         if wanted > self.pool.num_free:
             return False
         if seq.request.hand_off and not self.exports.open(seq):
@@ -304,13 +298,19 @@ class Scheduler:
             seq.num_cached = seq.num_computed
         self.counters["prefix_query_tokens"] += covered
         self.counters["prefix_hit_tokens"] += seq.num_computed
-        if fetches and seq.num_computed < covered:
+        if seq.num_computed < covered and self.imports.usable(seq):
             seq.status = Status.IMPORTING
             imports.append(self.imports.order(seq, len(hits), now))
         else:
             seq.status = Status.RUNNING
             self._running[seq.id] = seq
         return True
+
+    def _predicted_growth(self, seq: Sequence) -> int:
+        if seq.request.hand_off:
+            return 0
+        total = min(seq.request.sampling.max_tokens, self._lengths.estimate())
+        return max(0, total - seq.num_generated)
 
     def _count_computed(self, seq: Sequence, chunk: Chunk) -> None:
         num_prompt = max(0, min(seq.num_prompt - chunk.start, chunk.num_tokens))
@@ -374,17 +374,14 @@ class Scheduler:
             _, seq_id = heapq.heappop(self._deadlines)
             seq = self._sequences.get(seq_id)
             if seq is not None:
-                stage = "queue" if seq.status is Status.WAITING else "decode"
+                computing = "decode" if seq.prefilled else "prefill"
+                stage = _STAGES.get(seq.status, computing)
                 error = DeadlineExceeded("the request's deadline has passed", stage=stage)
                 self._fail(seq, now, error)
         self.counters["leases_expired"] += len(self._leases.expire(now))
 
     def _fail(self, seq: Sequence, now: float, error: ServeError) -> None:
-        self._update.deltas.append(
-            TokenDelta(
-                *seq.id, seq.num_generated, (), finish=FinishReason.ERROR, error=error.to_wire()
-            )
-        )
+        self._update.deltas.append(error_delta(seq.id, seq.num_generated, error))
         self._end(seq, now)
 
     def _end(self, seq: Sequence, now: float) -> None:
@@ -396,9 +393,17 @@ class Scheduler:
         """Take the sequence out of every table and give back its own references."""
         seq.status = Status.FINISHED
         del self._sequences[seq.id]
-        del self._latest[seq.id[:2]]
+        self._remember(seq.id)
         self._waiting.pop(seq.id, None)
         self._running.pop(seq.id, None)
         self.exports.abandon(seq.id)
         self.pool.release(seq.blocks)
         seq.blocks = []
+
+    def _remember(self, seq_id: SequenceId) -> None:
+        """Keep the attempt of what has ended for a while."""
+        self._ended.append(seq_id)
+        if len(self._ended) > NUM_REMEMBERED:
+            oldest = self._ended.popleft()
+            if self._latest[oldest[:2]] == oldest:
+                del self._latest[oldest[:2]]

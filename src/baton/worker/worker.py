@@ -156,12 +156,13 @@ class Worker:
             self.drain()
 
     def lost(self, gateway_id: str) -> None:
-        logger.warning("gateway id=%s lost its stream", gateway_id)
+        logger.info("gateway id=%s lost its stream", gateway_id)
         self._announce_again()
 
     def forgotten(self, gateway_id: str) -> None:
         theirs = [seq_id for seq_id, owner in self._live.items() if owner == gateway_id]
-        logger.warning("gateway id=%s forgotten, num_aborted=%d", gateway_id, len(theirs))
+        level = logging.WARNING if theirs else logging.INFO
+        logger.log(level, "gateway id=%s forgotten, num_aborted=%d", gateway_id, len(theirs))
         for seq_id in theirs:
             del self._live[seq_id]
             self._loop_thread.put(inbox.Abort(seq_id))
