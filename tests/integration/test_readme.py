@@ -93,6 +93,7 @@ def test_every_command_in_the_readme_works() -> None:
     assert "prefill_worker" in everything
     assert '"error"' not in everything.replace('"error":null', "")
     # Nothing differs in any row of the replay's table.
-    rows = re.findall(r"^(?:gateway|\w+-\d+) +[\d,]+ +[\d,]+ +(\d+) +(\S+)$", everything, re.MULTILINE)
+    row = r"^(?:gateway|\w+-\d+) +[\d,]+ +[\d,]+ +(\d+) +(\S+)$"
+    rows = re.findall(row, everything, re.MULTILINE)
     assert len(rows) >= 3
     assert all(differences == "0" for differences, _ in rows)
