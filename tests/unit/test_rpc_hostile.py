@@ -32,7 +32,7 @@ from baton.rpc.messages import (
     decode_to_worker,
     encode,
 )
-from baton.rpc.registry import RegistryServer
+from baton.rpc.server import RegistryServer
 from baton.types import Role
 
 WORKER_PROGRAM = """

@@ -30,7 +30,7 @@ from baton.model.hub import resolve_model
 from baton.observe.logs import open_decision_log, setup_logging
 from baton.observe.metrics import Metrics
 from baton.rpc.auth import read_secret
-from baton.rpc.registry import RegistryServer
+from baton.rpc.server import RegistryServer
 from baton.text.chat_template import ChatTemplate
 from baton.text.tokenizer import Tokenizer
 
