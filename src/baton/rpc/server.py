@@ -30,6 +30,7 @@ from baton.rpc.messages import (
     PROTOCOL_VERSION,
     Announce,
     AnnounceReply,
+    Goodbye,
     Hello,
     Instructions,
     MalformedMessage,
@@ -49,6 +50,7 @@ MAX_UNACKED_REPORTS: Final = 4096
 MAX_UNACKED_BYTES: Final = 256 << 20
 MAX_CONCURRENT_RPCS: Final = 256
 OPEN_TIMEOUT_S: Final = 10.0
+CLOSE_S: Final = 0.5
 
 Code = grpc.StatusCode
 T = TypeVar("T")
@@ -151,6 +153,8 @@ class WorkerServer:
             if peer.expiry:
                 peer.expiry.cancel()
         await self._server.stop(grace_s)
+        for peer in self._peers.values():
+            self._end_stream(peer, None)
 
     def gateways(self) -> list[str]:
         """Ids of the gateways that have an open stream or may still resume one."""
@@ -283,7 +287,8 @@ class WorkerServer:
                     await context.write(data)
                     stream.sent += 1
             if self._stopping:
-                return
+                await context.write(encode(Goodbye()))
+                await asyncio.Event().wait()  # until the gateway ends the stream
 
     def _end_stream(self, peer: _Peer, why: _Refused | None) -> None:
         """Close the peer's stream, if it has one; from now on it may be resumed for a while."""
@@ -381,9 +386,15 @@ class _Server:
             await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
-        if self._server is not None:
-            await self._server.stop(grace_s)
-            self._server = None
+        server, self._server = self._server, None
+        if server is None:
+            return
+        # gRPC would wait for ever for a peer that does not read to take its last bytes.
+        closing = asyncio.ensure_future(server.stop(grace_s))
+        await asyncio.wait({closing}, timeout=grace_s + CLOSE_S)
+        if not closing.done():
+            closing.cancel()
+            log.warning("a peer does not read: its connection is left to the end of the process")
 
 
 def _check_token(secret: bytes, context: Any) -> None:
