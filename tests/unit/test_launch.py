@@ -250,11 +250,7 @@ def test_ready_probe() -> None:
 def test_ready_probe_trusts_only_the_gateways_own_certificate(tmp_path: Path) -> None:
     if shutil.which("openssl") is None:
         pytest.skip("needs the openssl command to make certificates")
-    _openssl(tmp_path / "ca", "-subj /CN=ca")
-    issued = f"-CA {tmp_path}/ca.pem -CAkey {tmp_path}/ca.key"
-    for name in ("own", "other"):
-        _openssl(tmp_path / name, f"-subj /CN={name} {issued}")
-    own, other = tmp_path / "own.pem", tmp_path / "other.pem"
+    own, other = (_certificate(tmp_path / name) for name in ("own", "other"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(own, own.with_suffix(".key"))
     with _gateway(context, [200]) as port:
@@ -264,10 +260,12 @@ def test_ready_probe_trusts_only_the_gateways_own_certificate(tmp_path: Path) ->
     assert absent is not None and "No such file" in absent
 
 
-def _openssl(path: Path, options: str) -> None:
-    """Make a certificate in `path`.pem and its key in `path`.key."""
+def _certificate(path: Path) -> Path:
+    """A certificate signed by itself, in `path`.pem, and its key in `path`.key."""
     command = (
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
-        f"-keyout {path}.key -out {path}.pem {options}"
+        f"-subj /CN=test -addext basicConstraints=critical,CA:FALSE "
+        f"-keyout {path}.key -out {path}.pem"
     )
     subprocess.run(command.split(), check=True, capture_output=True)
+    return path.with_suffix(".pem")
