@@ -42,10 +42,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(picks=st.lists(st.integers(0, 99), min_size=1, max_size=3))
     def release(self, picks: list[int]) -> None:
-        blocks = []
-        for pick in picks:
-            if self.held:
-                blocks.append(self.held.pop(pick % len(self.held)))
+        blocks = [self.held.pop(pick % len(self.held)) for pick in picks if self.held]
         self.pool.release(blocks)
         for block in reversed(blocks):
             if block not in self.held and block in self.key_of and block not in self.cached:

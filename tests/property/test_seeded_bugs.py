@@ -205,7 +205,7 @@ def import_block_freed_at_abort(patch: Patch) -> None:
         return ordered
 
     def finish(self: ImportTable, seq_id: object, results: tuple[str, ...]) -> object:
-        seq, ordered = self._orders.pop(seq_id)  # type: ignore[call-overload]
+        seq, _ = self._orders.pop(seq_id)  # type: ignore[call-overload]
         return seq, [*results, "end"].index(next((r for r in results if r != "ok"), "end"))
 
     patch.setattr(ImportTable, "order", order)
