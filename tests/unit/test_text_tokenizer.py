@@ -23,6 +23,7 @@ from unit.toy_tokenizers import (
 )
 
 from baton.errors import ConfigError, InvalidRequest
+from baton.text.model_files import SpecialTokens
 from baton.text.token_decoder import TokenDecoder
 from baton.text.tokenizer import Tokenizer
 
@@ -169,8 +170,8 @@ def test_encoding_lets_other_threads_run(pairs):
     while worker.is_alive():
         time.sleep(0.001)
         turns += 1
-    # With the GIL held throughout there would be a handful of turns.
-    assert turns > 20, f"{turns} turns in {time.perf_counter() - start:.2f} s"
+    # With the GIL held throughout there would be one or two turns.
+    assert turns > 5, f"{turns} turns in {time.perf_counter() - start:.2f} s"
 
 
 def test_truncation_and_padding_in_the_file_are_switched_off(tmp_path):
@@ -178,8 +179,9 @@ def test_truncation_and_padding_in_the_file_are_switched_off(tmp_path):
     hf.enable_truncation(4)
     hf.enable_padding(length=64)
     ours = Tokenizer.from_dir(write_model_dir(tmp_path, hf))
-    ids = ours.encode("The quick brown fox jumps over the lazy dog. " * 3)
-    assert ours.decode(ids) == "The quick brown fox jumps over the lazy dog. " * 3
+    plain = byte_level_bpe()
+    for text in ("a", "The quick brown fox jumps over the lazy dog. " * 3):
+        assert ours.encode(text) == plain.encode(text).ids
 
 
 # ------------------------------------------------------------------ end of sequence, specials
@@ -240,7 +242,9 @@ def test_missing_tokenizer_says_what_to_do(tmp_path):
         Tokenizer.from_dir(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"model": {"type": 1}}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"model": {"type": 1}}']
+)
 def test_broken_tokenizer_names_the_file(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"tokenizer\.json is not a tokenizer"):
@@ -344,11 +348,8 @@ def test_each_decoder_agrees_with_tokenizers(decoder):
 def check_decoder(hf: HfTokenizer) -> None:
     spec = json.loads(hf.to_str())["decoder"]
 
-    class NoSpecials:
-        named: dict[str, str] = {}
-        extra = ()
-
-    ours = Tokenizer(hf, TokenDecoder(spec, "FILE"), NoSpecials(), ())
+    no_specials = SpecialTokens(Path("/nonexistent"))
+    ours = Tokenizer(hf, TokenDecoder(spec, "FILE"), no_specials, ())
 
     @settings(deadline=None, max_examples=100)
     @given(st.lists(st.integers(0, ours.vocab_size - 1), max_size=6))

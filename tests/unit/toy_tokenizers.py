@@ -68,14 +68,10 @@ def byte_level_bpe(vocab_size: int = 400) -> Tokenizer:
 def byte_fallback_bpe(vocab_size: int = 200) -> Tokenizer:
     """As Llama 2 and Mistral have it: `▁` for spaces, one put before every text, and a token for
     each byte that the vocabulary cannot spell otherwise (here: most of CJK and emoji)."""
-    normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, limit_alphabet=90, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, limit_alphabet=90, show_progress=False)
     trained.train_from_iterator(CORPUS, trainer)
     learned = json.loads(trained.to_str())["model"]
     tokens = ["<unk>", "<s>", "</s>", *BYTE_TOKENS]
@@ -105,7 +101,21 @@ def byte_fallback_bpe(vocab_size: int = 200) -> Tokenizer:
 
 def byte_fallback_unigram() -> Tokenizer:
     """A sentencepiece Unigram with byte fallback and Metaspace; no post-processor."""
-    pieces = ["▁the", "▁quick", "he", "ll", "o", "▁", "▁▁", "日本", "語", "😀", "é", "\u0301", "a▁b"]
+    pieces = [
+        "▁the",
+        "▁quick",
+        "he",
+        "ll",
+        "o",
+        "▁",
+        "▁▁",
+        "日本",
+        "語",
+        "😀",
+        "é",
+        "\u0301",
+        "a▁b",
+    ]
     letters = sorted(set("abcdefghijklmnopqrstuvwxyzTHE.,!0123456789\n") - set(pieces))
     tokens = ["<unk>", "<s>", "</s>", *BYTE_TOKENS, *pieces, *letters]
     tokenizer = Tokenizer(

@@ -33,11 +33,12 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 300_000
 MAX_RENDER_S = 5.0
 MAX_INT_BITS = 4096
 
-_WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\d{6}|\*)")
+_WIDE = r"(?:\d{6}|\*)"
+_WIDE_FORMAT = re.compile(rf"%(?:\([^)]*\))?[-+ #0]*(?:{_WIDE}|\d*\.{_WIDE})")
 
 
 class RenderLimitError(Exception):
@@ -69,17 +70,14 @@ class _SpendSteps(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802  (jinja2's protocol)
         self.generic_visit(node)
         if node.test is not None:
-            node.test = nodes.And(_call("spend_step"), node.test)
-        node.body.insert(0, nodes.ExprStmt(_call("spend_step")))
+            node.test = nodes.And(nodes.EnvironmentAttribute("step"), node.test)
+        node.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("step")))
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return _call("concatenate", *node.nodes).set_lineno(node.lineno)
-
-
-def _call(method: str, *args: nodes.Expr) -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute(method), list(args), [], None, None)
+        guard = nodes.EnvironmentAttribute("concatenate")
+        return nodes.Call(guard, node.nodes, [], None, None).set_lineno(node.lineno)
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
@@ -116,13 +114,15 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             self._check_length(total)
             yield piece
 
-    def spend_step(self) -> bool:
-        """Always true, so that it can stand in a condition."""
+    @property
+    def step(self) -> bool:
+        """Spends one step. Always true, so that it can stand in a condition; a property, because
+        compiled templates reach it without the cost of a sandboxed call."""
         budget = self._budget
         budget.steps -= 1
         if budget.steps < 0:
             raise RenderLimitError(f"take more than {MAX_STEPS} steps to render")
-        if budget.steps % 256 == 0 and time.monotonic() > budget.deadline:
+        if budget.steps % 16 == 0 and time.monotonic() > budget.deadline:
             raise RenderLimitError(f"take more than {MAX_RENDER_S:g} s to render")
         return True
 
@@ -133,7 +133,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """Jinja2's hook for every call; the odd names keep keyword arguments apart."""
-        __self.spend_step()
+        _ = __self.step
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
