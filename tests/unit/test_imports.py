@@ -138,9 +138,11 @@ def banned(root: Path) -> list[str]:
     """Unsafe modules and calls."""
     wrong = []
     for name, path, tree in _files(root):
-        for module in _imports(name, path.stem == "__init__", tree):
-            if BANNED_MODULES & set(module.split(".")):
-                wrong.append(f"{name} imports {module}")
+        wrong += [
+            f"{name} imports {module}"
+            for module in _imports(name, path.stem == "__init__", tree)
+            if BANNED_MODULES & set(module.split("."))
+        ]
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
                 wrong.append(f"{name}:{node.lineno} uses torch.load")
@@ -154,7 +156,7 @@ def banned(root: Path) -> list[str]:
                     isinstance(value, ast.Constant) and value.value is False
                 ):
                     wrong.append(f"{name}:{node.lineno} runs a shell")
-        if "torch.load" in {m for m in _imports(name, False, tree)}:
+        if "torch.load" in set(_imports(name, False, tree)):
             wrong.append(f"{name} imports torch.load")
     return wrong
 
