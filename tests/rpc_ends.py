@@ -106,7 +106,9 @@ async def worker(
 async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
     """Wait for `condition`; fail if it does not come true."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110
+        while True:
+            if condition():
+                return
             await asyncio.sleep(0.002)
 
 
