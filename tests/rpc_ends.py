@@ -106,9 +106,7 @@ async def worker(
 async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
     """Wait for `condition`; fail if it does not come true."""
     async with asyncio.timeout(timeout_s):
-        while True:
-            if condition():
-                return
+        while not condition():
             await asyncio.sleep(0.002)
 
 
