@@ -32,6 +32,7 @@ from baton.types import FinishReason, Request, SampledLogprobs, TokenDelta, Work
 NUM_REMEMBERED = 1 << 16
 """Ended sequences whose attempt is remembered, so that a repeat does not run them again."""
 
+_RUNNING = Status.RUNNING  # read for every sequence in every step
 _STAGES = {Status.WAITING: "queue", Status.IMPORTING: "transfer", Status.EXPORTING: "export"}
 
 
@@ -143,12 +144,15 @@ class Scheduler:
         self._chunks = {}
         self._budget = self.config.max_num_batched_tokens
         num_preempted = self.counters["preemptions"]
-        decodes = [seq for seq in self._running.values() if seq.num_remaining == 1]
-        prompts = [seq for seq in self._running.values() if seq.num_remaining > 1]
-        for seq in (*decodes, *prompts):
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for seq in self._running.values():
+            one_left = len(seq.token_ids) - seq.num_computed == 1
+            (decodes if one_left else prompts).append(seq)
+        for seq in decodes + prompts:
             if self._budget <= 0:
                 break
-            if seq.status is Status.RUNNING and self._grow(seq):
+            if seq.status is _RUNNING and self._grow(seq):
                 self._plan(seq)
         imports: list[ImportOrder] = []
         # Whoever was preempted in this step must not take the blocks back in the same step.
@@ -167,20 +171,26 @@ class Scheduler:
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> None:
         """Take in what a step computed."""
+        num_generated = 0
         for chunk, tokens, logprobs in zip(
             plan.chunks, output.token_ids, output.logprobs, strict=True
         ):
             seq = chunk.seq
-            if seq.status is not Status.RUNNING:
+            if seq.status is not _RUNNING:
                 continue  # ended while the step ran
-            self._count_computed(seq, chunk)
-            seq.num_computed = chunk.end
-            self._publish(seq)
+            if chunk.start < len(seq.request.prompt):
+                self._count_prompt(seq, chunk)
+            seq.num_computed = chunk.start + chunk.num_tokens
+            if seq.num_computed >= (seq.num_published + 1) * seq.block_size:
+                self._publish(seq)
             if seq.request.hand_off:
                 self._update.exports += self.exports.export_full_blocks(seq)
             if chunk.samples:
                 (token,) = tokens
+                num_generated += 1
                 self._append(seq, token, logprobs, now)
+        self.counters["tokens_computed"] += plan.num_tokens
+        self.counters["tokens_generated"] += num_generated
 
     def take(self) -> Update:
         """What happened since the last call: deltas, copies to make, commit records, times."""
@@ -243,13 +253,15 @@ class Scheduler:
         return len(self._running) + len(self.imports)
 
     def _plan(self, seq: Sequence) -> None:
-        num_tokens = min(seq.num_remaining, self._budget)
-        samples = seq.num_computed + num_tokens == seq.num_tokens
-        self._chunks[seq.id] = Chunk(seq, seq.num_computed, num_tokens, samples)
+        remaining = len(seq.token_ids) - seq.num_computed
+        num_tokens = remaining if remaining < self._budget else self._budget
+        self._chunks[seq.id] = Chunk(seq, seq.num_computed, num_tokens, num_tokens == remaining)
         self._budget -= num_tokens
 
     def _grow(self, seq: Sequence) -> bool:
         """Make room for all tokens of `seq`; False if that took preempting `seq` itself."""
+        if len(seq.token_ids) <= len(seq.blocks) * seq.block_size:
+            return True
         missing = self.config.num_blocks_for(seq.num_tokens) - len(seq.blocks)
         while missing > self.pool.num_free:
             victim = next(reversed(self._running.values()))
@@ -259,8 +271,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is seq:
                 return False
-        if missing > 0:
-            seq.blocks += self.pool.allocate(missing)
+        seq.blocks += self.pool.allocate(missing)
         return True
 
     def _preempt(self, seq: Sequence) -> None:
@@ -312,11 +323,10 @@ class Scheduler:
         total = min(seq.request.sampling.max_tokens, self._lengths.estimate())
         return max(0, total - seq.num_generated)
 
-    def _count_computed(self, seq: Sequence, chunk: Chunk) -> None:
-        num_prompt = max(0, min(seq.num_prompt - chunk.start, chunk.num_tokens))
+    def _count_prompt(self, seq: Sequence, chunk: Chunk) -> None:
+        num_prompt = min(seq.num_prompt - chunk.start, chunk.num_tokens)
         again = "recomputed" if seq.num_preemptions else "computed"
         self.counters[f"prompt_tokens_{again}"] += num_prompt
-        self.counters["tokens_computed"] += chunk.num_tokens
         seq.num_prompt_computed += num_prompt
 
     def _publish(self, seq: Sequence) -> None:
@@ -330,26 +340,26 @@ class Scheduler:
     def _append(
         self, seq: Sequence, token: int, logprobs: SampledLogprobs | None, now: float
     ) -> None:
-        seq.prefilled = seq.prefilled or now
-        first_index = seq.num_generated
+        if not seq.prefilled:
+            seq.prefilled = now
         seq.token_ids.append(token)
+        num_tokens = len(seq.token_ids)
+        num_generated = num_tokens - len(seq.request.prompt)
         sampling = seq.request.sampling
         finish = None
         if token in sampling.stop_token_ids:
             finish = FinishReason.STOP
-        elif (
-            seq.num_generated >= sampling.max_tokens or seq.num_tokens >= self.config.max_model_len
-        ):
+        elif num_generated >= sampling.max_tokens or num_tokens >= self.config.max_model_len:
             finish = FinishReason.LENGTH
-        self.counters["tokens_generated"] += 1
         self._update.deltas.append(
             TokenDelta(
                 *seq.id,
-                first_index,
+                num_generated - 1,
                 (token,),
-                (logprobs,) if logprobs is not None else None,
+                None if logprobs is None else (logprobs,),
                 finish,
-                num_cached=None if seq.told_cached else seq.num_cached,
+                None,
+                None if seq.told_cached else seq.num_cached,
             )
         )
         seq.told_cached = True
