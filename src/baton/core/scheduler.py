@@ -14,9 +14,10 @@ time as an argument; what they bring for the outside is collected by `take`.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 
 from baton.core.admission import OutputLengths
+from baton.core.attempts import AttemptMemory
 from baton.core.block_pool import BlockPool
 from baton.core.exports import ExportTable
 from baton.core.imports import ImportTable
@@ -28,9 +29,6 @@ from baton.core.sequence import Sequence, SequenceId, Status
 from baton.core.store_index import StoreIndex
 from baton.errors import DeadlineExceeded, ServeError, TransferFailed, Unavailable
 from baton.types import FinishReason, Request, SampledLogprobs, TokenDelta, WorkerLoad
-
-NUM_REMEMBERED = 1 << 16
-"""Ended sequences whose attempt is remembered, so that a repeat does not run them again."""
 
 _RUNNING = Status.RUNNING  # read for every sequence in every step
 _STAGES = {Status.WAITING: "queue", Status.IMPORTING: "transfer", Status.EXPORTING: "export"}
@@ -49,8 +47,7 @@ class Scheduler:
         # A decode takes one token of the budget, so no more of them may run than it has.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._sequences: dict[SequenceId, Sequence] = {}
-        self._latest: dict[tuple[str, int], SequenceId] = {}
-        self._ended: deque[SequenceId] = deque()
+        self._attempts = AttemptMemory()
         self._waiting: OrderedDict[SequenceId, Sequence] = OrderedDict()
         self._running: dict[SequenceId, Sequence] = {}
         self._chunks: dict[SequenceId, Chunk] = {}
@@ -66,12 +63,12 @@ class Scheduler:
     def add(self, request: Request, now: float) -> None:
         """Accept a request, or end it at once with a typed error."""
         seq_id = (request.id, request.choice, request.attempt)
-        known = self._latest.get(seq_id[:2])
+        known = self._attempts.latest(*seq_id[:2])
         if known is not None:
             if known[2] >= request.attempt:
                 return  # a repeat, or a late message of an attempt that was given up
             self.abort(known)
-        self._latest[seq_id[:2]] = seq_id
+        self._attempts.begin(seq_id)
         try:
             if self._draining:
                 raise Unavailable("this worker is draining", stage="queue")
@@ -79,7 +76,7 @@ class Scheduler:
         except ServeError as error:
             self.counters["refused"] += 1
             self._update.deltas.append(error_delta(seq_id, len(request.emitted), error))
-            self._remember(seq_id)
+            self._attempts.end(seq_id)
             return
         root = root_key(self.config.fingerprint, self.config.numerics, request.salt)
         seq = Sequence(request, root, self.config.kv_format.block_size, now)
@@ -147,8 +144,7 @@ class Scheduler:
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
         for seq in self._running.values():
-            one_left = len(seq.token_ids) - seq.num_computed == 1
-            (decodes if one_left else prompts).append(seq)
+            (decodes if len(seq.token_ids) - seq.num_computed == 1 else prompts).append(seq)
         for seq in decodes + prompts:
             if self._budget <= 0:
                 break
@@ -211,14 +207,14 @@ class Scheduler:
 
     def is_drained(self) -> bool:
         """Nothing is accepted, nothing is left, and nobody may still read from the store."""
-        idle = not self._sequences and not self.num_transfers and not len(self._leases)
-        return self._draining and idle
+        left = self._sequences or self.num_transfers or len(self._leases)
+        return self._draining and not left
 
     def next_deadline(self) -> float | None:
         """When `schedule` has something to do even if no news comes."""
         expiry = self._leases.next_expiry()
-        times = [self._deadlines[0][0]] if self._deadlines else []
-        return min([*times, expiry] if expiry is not None else times, default=None)
+        times = [at for at, _ in self._deadlines[:1]] + ([] if expiry is None else [expiry])
+        return min(times, default=None)
 
     def load(self) -> WorkerLoad:
         """The part of the load that the scheduler knows."""
@@ -293,7 +289,8 @@ class Scheduler:
         needed = self.config.num_blocks_for(seq.num_tokens) - len(hits)
         wanted = needed + self.pool.num_unreferenced(hits)
         if self._num_active():  # a lone sequence may use everything: its worst case fits
-            wanted += self.config.num_blocks_for(self._predicted_growth(seq))
+            growth = self._lengths.predict_rest(seq.request, seq.num_generated)
+            wanted += self.config.num_blocks_for(growth)
         if wanted > self.pool.num_free:
             return False
         if seq.request.hand_off and not self.exports.open(seq):
@@ -316,12 +313,6 @@ class Scheduler:
             seq.status = Status.RUNNING
             self._running[seq.id] = seq
         return True
-
-    def _predicted_growth(self, seq: Sequence) -> int:
-        if seq.request.hand_off:
-            return 0
-        total = min(seq.request.sampling.max_tokens, self._lengths.estimate())
-        return max(0, total - seq.num_generated)
 
     def _count_prompt(self, seq: Sequence, chunk: Chunk) -> None:
         num_prompt = min(seq.num_prompt - chunk.start, chunk.num_tokens)
@@ -384,8 +375,7 @@ class Scheduler:
             _, seq_id = heapq.heappop(self._deadlines)
             seq = self._sequences.get(seq_id)
             if seq is not None:
-                computing = "decode" if seq.prefilled else "prefill"
-                stage = _STAGES.get(seq.status, computing)
+                stage = _STAGES.get(seq.status, "decode" if seq.prefilled else "prefill")
                 error = DeadlineExceeded("the request's deadline has passed", stage=stage)
                 self._fail(seq, now, error)
         self.counters["leases_expired"] += len(self._leases.expire(now))
@@ -403,17 +393,9 @@ class Scheduler:
         """Take the sequence out of every table and give back its own references."""
         seq.status = Status.FINISHED
         del self._sequences[seq.id]
-        self._remember(seq.id)
+        self._attempts.end(seq.id)
         self._waiting.pop(seq.id, None)
         self._running.pop(seq.id, None)
         self.exports.abandon(seq.id)
         self.pool.release(seq.blocks)
         seq.blocks = []
-
-    def _remember(self, seq_id: SequenceId) -> None:
-        """Keep the attempt of what has ended for a while."""
-        self._ended.append(seq_id)
-        if len(self._ended) > NUM_REMEMBERED:
-            oldest = self._ended.popleft()
-            if self._latest[oldest[:2]] == oldest:
-                del self._latest[oldest[:2]]
