@@ -17,6 +17,7 @@ from serving_machine import ServingMachine
 from sim_engine import make_config
 
 from baton.core import keys, lease
+from baton.core.attempts import AttemptMemory
 from baton.core.block_pool import BlockPool
 from baton.core.exports import ExportState, ExportTable
 from baton.core.imports import ImportTable
@@ -255,10 +256,10 @@ def attempt_ignored(patch: Patch) -> None:
     original = Scheduler.add
 
     def add(self: Scheduler, request: sim_engine.Request, now: float) -> None:
-        known = self._latest.pop((request.id, request.choice), None)
+        known = self._attempts.latest(request.id, request.choice)
         if known is not None:
             self.abort(known)
-        self._ended.clear()
+        self._attempts = AttemptMemory()
         original(self, request, now)
 
     patch.setattr(Scheduler, "add", add)
@@ -266,14 +267,8 @@ def attempt_ignored(patch: Patch) -> None:
 
 def ended_attempt_forgotten(patch: Patch) -> None:
     """A repeat that comes after the end runs again."""
-    original = Scheduler._release
-
-    def release(self: Scheduler, seq: Sequence) -> None:
-        original(self, seq)
-        self._ended.clear()
-        self._latest.pop(seq.id[:2], None)
-
-    patch.setattr(Scheduler, "_release", release)
+    original = AttemptMemory.__init__
+    patch.setattr(AttemptMemory, "__init__", lambda self: original(self, 0))
 
 
 def lease_holds_nothing(patch: Patch) -> None:

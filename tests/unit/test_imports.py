@@ -118,8 +118,9 @@ def torch_imports(root: Path) -> list[str]:
             continue
         direct = {m for m in everywhere[start] if m.split(".")[0] == "torch"}
         wrong += [f"{start} -> {m}" for m in sorted(direct)]
-        chains = {start: [start]}
-        queue = [start]
+        parts = start.split(".")
+        chains = {".".join(parts[: i + 1]): [start] for i in range(len(parts))}
+        queue = list(chains)
         while queue:
             name = queue.pop(0)
             for other in sorted(graph.get(name, ())):
@@ -138,11 +139,9 @@ def banned(root: Path) -> list[str]:
     """Unsafe modules and calls."""
     wrong = []
     for name, path, tree in _files(root):
-        wrong += [
-            f"{name} imports {module}"
-            for module in _imports(name, path.stem == "__init__", tree)
-            if BANNED_MODULES & set(module.split("."))
-        ]
+        for module in _imports(name, path.stem == "__init__", tree):
+            if BANNED_MODULES & set(module.split(".")) or module == "torch.load":
+                wrong += [f"{name} imports {module}"]
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
                 wrong.append(f"{name}:{node.lineno} uses torch.load")
@@ -156,8 +155,6 @@ def banned(root: Path) -> list[str]:
                     isinstance(value, ast.Constant) and value.value is False
                 ):
                     wrong.append(f"{name}:{node.lineno} runs a shell")
-        if "torch.load" in set(_imports(name, False, tree)):
-            wrong.append(f"{name} imports torch.load")
     return wrong
 
 
