@@ -13,7 +13,6 @@ import httpx
 from http_fixtures import Target
 from integration.deployment import Deployment
 from numerics.tiny_models import make_checkpoint
-
 from unit import toy_tokenizers
 
 EOS = 1
