@@ -62,7 +62,7 @@ def test_generated_requests(
     headers = {"authorization": f"Bearer {target.api_key}"}
 
     @settings(
-        max_examples=60 if method == "POST" else 3,
+        max_examples=50 if method == "POST" else 3,
         derandomize=True,
         database=None,
         deadline=None,
