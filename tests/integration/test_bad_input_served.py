@@ -154,5 +154,3 @@ def test_nothing_is_leaked(served: Victim, http: httpx.Client, target: Target) -
 
 def rss_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
-
-
