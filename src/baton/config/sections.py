@@ -69,6 +69,10 @@ class EngineConfig(Section, frozen=True):
         Count | None,
         Meta(description="CPU threads of a worker; by default the cores shared out evenly."),
     ] = None
+    kernels: Annotated[
+        Literal["auto", "native", "torch"],
+        Meta(description="CPU arithmetic: native is fast and exact; auto takes it if it can."),
+    ] = "auto"
     prefix_cache: Annotated[bool, Meta(description="Reuse KV of prompts that begin alike.")] = True
 
 

@@ -22,6 +22,7 @@ from baton.errors import ConfigError
 from baton.model.attention import NUMERICS
 from baton.model.kv_cache import KvCache, kv_block_bytes
 from baton.model.loader import Progress, load_weights, weights_fingerprint
+from baton.model.native import choose_kernels
 from baton.model.transformer import Transformer
 from baton.model_spec import ModelSpec, load_model_spec
 from baton.types import KvFormat
@@ -78,7 +79,9 @@ def build_engine(
     dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
+    kernels = choose_kernels(config.engine.kernels, spec, dtype, device)
     weights = load_weights(model_dir, spec, dtype, device, progress)
+    model = Transformer(spec, weights, kernels)
     limits = resolve_limits(config, spec, device, dtype, with_store)
     kv_format = KvFormat(
         block_size=config.engine.block_size,
@@ -97,7 +100,7 @@ def build_engine(
         max_model_len=limits.max_model_len,
         vocab_size=spec.vocab_size,
         fingerprint=weights_fingerprint(model_dir),
-        numerics=f"{NUMERICS}-{dtype}-{device}",
+        numerics=f"{device}-{NUMERICS if kernels is None else kernels.numerics}-{dtype}",
         prefix_cache=config.engine.prefix_cache,
         lease_ttl_s=config.store.lease_ttl_s,
     )
@@ -109,10 +112,13 @@ def build_engine(
         else LoggedScheduler(scheduler_config, leases, index, decision_sink)
     )
     kv = KvCache(spec, limits.num_blocks, config.engine.block_size, dtype, device)
-    runner = TorchRunner(Transformer(spec, weights), kv, device)
+    runner = TorchRunner(model, kv, device)
     for name, value in msgspec.structs.asdict(limits).items():
         logger.info("engine %s=%s", name, value)
-    logger.info("engine kernels=%s (inexact: results may vary in the last bits)", NUMERICS)
+    if kernels is None:
+        logger.info("engine kernels=torch (inexact: results vary in the last bits with the batch)")
+    else:
+        logger.info("engine kernels=native isa=%s (exact: the batch changes no bit)", kernels.isa)
     return Built(Engine(scheduler, runner, kv, emit), limits, scheduler_config, spec)
 
 

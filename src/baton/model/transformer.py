@@ -1,4 +1,7 @@
-"""The decoder-only transformer of Llama, Mistral, Qwen2 and Qwen3. Written once, device-free."""
+"""The decoder-only transformer of Llama, Mistral, Qwen2 and Qwen3.
+
+Two bodies: plain torch, below, for any device and type; and the CPU kernels (`native_layers`).
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,33 @@ from torch import Tensor
 from baton.model.attention import BACKENDS, Batch
 from baton.model.kv_cache import KvCache
 from baton.model.layers import gated_mlp, rms_norm
+from baton.model.native import Kernels
+from baton.model.native_layers import NativeLayers
 from baton.model.rope import cos_sin, inverse_frequencies, rotate
 from baton.model.weights import LayerWeights, Weights
 from baton.model_spec import ModelSpec
 
 
 class Transformer:
-    """`spec` with its `weights`, on whatever device and in whatever type they are."""
+    """`spec` with its `weights`, on whatever device and in whatever type they are.
 
-    def __init__(self, spec: ModelSpec, weights: Weights, attention: str = "torch") -> None:
+    With `kernels` it runs on those, and packs the weights for them where they lie.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        kernels: Kernels | None = None,
+        attention: str = "torch",
+    ) -> None:
         self.spec = spec
         self.weights = weights
         self._attend = BACKENDS[attention]
         self._scale = spec.head_dim**-0.5
         frequencies = inverse_frequencies(spec.rope, spec.head_dim)
         self._frequencies = frequencies.to(weights.embed.device)
+        self._native = None if kernels is None else NativeLayers(spec, weights, kernels)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KvCache) -> Tensor:
@@ -32,6 +47,8 @@ class Transformer:
         Returns:
             fp32 logits [len(batch.sample_rows), vocab_size].
         """
+        if self._native is not None:
+            return self._native.forward(batch, kv)
         weights, eps = self.weights, self.spec.rms_norm_eps
         x = F.embedding(batch.token_ids, weights.embed)
         cos, sin = cos_sin(

@@ -1,0 +1,170 @@
+// Weight matrices: packing, looking rows up, and products. One product kernel for every number of
+// rows: a tile of `R` rows by kVectors * 16 columns stays in registers for one pass over k, so an
+// output element is always the same sum in the same order.
+
+#pragma once
+
+#include "types.h"
+
+namespace {
+
+constexpr int64_t kAhead = 16;  // steps (128 bytes each) that weights are prefetched ahead
+
+// out[r][column] of R rows of x (`stride` bytes apart) with a panel's 32 columns.
+template <class T, int R>
+__attribute__((noinline)) void tile(const char* x, int64_t stride, const uint32_t* panel,
+                                    int64_t k, float* out, int64_t out_stride) {
+    int64_t words = k / T::kPack;
+    for (int64_t part = 0; part < kPanel; part += kVectors * 16) {
+        const uint32_t* w = panel + part;
+        V16 sum[R][kVectors];
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < kVectors; ++v) sum[r][v] = set1(0);
+        for (int64_t step = 0; step < words; ++step) {
+            W16 columns[kVectors];
+            for (int v = 0; v < kVectors; ++v) {
+                columns[v] = load_words(w + step * kPanel + v * 16);
+                __builtin_prefetch(w + (step + kAhead) * kPanel + v * 16);
+            }
+            for (int r = 0; r < R; ++r) {
+                uint32_t word;
+                memcpy(&word, x + r * stride + step * 4, 4);
+                for (int v = 0; v < kVectors; ++v) sum[r][v] = T::dot(sum[r][v], word, columns[v]);
+            }
+        }
+        if (T::kPack == 2 && k % 2) {  // the last pair has no second half, and x may end here
+            for (int r = 0; r < R; ++r) {
+                uint16_t half;
+                memcpy(&half, x + r * stride + words * 4, 2);
+                for (int v = 0; v < kVectors; ++v)
+                    sum[r][v] = T::dot(sum[r][v], half, load_words(w + words * kPanel + v * 16));
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < kVectors; ++v)
+                store(out + r * out_stride + part + v * 16, sum[r][v]);
+    }
+}
+
+// `tile` for a number of rows up to kRows that is known at run time only.
+template <class T, int R = kRows>
+inline void products(int64_t rows, const char* x, int64_t stride, const uint32_t* panel, int64_t k,
+                     float* out, int64_t out_stride) {
+    if constexpr (R > 0) {
+        if (rows == R)
+            tile<T, R>(x, stride, panel, k, out, out_stride);
+        else
+            products<T, R - 1>(rows, x, stride, panel, k, out, out_stride);
+    }
+}
+
+struct Product {
+    const Linear* w;
+    const char* x;
+    const char* residual;
+    char* y;
+    bool wide;
+};
+
+template <class T>
+inline void rows_by_panel(const Product& p, int64_t row, int64_t rows, int64_t panel) {
+    typedef typename T::Value Value;
+    int64_t n = p.w->n, k = p.w->k, bytes = k * (int64_t)sizeof(Value);
+    float sums[kRows * kPanel];
+    products<T>(rows, p.x + row * bytes, bytes,
+                (const uint32_t*)p.w->weight + panel * steps_of<T>(k) * kPanel, k, sums, kPanel);
+    for (int64_t part = 0; part < kPanel; part += 16) {
+        int64_t column = panel * kPanel + part, count = n - column;
+        if (count <= 0) return;
+        V16 bias = set1(0);
+        if (p.w->bias) bias = load_up_to((const Value*)p.w->bias + column, count);
+        for (int64_t r = 0; r < rows; ++r) {
+            int64_t at = (row + r) * n + column;
+            V16 value = add(load(sums + r * kPanel + part), bias);
+            if (p.residual) value = add(value, load_up_to((const Value*)p.residual + at, count));
+            if (p.wide)
+                store_up_to((float*)p.y + at, value, count);
+            else
+                store_up_to((Value*)p.y + at, value, count);
+        }
+    }
+}
+
+template <class T>
+void linear(const Product& p, int64_t m, int32_t threads) {
+    int64_t panels = (p.w->n + kPanel - 1) / kPanel;
+    int64_t tiles = (m + kRows - 1) / kRows;
+    // With many threads the rows are divided too; where the cuts fall changes no result.
+    int64_t blocks = (4 * threads + panels - 1) / panels;
+    if (blocks > tiles) blocks = tiles;
+    bool large = m * p.w->n * p.w->k > kSerialWork;
+#pragma omp parallel for num_threads(threads) schedule(static) if (large)
+    for (int64_t item = 0; item < blocks * panels; ++item) {
+        int64_t block = item / panels, panel = item % panels;
+        int64_t last = tiles * (block + 1) / blocks;
+        for (int64_t t = tiles * block / blocks; t < last; ++t) {
+            int64_t row = m * t / tiles;
+            rows_by_panel<T>(p, row, m * (t + 1) / tiles - row, panel);
+        }
+    }
+}
+
+void linear_any(const Linear* w, const void* x, const void* residual, void* y, int64_t m,
+                int32_t wide, int32_t dtype, int32_t threads) {
+    Product p = {w, (const char*)x, (const char*)residual, (char*)y, wide != 0};
+    if (m == 0) return;
+    if (dtype == kBf16)
+        linear<Bf16>(p, m, threads);
+    else
+        linear<Fp32>(p, m, threads);
+}
+
+template <class T>
+void pack(const typename T::Value* src, uint32_t* dst, int64_t n, int64_t k, int32_t threads) {
+    int64_t panels = (n + kPanel - 1) / kPanel, steps = steps_of<T>(k);
+#pragma omp parallel num_threads(threads)
+    {
+        // A panel's source, since it may be its destination too.
+        typename T::Value* rows = new typename T::Value[kPanel * steps * T::kPack];
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            for (int64_t i = 0; i < kPanel; ++i) {
+                typename T::Value* row = rows + i * steps * T::kPack;
+                memset(row, 0, (size_t)steps * 4);
+                if (panel * kPanel + i < n)
+                    memcpy(row, src + (panel * kPanel + i) * k, (size_t)k * sizeof(*row));
+            }
+            uint32_t* to = dst + panel * steps * kPanel;
+            for (int64_t part = 0; part < kPanel; part += 16) {
+                const uint32_t* words[16];
+                for (int64_t i = 0; i < 16; ++i)
+                    words[i] = (const uint32_t*)rows + (part + i) * steps;
+                transpose(words, steps, to + part, kPanel);
+            }
+        }
+        delete[] rows;
+    }
+}
+
+void pack_any(const void* src, void* dst, int64_t n, int64_t k, int32_t dtype, int32_t threads) {
+    if (dtype == kBf16)
+        pack<Bf16>((const uint16_t*)src, (uint32_t*)dst, n, k, threads);
+    else
+        pack<Fp32>((const float*)src, (uint32_t*)dst, n, k, threads);
+}
+
+void embed_any(const void* packed, const int64_t* ids, void* y, int64_t m, int64_t k,
+               int32_t dtype) {
+    int64_t steps = dtype == kBf16 ? steps_of<Bf16>(k) : k;
+    int64_t bytes = k * (dtype == kBf16 ? 2 : 4);
+    for (int64_t i = 0; i < m; ++i) {
+        const uint32_t* panel = (const uint32_t*)packed + ids[i] / kPanel * steps * kPanel;
+        char* row = (char*)y + i * bytes;
+        for (int64_t step = 0; step < steps; ++step) {
+            int64_t left = bytes - step * 4;
+            memcpy(row + step * 4, panel + step * kPanel + ids[i] % kPanel, left < 4 ? left : 4);
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,101 @@
+// The two element types, and what is done alike for both.
+
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace {
+
+// Under so many multiplications a loop stays on its thread: waking others would take longer.
+constexpr int64_t kSerialWork = 1 << 15;
+
+struct Bf16 {
+    typedef uint16_t Value;
+    static constexpr int64_t kPack = 2;
+    static V16 dot(V16 sum, uint32_t x, W16 w) { return dot_pairs(sum, x, w); }
+};
+
+struct Fp32 {
+    typedef float Value;
+    static constexpr int64_t kPack = 1;
+    static V16 dot(V16 sum, uint32_t x, W16 w) {
+        float value;
+        memcpy(&value, &x, 4);
+        return fma(set1(value), as_floats(w), sum);
+    }
+};
+
+template <class T>
+inline int64_t steps_of(int64_t k) {
+    return (k + T::kPack - 1) / T::kPack;
+}
+
+// The last vector of a row, its missing lanes 0. A whole one is loaded as any other.
+template <class Value>
+inline V16 load_up_to(const Value* p, int64_t n) {
+    return n >= 16 ? load(p) : load_some(p, n);
+}
+template <class Value>
+inline void store_up_to(Value* p, V16 x, int64_t n) {
+    if (n >= 16)
+        store(p, x);
+    else
+        store_some(p, x, n);
+}
+
+// The sum of all lanes, as a tree: lane i with i + 8, then + 4, + 2, + 1.
+inline float sum_lanes(V16 x) {
+    float lanes[16];
+    store(lanes, x);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+inline float max_lanes(V16 x) {
+    float lanes[16];
+    store(lanes, x);
+    float most = lanes[0];
+    for (int i = 1; i < 16; ++i)
+        if (!(lanes[i] <= most)) most = lanes[i];  // so that NaN stays
+    return most;
+}
+
+// e^x to 2 ulp for -86 <= x <= 88; 0 below, e^88 above; NaN stays NaN. The coefficients are those
+// of the Cephes library's expf.
+inline V16 exp16(V16 x) {
+    const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    V16 within = max(set1(-86.0f), min(set1(88.0f), x));
+    V16 shifted = fma(within, set1(1.44269504f), set1(kRound));
+    V16 n = sub(shifted, set1(kRound));
+    V16 r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), within));
+    V16 sum = set1(1.9875691500e-4f);
+    sum = fma(sum, r, set1(1.3981999507e-3f));
+    sum = fma(sum, r, set1(8.3334519073e-3f));
+    sum = fma(sum, r, set1(4.1665795894e-2f));
+    sum = fma(sum, r, set1(1.6666665459e-1f));
+    sum = fma(sum, r, set1(5.0000001201e-1f));
+    sum = add(fma(sum, mul(r, r), r), set1(1.0f));
+    return zero_below(set1(-86.0f), x, mul(sum, power_of_two(shifted)));
+}
+
+// e^x of one number: the same bits.
+inline float exp1(float x) {
+    float lanes[16];
+    store(lanes, exp16(set1(x)));
+    return lanes[0];
+}
+
+// to[word * stride + i] = rows[i][word] for 16 rows.
+inline void transpose(const uint32_t* const* rows, int64_t words, uint32_t* to, int64_t stride) {
+    int64_t word = 0;
+    for (; word + 16 <= words; word += 16) transpose_16(rows, word, to + word * stride, stride);
+    for (; word < words; ++word)
+        for (int64_t i = 0; i < 16; ++i) to[word * stride + i] = rows[i][word];
+}
+
+}  // namespace
