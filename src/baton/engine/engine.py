@@ -78,6 +78,7 @@ class Engine:
         self._emit = emit
         self._clock = clock
         self._step_s = 0.0
+        self._told: WorkerLoad | None = None
         self._landing: dict[SequenceId, list[tuple[int, HostBlock]]] = {}
 
     def step(self) -> bool:
@@ -96,9 +97,13 @@ class Engine:
         for export in update.exports:
             self._start_export(export)
         drained = self.scheduler.is_drained() and not len(self.scheduler.exports.leases)
-        if heard or plan.chunks or update.deltas or update.handoffs or drained:
+        load = self.load()
+        # What `wait` was told, or a lease that ran out, may show in nothing but the load.
+        news = heard or plan.chunks or update.deltas or update.handoffs or load != self._told
+        if news or drained:
+            self._told = load
             counters = dict(self.scheduler.counters)
-            self._emit(Emitted(update, self.load(), counters, drained))
+            self._emit(Emitted(update, load, counters, drained))
         return bool(plan.chunks)
 
     def wait(self) -> None:
@@ -111,13 +116,18 @@ class Engine:
             return
 
     def load(self) -> WorkerLoad:
-        index = self.scheduler.exports.index
+        exports = self.scheduler.exports
+        index = exports.index
         frame_bytes = self.scheduler.config.kv_format.block_bytes
         return msgspec.structs.replace(
             self.scheduler.load(),
             step_s=self._step_s,
             store_used_bytes=index.num_used * frame_bytes,
             store_total_bytes=index.num_frames * frame_bytes,
+            num_held_frames=index.num_used - index.num_cached,
+            num_reserved_frames=index.num_reserved,
+            num_leases=len(exports.leases),
+            num_transfers=self.scheduler.num_transfers,
             progress=self.progress,
         )
 
