@@ -44,7 +44,7 @@ STAGES = [  # field of a waterfall, heading, colour of its part of the bar, lett
     ("transfer_s", "transfer", "magenta", "t"),
     ("decode_s", "decode", "green", "D"),
 ]
-BAR_WIDTH = 40
+BAR_WIDTH = 30
 START_TIMEOUT_S = 120.0
 
 
@@ -160,11 +160,11 @@ async def show_waterfalls(
     waterfalls = [by_id[id_.partition("-")[2]] for id_ in ids]
     longest = max(sum(w[field] for field, *_ in STAGES) for w in waterfalls)
     table = Table(title="\nWhere the time went (ms)", title_justify="left", box=None)
-    table.add_column("question")
-    table.add_column("prefilled by")
-    table.add_column("decoded by")
+    table.add_column("question", no_wrap=True)
+    table.add_column("prefilled by", no_wrap=True)
+    table.add_column("decoded by", no_wrap=True)
     for _, heading, colour, _ in STAGES:
-        table.add_column(heading, justify="right", style=colour)
+        table.add_column(heading, justify="right", style=colour, no_wrap=True)
     table.add_column("", no_wrap=True, overflow="crop", min_width=BAR_WIDTH)
     for question, waterfall in zip(questions, waterfalls, strict=True):
         subject = re.sub(r"^What (?:does|is) (.*?)(?: do)?\?$", r"\1", question)

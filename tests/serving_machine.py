@@ -9,7 +9,7 @@ happens, `Client` holds every stream to the expected tokens, and in the end noth
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -17,9 +17,10 @@ from sim_engine import Client, Frame, SimWorker, expected_tokens, make_config, m
 
 from baton.core.limits import SchedulerConfig
 from baton.core.plan import Update
-from baton.types import FinishReason, Request
+from baton.core.sequence import Status
+from baton.types import FinishReason, Handoff, Request
 
-SEGMENTS = ((1, 1), (2, 2), (1, 1, 2, 2), (1, 1, 1, 1), (3,))
+SEGMENTS = ((1, 1), (2, 2), (1, 1, 2, 2), (2, 2, 1, 1), (3,))
 SPOILS = ("missing", "corrupt", "stale_epoch", "timed_out")
 MAX_PROMPT = 10
 
@@ -75,10 +76,9 @@ class ServingMachine(RuleBasedStateMachine):
         self.clients: dict[str, Client] = {}
         self.home: dict[str, SimWorker] = {}
         self.grants: dict[str, list[str]] = {}
-        self.forwarded: set[str] = set()
+        self.seen: list[Handoff] = []
         self.disturbed = False  # a fault was injected: fallbacks are allowed
         self.export_failed = False
-        self.coverage: set[str] = set()
 
     # Helpers -----------------------------------------------------------------------------------
 
@@ -94,6 +94,7 @@ class ServingMachine(RuleBasedStateMachine):
                 assert delta.error.code != "transfer_failed" or self.export_failed
         for handoff in update.handoffs:
             self.grants[handoff.request_id].append(handoff.grant.grant_id)
+            self.seen.append(handoff)
             client = self.clients[handoff.request_id]
             if handoff.attempt == client.request.attempt:
                 client.take_handoff(handoff)
@@ -110,8 +111,7 @@ class ServingMachine(RuleBasedStateMachine):
     def waits_for_decode(self, client: Client) -> bool:
         return bool(client.handoff) and client.leg_ended and not client.ended
 
-    def forward(self, client: Client, handoff: Any) -> None:
-        self.forwarded.add(client.request.id)
+    def forward(self, client: Client, handoff: Handoff | None) -> None:
         client.handoff = None
         self.send(self.decode, client.next_leg(hand_off=False, handoff=handoff))
 
@@ -146,6 +146,24 @@ class ServingMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.absorb(worker, worker.step(self.now))
 
+    @rule(keep=st.booleans())
+    def prefill_round(self, keep: bool) -> None:
+        """A good stretch on the prefill side: most handoffs come out of this."""
+        for _ in range(3):
+            self.absorb(self.prefill, self.prefill.step(self.now))
+            while len(self.prefill.exports) > keep:
+                self.absorb(self.prefill, self.prefill.finish_export(-1, self.now))
+
+    @rule(order=orders, pick=picks)
+    def decode_crowd(self, order: Order, pick: int) -> None:
+        """Several handoffs and a whole request reach the decode worker at once."""
+        for client in list(self.clients.values()):
+            if self.waits_for_decode(client):
+                self.forward(client, client.handoff)
+        self.absorb(self.decode, self.decode.step(self.now))
+        if pick % 2:
+            self.submit(order._replace(split=False, on_decode=True))
+
     @precondition(lambda self: self.prefill.exports)
     @rule(pick=picks, count=st.integers(1, 3))
     def copy(self, pick: int, count: int) -> None:
@@ -168,22 +186,24 @@ class ServingMachine(RuleBasedStateMachine):
         assert client is not None
         self.forward(client, client.handoff)
 
-    @precondition(lambda self: sum(map(self.waits_for_decode, self.clients.values())) > 1)
+    @precondition(lambda self: any(map(self.waits_for_decode, self.clients.values())))
     @rule(pick=picks, other=picks)
     def hand_over_mixed_up(self, pick: int, other: int) -> None:
+        """The commit record is that of another request, even of one as long."""
         client = self.pick(pick, self.waits_for_decode)
-        wrong = self.pick(other, self.waits_for_decode)
         assert client is not None
-        assert wrong is not None
-        self.disturbed = True
-        self.forward(client, wrong.handoff)
+        assert client.handoff is not None
+        name, num_tokens = client.request.id, client.handoff.num_tokens
+        wrong = [h for h in self.seen if h.request_id != name and h.num_tokens == num_tokens]
+        if wrong:
+            self.disturbed = True
+            self.forward(client, wrong[other % len(wrong)])
 
     @precondition(lambda self: self.decode.imports)
     @rule(pick=picks)
     def fetch(self, pick: int) -> None:
         position = pick % len(self.decode.imports)
         self.absorb(self.decode, self.decode.finish_import(position, self.prefill, self.now))
-        self.coverage.add("fetch")
 
     @precondition(lambda self: self.decode.imports)
     @rule(pick=picks, first_bad=st.integers(0, 2), reason=st.sampled_from(SPOILS))
@@ -209,15 +229,27 @@ class ServingMachine(RuleBasedStateMachine):
         )
 
     @precondition(lambda self: self.clients)
-    @rule(pick=picks, rare=st.integers(0, 2))
-    def abort(self, pick: int, rare: int) -> None:
-        client = self.pick(pick, lambda client: not client.ended)
-        if client is None or rare:
+    @rule(pick=picks, where=st.sampled_from(("any", "transfer", "transfer", "preempted")))
+    def abort(self, pick: int, where: str) -> None:
+        client = self.pick(pick, lambda client: self.is_at(client, where))
+        if client is None or (where == "any" and pick % 3):
             return
         client.aborted = True
         worker = self.home[client.request.id]
         worker.scheduler.abort(client.id)
         self.absorb(worker, worker.settle())
+        if pick % 2:  # whoever waits takes the blocks
+            self.absorb(worker, worker.step(self.now))
+
+    def is_at(self, client: Client, where: str) -> bool:
+        if client.ended or where == "any":
+            return not client.ended
+        seq = self.home[client.request.id].scheduler._sequences.get(client.id)
+        if seq is None:
+            return False
+        if where == "preempted":
+            return seq.status is Status.WAITING and seq.num_preemptions > 0
+        return seq.status in (Status.IMPORTING, Status.EXPORTING)
 
     @precondition(lambda self: self.clients)
     @rule(pick=picks, on_decode=st.booleans(), rare=st.integers(0, 2))
@@ -235,9 +267,14 @@ class ServingMachine(RuleBasedStateMachine):
             hand_off=False, handoff=handoff, attempt=client.request.attempt + 1
         )
         client.handoff = None
-        if handoff is not None and handoff.num_tokens != len(request.prompt) + len(
-            request.emitted
-        ) - 1:
+        if handoff is None:
+            # Nobody will read that any more. To go on renewing would be a deadlock: this request
+            # may queue behind one that waits for those frames.
+            self.prefill.scheduler.release(tuple(self.grants[request.id]))
+        if (
+            handoff is not None
+            and handoff.num_tokens != len(request.prompt) + len(request.emitted) - 1
+        ):
             self.disturbed = True  # it covers another number of tokens, and is refused
         if handoff is not None and not set(self.grants[request.id]) & set(
             self.prefill.leases._leases

@@ -286,9 +286,7 @@ class SimWorker:
         assert len(handoff.keys) == len(handoff.digests) == len(handoff.frames) == num_blocks
         assert handoff.grant.grant_id in self.leases
         assert set(self.leases.keys(handoff.grant.grant_id)) == set(handoff.keys)
-        for key, digest, frame in zip(
-            handoff.keys, handoff.digests, handoff.frames, strict=True
-        ):
+        for key, digest, frame in zip(handoff.keys, handoff.digests, handoff.frames, strict=True):
             entry = self.index.lookup(key)
             assert entry is not None, "committed, but not in the store"
             assert entry.sealed, "committed before it was sealed"
@@ -426,7 +424,9 @@ class Client:
         self.handoff = handoff
 
 
-def run_alone(worker: SimWorker, requests: Sequence[Request], max_steps: int = 1000) -> list[Client]:
+def run_alone(
+    worker: SimWorker, requests: Sequence[Request], max_steps: int = 1000
+) -> list[Client]:
     """Run requests to their ends on one worker, copies done at once."""
     clients = {(r.id, r.choice): Client(r) for r in requests}
     for request in requests:
@@ -457,5 +457,3 @@ def with_handoff(request: Request, client: Client) -> Request:
 def replace_request(request: Request, **changes: Any) -> Request:
     fields = {name: getattr(request, name) for name in request.__struct_fields__}
     return Request(**{**fields, **changes})
-
-

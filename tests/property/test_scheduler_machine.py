@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from serving_machine import ServingMachine
 from sim_engine import make_config
@@ -14,6 +14,7 @@ COMMON = settings(
     deadline=None,
     derandomize=True,
     database=None,
+    phases=[Phase.generate],  # add Phase.shrink to see the shortest history of a failure
     suppress_health_check=list(HealthCheck),
 )
 

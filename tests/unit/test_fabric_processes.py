@@ -219,13 +219,16 @@ def test_a_frame_rewritten_all_the_time_is_never_read_wrong(
     """Frame 3 gets wrong bytes, under the very key that is asked for, and right ones, in turns."""
     assert writer.process.stdin is not None
     assert fetch(transport, writer).num_right == NUM_BLOCKS
-    print("churn 3", file=writer.process.stdin, flush=True)
     seen = set()
-    for _ in range(300):
-        fetched = fetch(transport, writer)
-        seen.add(fetched.results[3])
-        assert fetched.results[:3] == ["ok"] * 3
-        assert fetched.num_right == fetched.results.count(ReadResult.OK)
-    assert writer.read_line() == "done"
-    assert fetch(transport, writer).num_right == NUM_BLOCKS
+    for _ in range(20):  # rounds; on a busy machine the two may miss each other in some
+        print("churn 3", file=writer.process.stdin, flush=True)
+        for _ in range(300):
+            fetched = fetch(transport, writer)
+            seen.add(fetched.results[3])
+            assert fetched.results[:3] == ["ok"] * 3
+            assert fetched.num_right == fetched.results.count(ReadResult.OK)
+        assert writer.read_line() == "done"
+        assert fetch(transport, writer).num_right == NUM_BLOCKS
+        if seen > {ReadResult.OK}:
+            break
     assert seen > {ReadResult.OK}, "writer and reader never met"

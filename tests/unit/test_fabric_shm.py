@@ -24,6 +24,7 @@ from baton.fabric.arena import Arena, Geometry
 from baton.fabric.descriptors import (
     MAX_ASK_BYTES,
     MAX_CONNECTIONS,
+    MAX_REPLY_BYTES,
     Ask,
     Descriptor,
     DescriptorServer,
@@ -246,6 +247,10 @@ def fake_source(runtime_dir: Path, answer: bytes | None, fds: list[int]) -> Iter
 
 
 GOOD_ANSWER = pack(Descriptor(Geometry(EPOCH, 1, 1, bytes(32))))
+LONG_ANSWER = msgspec.msgpack.encode(
+    {"type": "Refusal", "reason": "stale_epoch", "unknown": bytes(MAX_REPLY_BYTES)}
+)
+LONG_ANSWER = struct.pack(">I", len(LONG_ANSWER)) + LONG_ANSWER
 
 
 @pytest.mark.parametrize(
@@ -261,6 +266,7 @@ GOOD_ANSWER = pack(Descriptor(Geometry(EPOCH, 1, 1, bytes(32))))
         (GOOD_ANSWER, 1),
         (GOOD_ANSWER, 3),
         (pack(mint()), 1),
+        (LONG_ANSWER, 0),
         (pack(Refusal("ok")), 1),  # type: ignore[arg-type]
     ],
     ids=[
@@ -274,6 +280,7 @@ GOOD_ANSWER = pack(Descriptor(Geometry(EPOCH, 1, 1, bytes(32))))
         "no arena",
         "too many descriptors",
         "other schema",
+        "too long",
         "refusal that says ok",
     ],
 )
@@ -385,6 +392,13 @@ def test_garbage_on_the_socket(store: Store, runtime_dir: Path, transport: ShmTr
     assert store.fetch(transport, mint()) is ReadResult.OK
 
 
+def test_an_ask_that_will_be_too_long_is_not_waited_for(store: Store, runtime_dir: Path) -> None:
+    started = time.monotonic()
+    data = struct.pack(">I", MAX_ASK_BYTES + 1)
+    assert ask(runtime_dir, data, close_writing=False) == b""
+    assert time.monotonic() - started < descriptors.ASK_TIMEOUT_S / 2
+
+
 def test_a_byte_at_a_time(store: Store, runtime_dir: Path) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(runtime_dir / "p0.kv.sock"))
@@ -402,6 +416,7 @@ def test_silent_readers_are_dropped_and_block_nobody(
         connection.connect(str(runtime_dir / "p0.kv.sock"))
         connection.settimeout(5)
     assert store.fetch(transport, mint()) is ReadResult.OK
+    assert len(store.server._connections) <= MAX_CONNECTIONS
     for connection in silent:
         assert connection.recv(1) == b"", "closed by the server"
         connection.close()

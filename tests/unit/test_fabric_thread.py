@@ -130,6 +130,19 @@ def test_stop_answers_what_was_submitted_and_then_refuses(fabric: Fixture) -> No
         fabric.fetch("late")
 
 
+def test_nothing_is_taken_while_stopping(fabric: Fixture) -> None:
+    fabric.transport.gate.clear()
+    fabric.fetch("a")
+    stopper = threading.Thread(target=fabric.thread.stop)
+    stopper.start()
+    time.sleep(0.1)
+    with pytest.raises(RuntimeError):
+        fabric.fetch("would never be answered")
+    fabric.transport.gate.set()
+    stopper.join()
+    assert fabric.inbox.qsize() == 1
+
+
 def test_an_idle_thread_sleeps(fabric: Fixture) -> None:
     fabric.fetch("a")
     fabric.answer()

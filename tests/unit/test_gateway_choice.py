@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from http_fixtures import toy_model_dir
 from hypothesis import given
@@ -158,7 +160,7 @@ def test_batching_changes_nothing(tokenizer: Tokenizer, data: st.DataObject) -> 
         min_tokens=data.draw(st.integers(0, 5)),
     )
     cuts = sorted(data.draw(st.sets(st.integers(1, len(ids)))) | {0, len(ids)})
-    batches = [ids[low:high] for low, high in zip(cuts, cuts[1:], strict=False)]
+    batches = [ids[low:high] for low, high in pairwise(cuts)]
     results = []
     for form in ([ids], [[id] for id in ids], batches):
         pieces, choice = run(tokenizer, options, form, last)

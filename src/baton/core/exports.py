@@ -65,6 +65,11 @@ class ExportTable:
         return len(self._exports)
 
     @property
+    def num_sealing(self) -> int:
+        """Exports that wait for nothing but their last copies."""
+        return sum(export.state is ExportState.SEALING for export in self._exports.values())
+
+    @property
     def num_copying(self) -> int:
         return len(self._copying)
 

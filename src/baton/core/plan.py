@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from baton.core.sequence import Sequence, SequenceId
 from baton.errors import ServeError
 from baton.types import FinishReason, Grant, Handoff, SampledLogprobs, StageTimes, TokenDelta
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, eq=False):
     """Compute KV for tokens [start, start + num_tokens) of `seq`; `samples` draws the next one."""
 
     seq: Sequence

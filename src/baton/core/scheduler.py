@@ -14,9 +14,10 @@ time as an argument; what they bring for the outside is collected by `take`.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 
 from baton.core.admission import OutputLengths
+from baton.core.attempts import AttemptMemory
 from baton.core.block_pool import BlockPool
 from baton.core.exports import ExportTable
 from baton.core.imports import ImportTable
@@ -29,9 +30,7 @@ from baton.core.store_index import StoreIndex
 from baton.errors import DeadlineExceeded, ServeError, TransferFailed, Unavailable
 from baton.types import FinishReason, Request, SampledLogprobs, TokenDelta, WorkerLoad
 
-NUM_REMEMBERED = 1 << 16
-"""Ended sequences whose attempt is remembered, so that a repeat does not run them again."""
-
+_RUNNING = Status.RUNNING  # read for every sequence in every step
 _STAGES = {Status.WAITING: "queue", Status.IMPORTING: "transfer", Status.EXPORTING: "export"}
 
 
@@ -48,8 +47,7 @@ class Scheduler:
         # A decode takes one token of the budget, so no more of them may run than it has.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._sequences: dict[SequenceId, Sequence] = {}
-        self._latest: dict[tuple[str, int], SequenceId] = {}
-        self._ended: deque[SequenceId] = deque()
+        self._attempts = AttemptMemory()
         self._waiting: OrderedDict[SequenceId, Sequence] = OrderedDict()
         self._running: dict[SequenceId, Sequence] = {}
         self._chunks: dict[SequenceId, Chunk] = {}
@@ -65,12 +63,12 @@ class Scheduler:
     def add(self, request: Request, now: float) -> None:
         """Accept a request, or end it at once with a typed error."""
         seq_id = (request.id, request.choice, request.attempt)
-        known = self._latest.get(seq_id[:2])
+        known = self._attempts.latest(*seq_id[:2])
         if known is not None:
             if known[2] >= request.attempt:
                 return  # a repeat, or a late message of an attempt that was given up
             self.abort(known)
-        self._latest[seq_id[:2]] = seq_id
+        self._attempts.begin(seq_id)
         try:
             if self._draining:
                 raise Unavailable("this worker is draining", stage="queue")
@@ -78,7 +76,7 @@ class Scheduler:
         except ServeError as error:
             self.counters["refused"] += 1
             self._update.deltas.append(error_delta(seq_id, len(request.emitted), error))
-            self._remember(seq_id)
+            self._attempts.end(seq_id)
             return
         root = root_key(self.config.fingerprint, self.config.numerics, request.salt)
         seq = Sequence(request, root, self.config.kv_format.block_size, now)
@@ -143,12 +141,14 @@ class Scheduler:
         self._chunks = {}
         self._budget = self.config.max_num_batched_tokens
         num_preempted = self.counters["preemptions"]
-        decodes = [seq for seq in self._running.values() if seq.num_remaining == 1]
-        prompts = [seq for seq in self._running.values() if seq.num_remaining > 1]
-        for seq in (*decodes, *prompts):
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for seq in self._running.values():
+            (decodes if len(seq.token_ids) - seq.num_computed == 1 else prompts).append(seq)
+        for seq in decodes + prompts:
             if self._budget <= 0:
                 break
-            if seq.status is Status.RUNNING and self._grow(seq):
+            if seq.status is _RUNNING and self._grow(seq):
                 self._plan(seq)
         imports: list[ImportOrder] = []
         # Whoever was preempted in this step must not take the blocks back in the same step.
@@ -167,20 +167,26 @@ class Scheduler:
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> None:
         """Take in what a step computed."""
+        num_generated = 0
         for chunk, tokens, logprobs in zip(
             plan.chunks, output.token_ids, output.logprobs, strict=True
         ):
             seq = chunk.seq
-            if seq.status is not Status.RUNNING:
+            if seq.status is not _RUNNING:
                 continue  # ended while the step ran
-            self._count_computed(seq, chunk)
-            seq.num_computed = chunk.end
-            self._publish(seq)
+            if chunk.start < len(seq.request.prompt):
+                self._count_prompt(seq, chunk)
+            seq.num_computed = chunk.start + chunk.num_tokens
+            if seq.num_computed >= (seq.num_published + 1) * seq.block_size:
+                self._publish(seq)
             if seq.request.hand_off:
                 self._update.exports += self.exports.export_full_blocks(seq)
             if chunk.samples:
                 (token,) = tokens
+                num_generated += 1
                 self._append(seq, token, logprobs, now)
+        self.counters["tokens_computed"] += plan.num_tokens
+        self.counters["tokens_generated"] += num_generated
 
     def take(self) -> Update:
         """What happened since the last call: deltas, copies to make, commit records, times."""
@@ -201,14 +207,14 @@ class Scheduler:
 
     def is_drained(self) -> bool:
         """Nothing is accepted, nothing is left, and nobody may still read from the store."""
-        idle = not self._sequences and not self.num_transfers and not len(self._leases)
-        return self._draining and idle
+        left = self._sequences or self.num_transfers or len(self._leases)
+        return self._draining and not left
 
     def next_deadline(self) -> float | None:
         """When `schedule` has something to do even if no news comes."""
         expiry = self._leases.next_expiry()
-        times = [self._deadlines[0][0]] if self._deadlines else []
-        return min([*times, expiry] if expiry is not None else times, default=None)
+        times = [at for at, _ in self._deadlines[:1]] + ([] if expiry is None else [expiry])
+        return min(times, default=None)
 
     def load(self) -> WorkerLoad:
         """The part of the load that the scheduler knows."""
@@ -243,13 +249,15 @@ class Scheduler:
         return len(self._running) + len(self.imports)
 
     def _plan(self, seq: Sequence) -> None:
-        num_tokens = min(seq.num_remaining, self._budget)
-        samples = seq.num_computed + num_tokens == seq.num_tokens
-        self._chunks[seq.id] = Chunk(seq, seq.num_computed, num_tokens, samples)
+        remaining = len(seq.token_ids) - seq.num_computed
+        num_tokens = remaining if remaining < self._budget else self._budget
+        self._chunks[seq.id] = Chunk(seq, seq.num_computed, num_tokens, num_tokens == remaining)
         self._budget -= num_tokens
 
     def _grow(self, seq: Sequence) -> bool:
         """Make room for all tokens of `seq`; False if that took preempting `seq` itself."""
+        if len(seq.token_ids) <= len(seq.blocks) * seq.block_size:
+            return True
         missing = self.config.num_blocks_for(seq.num_tokens) - len(seq.blocks)
         while missing > self.pool.num_free:
             victim = next(reversed(self._running.values()))
@@ -259,8 +267,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is seq:
                 return False
-        if missing > 0:
-            seq.blocks += self.pool.allocate(missing)
+        seq.blocks += self.pool.allocate(missing)
         return True
 
     def _preempt(self, seq: Sequence) -> None:
@@ -282,7 +289,8 @@ class Scheduler:
         needed = self.config.num_blocks_for(seq.num_tokens) - len(hits)
         wanted = needed + self.pool.num_unreferenced(hits)
         if self._num_active():  # a lone sequence may use everything: its worst case fits
-            wanted += self.config.num_blocks_for(self._predicted_growth(seq))
+            growth = self._lengths.predict_rest(seq.request, seq.num_generated)
+            wanted += self.config.num_blocks_for(growth)
         if wanted > self.pool.num_free:
             return False
         if seq.request.hand_off and not self.exports.open(seq):
@@ -306,17 +314,10 @@ class Scheduler:
             self._running[seq.id] = seq
         return True
 
-    def _predicted_growth(self, seq: Sequence) -> int:
-        if seq.request.hand_off:
-            return 0
-        total = min(seq.request.sampling.max_tokens, self._lengths.estimate())
-        return max(0, total - seq.num_generated)
-
-    def _count_computed(self, seq: Sequence, chunk: Chunk) -> None:
-        num_prompt = max(0, min(seq.num_prompt - chunk.start, chunk.num_tokens))
+    def _count_prompt(self, seq: Sequence, chunk: Chunk) -> None:
+        num_prompt = min(seq.num_prompt - chunk.start, chunk.num_tokens)
         again = "recomputed" if seq.num_preemptions else "computed"
         self.counters[f"prompt_tokens_{again}"] += num_prompt
-        self.counters["tokens_computed"] += chunk.num_tokens
         seq.num_prompt_computed += num_prompt
 
     def _publish(self, seq: Sequence) -> None:
@@ -330,26 +331,26 @@ class Scheduler:
     def _append(
         self, seq: Sequence, token: int, logprobs: SampledLogprobs | None, now: float
     ) -> None:
-        seq.prefilled = seq.prefilled or now
-        first_index = seq.num_generated
+        if not seq.prefilled:
+            seq.prefilled = now
         seq.token_ids.append(token)
+        num_tokens = len(seq.token_ids)
+        num_generated = num_tokens - len(seq.request.prompt)
         sampling = seq.request.sampling
         finish = None
         if token in sampling.stop_token_ids:
             finish = FinishReason.STOP
-        elif (
-            seq.num_generated >= sampling.max_tokens or seq.num_tokens >= self.config.max_model_len
-        ):
+        elif num_generated >= sampling.max_tokens or num_tokens >= self.config.max_model_len:
             finish = FinishReason.LENGTH
-        self.counters["tokens_generated"] += 1
         self._update.deltas.append(
             TokenDelta(
                 *seq.id,
-                first_index,
+                num_generated - 1,
                 (token,),
-                (logprobs,) if logprobs is not None else None,
+                None if logprobs is None else (logprobs,),
                 finish,
-                num_cached=None if seq.told_cached else seq.num_cached,
+                None,
+                None if seq.told_cached else seq.num_cached,
             )
         )
         seq.told_cached = True
@@ -374,8 +375,7 @@ class Scheduler:
             _, seq_id = heapq.heappop(self._deadlines)
             seq = self._sequences.get(seq_id)
             if seq is not None:
-                computing = "decode" if seq.prefilled else "prefill"
-                stage = _STAGES.get(seq.status, computing)
+                stage = _STAGES.get(seq.status, "decode" if seq.prefilled else "prefill")
                 error = DeadlineExceeded("the request's deadline has passed", stage=stage)
                 self._fail(seq, now, error)
         self.counters["leases_expired"] += len(self._leases.expire(now))
@@ -393,17 +393,9 @@ class Scheduler:
         """Take the sequence out of every table and give back its own references."""
         seq.status = Status.FINISHED
         del self._sequences[seq.id]
-        self._remember(seq.id)
+        self._attempts.end(seq.id)
         self._waiting.pop(seq.id, None)
         self._running.pop(seq.id, None)
         self.exports.abandon(seq.id)
         self.pool.release(seq.blocks)
         seq.blocks = []
-
-    def _remember(self, seq_id: SequenceId) -> None:
-        """Keep the attempt of what has ended for a while."""
-        self._ended.append(seq_id)
-        if len(self._ended) > NUM_REMEMBERED:
-            oldest = self._ended.popleft()
-            if self._latest[oldest[:2]] == oldest:
-                del self._latest[oldest[:2]]

@@ -131,7 +131,7 @@ class ShmTransport:
             late = time.monotonic() >= deadline
             result = ReadResult.TIMED_OUT if late else ReadResult.UNREACHABLE
             raise _NoArena(result, "no answer in time") from error
-        except (OSError, ArenaRefused, msgspec.DecodeError) as error:
+        except (OSError, ArenaRefused, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _NoArena(ReadResult.UNREACHABLE, str(error)) from error
         except StaleEpoch as error:
             raise _NoArena(ReadResult.STALE_EPOCH, str(error)) from error
