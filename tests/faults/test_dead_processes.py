@@ -141,14 +141,64 @@ def test_decode_worker_mid_stream(served: Victim, wanted: dict[int, list[int]]) 
     asyncio.run(run())
 
 
+def test_one_choice_of_several_is_lost(served: Victim) -> None:
+    """The request ends with the error, once, and its choices on the other worker are aborted."""
+
+    async def run() -> None:
+        async with async_http(served) as client:
+            stream = Stream(client, served.body(prompt_of(50, 30), 6000, n=4))
+            await stream.until_tokens(40)
+            assert served.gauge("decode-0", "num_requests_running") > 0
+            assert served.gauge("decode-1", "num_requests_running") > 0
+            killed = time.monotonic()
+            served.kill("decode-1")
+            await stream.end()
+            assert stream.error is not None and stream.error["code"] == "worker_lost"
+            assert stream.ended - killed < TOLD_S
+            await until(lambda: served.gauge("decode-0", "num_requests_running") == 0, TOLD_S)
+
+    asyncio.run(run())
+
+
+def test_prefill_worker_at_the_handoff(served: Victim, wanted: dict[int, list[int]]) -> None:
+    """Whatever it had done by then: each request ends once, rightly or with a typed error."""
+
+    async def run() -> None:
+        async with async_http(served) as client:
+            streams = {
+                seed: Stream(client, served.body([*prompt_of(400, 60 + seed)], 60))
+                for seed in range(8)
+            }
+            await streams[0].until_tokens(1)
+            killed = time.monotonic()
+            served.kill("prefill-0")
+            for stream in streams.values():
+                await stream.end()
+        lost = [stream for stream in streams.values() if not stream.done]
+        for stream in lost:
+            assert stream.error is not None and stream.error["code"] == "worker_lost"
+            assert stream.ended - killed < TOLD_S
+        print(f"lost {len(lost)} of {len(streams)}")
+        await until(served.is_ready, BACK_S, "readiness")
+        for seed, stream in streams.items():
+            whole = await asyncio.to_thread(served.ask, prompt_of(400, 60 + seed), 60)
+            assert stream.token_ids == whole[: len(stream.token_ids)]
+            assert stream.error or stream.token_ids == whole
+
+    asyncio.run(run())
+
+
 def test_all_decode_workers(served: Victim) -> None:
-    """Not ready without one; a prompt under way is told of it when it would go on."""
+    """Not ready without one. What was on them is lost; a prompt under way elsewhere goes on, and
+    is lost only if there is still none when it is done."""
 
     async def run() -> None:
         async with async_http(served) as client:
             streams = [Stream(client, served.body(prompt_of(50, seed), 4000)) for seed in (2, 3)]
             for stream in streams:
                 await stream.until_tokens(10)
+            prompt = Stream(client, served.body(prompt_of(2000, 40), 5))
+            await until(lambda: served.gauge("prefill-0", "num_requests_running") >= 1)
             killed = time.monotonic()
             served.kill("decode-0")
             served.kill("decode-1")
@@ -156,8 +206,13 @@ def test_all_decode_workers(served: Victim) -> None:
                 await stream.end()
                 assert stream.error is not None and stream.error["code"] == "worker_lost"
                 assert stream.ended - killed < TOLD_S
-        assert not await asyncio.to_thread(served.is_ready)
-        assert not await asyncio.to_thread(served.gauge, "prefill-0", "num_leases")
+            assert not await asyncio.to_thread(served.is_ready)
+            await prompt.end()
+            if prompt.error is not None:
+                assert (prompt.error["code"], prompt.error["stage"]) == ("worker_lost", "queue")
+            else:
+                assert len(prompt.token_ids) == 5
+            await until(lambda: served.gauge("prefill-0", "num_leases") == 0, 1.0)
 
     asyncio.run(run())
 
