@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from baton.types import Request
+
 _NUM_BUCKETS = 32
 
 
@@ -35,3 +37,9 @@ class OutputLengths:
             if wanted <= 0:
                 return (1 << bucket) - 1
         return (1 << _NUM_BUCKETS) - 1
+
+    def predict_rest(self, request: Request, num_generated: int) -> int:
+        """How many more tokens `request` will want here, after `num_generated`."""
+        if request.hand_off:
+            return 0  # its first token ends this leg, and needs no KV here
+        return max(0, min(request.sampling.max_tokens, self.estimate()) - num_generated)

@@ -54,10 +54,18 @@ def replay(data: bytes, changes: Mapping[str, int] | None = None) -> ReplayRepor
 
 
 def _changed(config: SchedulerConfig, changes: Mapping[str, int]) -> SchedulerConfig:
-    for name in changes:
-        if name not in SchedulerConfig.__struct_fields__:
-            fields = ", ".join(SchedulerConfig.__struct_fields__)
-            raise ConfigError(f"the log has no field `{name}` to change; it has {fields}")
+    fields = [
+        name
+        for name in SchedulerConfig.__struct_fields__
+        if isinstance(getattr(config, name), int | float)
+    ]
+    for name, value in changes.items():
+        if name not in fields:
+            raise ConfigError(
+                f"the log has no number `{name}` to change; it has {', '.join(fields)}"
+            )
+        if value < (0 if name in ("num_frames", "prefix_cache") else 1):
+            raise ConfigError(f"{name} cannot be {value}")
     return msgspec.structs.replace(config, **changes)
 
 

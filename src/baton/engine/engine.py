@@ -40,6 +40,9 @@ from baton.types import WorkerLoad
 STEP_TIME_WEIGHT = 0.1
 """Of the newest step in the moving average that `WorkerLoad.step_s` tells."""
 
+SEAL_WAIT_SHARE = 0.1
+"""Of a step's usual time, how long the engine waits for a handoff to become complete."""
+
 
 class Emitted(msgspec.Struct, frozen=True):
     """What one turn brought for the outside; totals of the counters are cumulative.
@@ -92,13 +95,9 @@ class Engine:
             self._step_s += STEP_TIME_WEIGHT * (output.elapsed_s - self._step_s)
             self.progress += 1
             self.scheduler.update(plan, output, self._clock())
-        update = self.scheduler.take()
-        for export in update.exports:
-            self._start_export(export)
-        drained = self.scheduler.is_drained() and not len(self.scheduler.exports.leases)
-        if heard or plan.chunks or update.deltas or update.handoffs or drained:
-            counters = dict(self.scheduler.counters)
-            self._emit(Emitted(update, self.load(), counters, drained))
+        self._pass_on(news=heard or bool(plan.chunks))
+        if self.scheduler.exports.num_sealing:
+            self._await_seals()
         return bool(plan.chunks)
 
     def wait(self) -> None:
@@ -120,6 +119,25 @@ class Engine:
             store_total_bytes=index.num_frames * frame_bytes,
             progress=self.progress,
         )
+
+    def _pass_on(self, news: bool) -> None:
+        """Start the copies that are due, and tell the outside what happened."""
+        update = self.scheduler.take()
+        for export in update.exports:
+            self._start_export(export)
+        drained = self.scheduler.is_drained()
+        if news or update.deltas or update.handoffs or drained:
+            self._emit(Emitted(update, self.load(), dict(self.scheduler.counters), drained))
+
+    def _await_seals(self) -> None:
+        """Give a handoff's last copies a moment: their answers would else wait for a whole step."""
+        limit = time.monotonic() + SEAL_WAIT_SHARE * self._step_s
+        while self.scheduler.exports.num_sealing:
+            try:
+                self._receive(self.inbox.get(timeout=max(0.0, limit - time.monotonic())))
+            except Empty:
+                break
+        self._pass_on(news=False)
 
     def _drain_inbox(self) -> bool:
         heard = False
