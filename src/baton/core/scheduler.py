@@ -8,7 +8,8 @@ back through admission, where the prefix cache may spare it most of the work. Th
 never preempted by another, so something always progresses.
 
 `Scheduler` owns the sequences, the block pool, the exports and the imports. Methods take the
-time as an argument; what they bring for the outside is collected by `take`.
+time as an argument; what they bring for the outside is collected by `take`. (A little over the
+usual length of a file: one rule, told in one place.)
 """
 
 from __future__ import annotations
@@ -151,6 +152,9 @@ class Scheduler:
             if seq.status is _RUNNING and self._grow(seq):
                 self._plan(seq)
         imports: list[ImportOrder] = []
+        promised = 0
+        if self._waiting and self._num_active() < self._max_running:
+            promised = sum(map(self._growth, self._running.values()))
         # Whoever was preempted in this step must not take the blocks back in the same step.
         while (
             self._waiting
@@ -159,8 +163,9 @@ class Scheduler:
             and self.counters["preemptions"] == num_preempted
         ):
             seq = next(iter(self._waiting.values()))
-            if not self._admit(seq, imports, now):
+            if not self._admit(seq, promised, imports, now):
                 break
+            promised += self._growth(seq)
             if seq.status is Status.RUNNING:
                 self._plan(seq)
         return StepPlan(self._step, tuple(self._chunks.values()), tuple(imports))
@@ -280,8 +285,16 @@ class Scheduler:
         self._waiting[seq.id] = seq
         self._waiting.move_to_end(seq.id, last=False)
 
-    def _admit(self, seq: Sequence, imports: list[ImportOrder], now: float) -> bool:
-        """Move the head of the queue to running or importing, if there is room for it."""
+    def _growth(self, seq: Sequence) -> int:
+        """Blocks that `seq` is predicted to want beyond those for the tokens it has."""
+        rest = self._lengths.predict_rest(seq.request, seq.num_generated)
+        return self.config.num_blocks_for(rest)
+
+    def _admit(self, seq: Sequence, promised: int, imports: list[ImportOrder], now: float) -> bool:
+        """Move the head of the queue to running or importing, if there is room for it.
+
+        `promised` blocks are free now and will be wanted by those that run already.
+        """
         # The last token is always computed: without it there is nothing to draw from.
         covered = seq.num_tokens - 1
         keys = seq.full_keys(covered)
@@ -289,8 +302,7 @@ class Scheduler:
         needed = self.config.num_blocks_for(seq.num_tokens) - len(hits)
         wanted = needed + self.pool.num_unreferenced(hits)
         if self._num_active():  # a lone sequence may use everything: its worst case fits
-            growth = self._lengths.predict_rest(seq.request, seq.num_generated)
-            wanted += self.config.num_blocks_for(growth)
+            wanted += promised + self._growth(seq)
         if wanted > self.pool.num_free:
             return False
         if seq.request.hand_off and not self.exports.open(seq):
