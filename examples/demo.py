@@ -45,6 +45,7 @@ STAGES = [  # field of a waterfall, heading, colour of its part of the bar, lett
     ("decode_s", "decode", "green", "D"),
 ]
 BAR_WIDTH = 30
+PIPE_WIDTH = 140
 START_TIMEOUT_S = 120.0
 
 
@@ -57,7 +58,7 @@ def main() -> int:
 
 
 async def demo(model: Path, layout: str) -> int:
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     port, admin_port = free_port(), free_port()
     console.print(f"Starting {model.name} as {layout}: a gateway and its workers …")
     started = time.monotonic()
@@ -165,7 +166,9 @@ async def show_waterfalls(
     table.add_column("decoded by", no_wrap=True)
     for _, heading, colour, _ in STAGES:
         table.add_column(heading, justify="right", style=colour, no_wrap=True)
-    table.add_column("", no_wrap=True, overflow="crop", min_width=BAR_WIDTH)
+    has_bar = console.width >= PIPE_WIDTH
+    if has_bar:
+        table.add_column("", no_wrap=True, overflow="crop", min_width=BAR_WIDTH)
     for question, waterfall in zip(questions, waterfalls, strict=True):
         subject = re.sub(r"^What (?:does|is) (.*?)(?: do)?\?$", r"\1", question)
         table.add_row(
@@ -173,7 +176,7 @@ async def show_waterfalls(
             waterfall["prefill_worker"] or waterfall["decode_worker"],
             waterfall["decode_worker"],
             *(f"{1000 * waterfall[field]:.1f}" for field, *_ in STAGES),
-            bar(waterfall, longest, letters=not console.is_terminal),
+            *([bar(waterfall, longest, letters=not console.is_terminal)] if has_bar else []),
         )
     console.print(table)
     blocks = sum(waterfall["num_imported_blocks"] for waterfall in waterfalls)

@@ -256,7 +256,11 @@ class StageTimes(msgspec.Struct, frozen=True):
 
 
 class WorkerLoad(msgspec.Struct, frozen=True):
-    """What a worker says of itself after every step."""
+    """What a worker says of itself after every step.
+
+    Frames are blocks' places in the store: held ones are being written or covered by a lease,
+    reserved ones promised to running exports. `num_transfers` are copies and fetches under way.
+    """
 
     num_total_blocks: int = 0
     num_free_blocks: int = 0
@@ -266,4 +270,8 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     step_s: float = 0.0
     store_used_bytes: int = 0
     store_total_bytes: int = 0
+    num_held_frames: int = 0
+    num_reserved_frames: int = 0
+    num_leases: int = 0
+    num_transfers: int = 0
     progress: int = 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -32,6 +35,21 @@ def make_model(path: Path, **fields: Any) -> Path:
     path.mkdir(parents=True)
     make_checkpoint(path, "llama", vocab_size=VOCAB_SIZE, eos_token_id=EOS, **fields)
     return toy_tokenizers.write_model_dir(path, toy_tokenizers.byte_level_bpe())
+
+
+LONG = ("--engine.max-num-batched-tokens", "16", "--engine.num-kv-blocks", "1100")
+"""Flags with which `make_long_model` takes many steps, some seconds, for a prompt of thousands."""
+
+
+def make_long_model(path: Path) -> Path:
+    """As `make_model`, for 8192 tokens."""
+    return make_model(path, max_position_embeddings=8192)
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    """`length` ordinary tokens; prompts of different seeds differ from the first token on."""
+    rng = random.Random(seed)
+    return [5 + seed % 300, *(rng.randrange(5, 400) for _ in range(length - 1))]
 
 
 def target_of(deployment: Deployment, max_model_len: int) -> Target:
@@ -118,3 +136,81 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 15.0, what: str
         assert time.monotonic() - started < timeout_s, f"{what} did not happen"
         time.sleep(0.002)
     return time.monotonic() - started
+
+
+class Stream:
+    """One streamed completion as its client sees it; needs a running event loop.
+
+    It ends with `done` ([DONE] came), with `error` (an answer or an event that tells of one), or
+    with `broken` (the connection ended). `ended` is the instant of it, by `time.monotonic()`.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
+        self.token_ids: list[int] = []
+        self.status = 0
+        self.done = False
+        self.error: dict[str, Any] | None = None
+        self.broken: Exception | None = None
+        self.ended = 0.0
+        self._client = client
+        self._body = {**body, "stream": True}
+        self._came = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+
+    async def until_tokens(self, count: int, timeout_s: float = 20.0) -> None:
+        """Wait for the first `count` tokens."""
+        async with asyncio.timeout(timeout_s):
+            while len(self.token_ids) < count:
+                assert not self._task.done(), vars(self)
+                self._came.clear()
+                await self._came.wait()
+
+    async def end(self, timeout_s: float = 60.0) -> None:
+        """Wait for its end."""
+        async with asyncio.timeout(timeout_s):
+            await self._task
+
+    async def leave(self) -> None:
+        """Close the connection."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        try:
+            async with self._client.stream("POST", COMPLETIONS, json=self._body) as response:
+                self.status = response.status_code
+                if self.status != 200:
+                    self.error = json.loads(await response.aread())["error"]
+                    return
+                async for line in response.aiter_lines():
+                    if line.startswith("data: "):
+                        self._event(line.removeprefix("data: "))
+        except httpx.TransportError as error:
+            self.broken = error
+        finally:
+            self.ended = time.monotonic()
+            self._came.set()
+
+    def _event(self, data: str) -> None:
+        assert not self.done, "nothing follows [DONE]"
+        assert self.error is None, "nothing follows an error"
+        if data == "[DONE]":
+            self.done = True
+            return
+        event = json.loads(data)
+        if "error" in event:
+            self.error = event["error"]
+        for choice in event.get("choices", []):
+            self.token_ids += choice.get("token_ids") or []
+        self._came.set()
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 15.0, what: str = "") -> float:
+    """`wait_for` beside streams that go on."""
+    return await asyncio.to_thread(wait_for, condition, timeout_s, what or repr(condition))
+
+
+def async_http(deployment: Deployment) -> httpx.AsyncClient:
+    """Any number of connections, one a request: a client that leaves closes its own."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=deployment.url, timeout=60, limits=limits, trust_env=False)

@@ -413,7 +413,7 @@ def test_long_prompts_are_tokenized_off_the_loop(toy_dir: Path) -> None:
         assert whole.status == 200
         house.tokenizer.encode("many words " * 60_000)
         took = time.perf_counter() - before
-        assert longest < took / 2, (longest, took)
+        assert longest < 0.7 * took, (longest, took)
 
     run(scenario())
 

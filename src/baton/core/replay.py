@@ -46,6 +46,8 @@ def replay(data: bytes, changes: Mapping[str, int] | None = None) -> ReplayRepor
     header, records = log.read(data)
     if isinstance(header, log.RouterHeader):
         return _Comparison(header.gateway_id).run(_route(records))
+    if not _is_possible(header.config):
+        raise log.BadLog("the log is damaged: it names a worker that cannot be")
     config = _changed(header.config, changes or {})
     index = StoreIndex(config.num_frames)
     # The secret only signs grants; no decision depends on it.
@@ -64,9 +66,22 @@ def _changed(config: SchedulerConfig, changes: Mapping[str, int]) -> SchedulerCo
             raise ConfigError(
                 f"the log has no number `{name}` to change; it has {', '.join(fields)}"
             )
-        if value < (0 if name in ("num_frames", "prefix_cache") else 1):
+        if not _is_possible(msgspec.structs.replace(config, **{name: value})):
             raise ConfigError(f"{name} cannot be {value}")
     return msgspec.structs.replace(config, **changes)
+
+
+def _is_possible(config: SchedulerConfig) -> bool:
+    positive = (
+        config.kv_format.block_size,
+        config.num_blocks,
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        config.max_model_len,
+        config.vocab_size,
+        config.lease_ttl_s,
+    )
+    return min(positive) > 0 and config.num_frames >= 0
 
 
 class _Parted(Exception):

@@ -81,11 +81,12 @@ class Engine:
         self._emit = emit
         self._clock = clock
         self._step_s = 0.0
+        self._told: WorkerLoad | None = None
         self._landing: dict[SequenceId, list[tuple[int, HostBlock]]] = {}
 
     def step(self) -> bool:
         """One turn. Returns whether a step ran; if not, there is nothing to do until news comes."""
-        heard = self._drain_inbox()
+        self._drain_inbox()
         plan = self.scheduler.schedule(self._clock())
         for order in plan.imports:
             self._start_import(order)
@@ -95,7 +96,7 @@ class Engine:
             self._step_s += STEP_TIME_WEIGHT * (output.elapsed_s - self._step_s)
             self.progress += 1
             self.scheduler.update(plan, output, self._clock())
-        self._pass_on(news=heard or bool(plan.chunks))
+        self._pass_on(stepped=bool(plan.chunks))
         if self.scheduler.exports.num_sealing:
             self._await_seals()
         return bool(plan.chunks)
@@ -110,24 +111,32 @@ class Engine:
             return
 
     def load(self) -> WorkerLoad:
-        index = self.scheduler.exports.index
+        exports = self.scheduler.exports
+        index = exports.index
         frame_bytes = self.scheduler.config.kv_format.block_bytes
         return msgspec.structs.replace(
             self.scheduler.load(),
             step_s=self._step_s,
             store_used_bytes=index.num_used * frame_bytes,
             store_total_bytes=index.num_frames * frame_bytes,
+            num_held_frames=index.num_used - index.num_cached,
+            num_reserved_frames=index.num_reserved,
+            num_leases=len(exports.leases),
+            num_transfers=self.scheduler.num_transfers,
             progress=self.progress,
         )
 
-    def _pass_on(self, news: bool) -> None:
+    def _pass_on(self, stepped: bool) -> None:
         """Start the copies that are due, and tell the outside what happened."""
         update = self.scheduler.take()
         for export in update.exports:
             self._start_export(export)
         drained = self.scheduler.is_drained()
-        if news or update.deltas or update.handoffs or drained:
-            self._emit(Emitted(update, self.load(), dict(self.scheduler.counters), drained))
+        load = self.load()
+        # A message that came, or a lease that ran out, may show in nothing but the load.
+        if stepped or update.deltas or update.handoffs or load != self._told or drained:
+            self._told = load
+            self._emit(Emitted(update, load, dict(self.scheduler.counters), drained))
 
     def _await_seals(self) -> None:
         """Give a handoff's last copies a moment: their answers would else wait for a whole step."""
@@ -137,16 +146,14 @@ class Engine:
                 self._receive(self.inbox.get(timeout=max(0.0, limit - time.monotonic())))
             except Empty:
                 break
-        self._pass_on(news=False)
+        self._pass_on(stepped=False)
 
-    def _drain_inbox(self) -> bool:
-        heard = False
+    def _drain_inbox(self) -> None:
         while True:
             try:
                 message = self.inbox.get_nowait()
             except Empty:
-                return heard
-            heard = True
+                return
             self._receive(message)
 
     def _receive(self, message: Message) -> None:

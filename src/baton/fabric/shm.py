@@ -1,9 +1,9 @@
 """Reading blocks from the arenas of other workers on the same host: one copy, no socket.
 
 The first fetch from a (source, epoch) asks its worker for the arena's descriptor and maps it; the
-mapping is kept, and later fetches touch memory only. So a worker that has died, or is frozen, can
-still be read by whoever has it mapped, and a worker that was started anew has a new epoch and
-needs a new mapping.
+mapping is kept while there is traffic, and later fetches touch memory only. So a worker that has
+died, or is frozen, can still be read by whoever has it mapped, and a worker that was started anew
+has a new epoch and needs a new mapping.
 
 A grant carries a worker id, never an address; where to find the worker is this side's business.
 """
@@ -89,6 +89,10 @@ class ShmTransport:
     def forget(self, source: str) -> None:
         """Unmap every arena of `source`."""
         self._keep_newest(source, 0)
+
+    def rest(self) -> None:
+        """Unmap every arena; the next fetch maps what it needs again."""
+        self.close()
 
     def close(self) -> None:
         """Unmap every arena."""

@@ -5,7 +5,9 @@ on the fabric thread and must only pass the answer on (`inbox.put`). Jobs run on
 order of submission. Blocks and frames that a job names belong to it until its answer: a KV block
 that is being imported, or exported, may be freed only then.
 
-The thread sleeps when there is nothing to do. It is no daemon: the owner calls `stop`.
+The thread sleeps when there is nothing to do; once it has slept for `REST_AFTER_S` it has the
+transport give up the peers' memory that it keeps mapped, so that an idle worker pins nobody's
+store. It is no daemon: the owner calls `stop`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from typing import Final
 
 import msgspec
 
@@ -23,6 +26,8 @@ from baton.fabric.transport import ReadableBlock, ReadResult, Transport, Wanted
 from baton.types import Grant
 
 logger = logging.getLogger(__name__)
+
+REST_AFTER_S: Final = 2.0
 
 
 class ExportJob(msgspec.Struct, frozen=True, eq=False):
@@ -114,7 +119,17 @@ class FabricThread:
         self._jobs.put(job)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        resting = True
+        while True:
+            try:
+                job = self._jobs.get(timeout=None if resting else REST_AFTER_S)
+            except Empty:
+                resting = True
+                self._transport.rest()
+                continue
+            resting = False
+            if job is None:
+                return
             if isinstance(job, _Forget):
                 self._forget(job.source)
             else:

@@ -63,6 +63,10 @@ class Transport(Protocol):
         """Let go of what is kept of a worker that is gone."""
         ...
 
+    def rest(self) -> None:
+        """There was no traffic for a while: let go of what can be had again."""
+        ...
+
     def close(self) -> None:
         """Let go of everything."""
         ...

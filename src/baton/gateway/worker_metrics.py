@@ -17,6 +17,10 @@ def export_workers(members: Iterable[Member], metrics: Metrics) -> None:
         metrics.set(table.WORKER_UP, 1, worker=worker, role=member.announced.role.value)
         metrics.set(table.WORKER_RUNNING, load.num_running, worker=worker)
         metrics.set(table.WORKER_WAITING, load.num_waiting, worker=worker)
+        metrics.set(table.STORE_FRAMES_HELD, load.num_held_frames, worker=worker)
+        metrics.set(table.STORE_FRAMES_RESERVED, load.num_reserved_frames, worker=worker)
+        metrics.set(table.LEASES, load.num_leases, worker=worker)
+        metrics.set(table.BLOCK_TRANSFERS, load.num_transfers, worker=worker)
         metrics.set(table.STEP_SECONDS, load.step_s, worker=worker)
         used = load.num_total_blocks - load.num_free_blocks
         metrics.set(table.KV_CACHE_USAGE, _share(used, load.num_total_blocks), worker=worker)

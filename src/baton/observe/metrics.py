@@ -114,6 +114,27 @@ KV_CACHE_USAGE = Metric(
 STORE_USAGE = Metric(
     "baton_store_usage_perc", "gauge", "Share of the block store's frames in use.", ("worker",)
 )
+STORE_FRAMES_HELD = Metric(
+    "baton_worker_num_store_frames_held",
+    "gauge",
+    "Frames of the block store that are being written or covered by a lease.",
+    ("worker",),
+)
+STORE_FRAMES_RESERVED = Metric(
+    "baton_worker_num_store_frames_reserved",
+    "gauge",
+    "Frames of the block store that are promised to running exports.",
+    ("worker",),
+)
+LEASES = Metric(
+    "baton_worker_num_leases", "gauge", "Leases that let others read the block store.", ("worker",)
+)
+BLOCK_TRANSFERS = Metric(
+    "baton_worker_num_block_transfers",
+    "gauge",
+    "Copies into the block store and fetches from others' that are under way.",
+    ("worker",),
+)
 STEP_SECONDS = Metric(
     "baton_worker_step_seconds", "gauge", "Moving average of a step's duration.", ("worker",)
 )
@@ -130,6 +151,10 @@ METRICS: tuple[Metric, ...] = (
     WORKER_WAITING,
     KV_CACHE_USAGE,
     STORE_USAGE,
+    STORE_FRAMES_HELD,
+    STORE_FRAMES_RESERVED,
+    LEASES,
+    BLOCK_TRANSFERS,
     STEP_SECONDS,
     WORKER_EVENTS,
     HTTP_REQUESTS,
