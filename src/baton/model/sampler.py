@@ -203,8 +203,8 @@ def _filter(weights: _Logits, params: SamplingParams) -> _Logits:
         kth = weights.size - params.top_k
         weights[weights < np.partition(weights, kth)[kth]] = 0
     if params.top_p < 1:
-        descending = np.sort(weights)[::-1]
-        cumulative = descending.cumsum()
+        descending = np.sort(weights)[::-1].copy()
+        cumulative = _cumulative(descending)
         last = int(np.searchsorted(cumulative, params.top_p * cumulative[-1]))
         weights[weights < descending[min(last, weights.size - 1)]] = 0
     if params.min_p > 0:
