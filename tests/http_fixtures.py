@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import uvicorn
 from starlette.types import ASGIApp
+from unit import toy_tokenizers
 
 from baton.gateway.dispatch import Readiness, ServedModel
 from baton.text.tokenizer import Tokenizer
@@ -29,7 +30,6 @@ from baton.types import (
     TokenDelta,
     TokenLogprob,
 )
-from unit import toy_tokenizers
 
 
 class Target(msgspec.Struct, frozen=True):

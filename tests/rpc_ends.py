@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 
 import grpc
 import grpc.aio
+import uvloop
 
 from baton.rpc.auth import credentials
 from baton.rpc.channel import STREAM_METHOD, connect
@@ -42,6 +43,12 @@ def hello(epoch: int = 7) -> Hello:
 
 def request(name: str, num_tokens: int = 3) -> Request:
     return Request(id=name, prompt=tuple(range(num_tokens)), sampling=SamplingParams(max_tokens=4))
+
+
+def run(main: Coroutine[object, object, None]) -> None:
+    """Run `main` on the event loop that gateways and workers use."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main)
 
 
 class Handler:
@@ -99,7 +106,7 @@ async def worker(
 async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
     """Wait for `condition`; fail if it does not come true."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0.002)
 
 
@@ -151,7 +158,11 @@ class Proxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
-        up_reader, up_writer = await asyncio.open_unix_connection(self._target)
+        try:
+            up_reader, up_writer = await asyncio.open_unix_connection(self._target)
+        except OSError:  # nobody listens there any more
+            writer.transport.abort()
+            return
         self._writers += [writer, up_writer]
         self._tasks += [
             asyncio.create_task(self._copy(reader, up_writer)),

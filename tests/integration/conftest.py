@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,3 +42,9 @@ def toy_target(toy_dir: Path) -> Iterator[tuple[Target, ToyModel]]:
 def target(toy_target: tuple[Target, ToyModel]) -> Target:
     """The gateway that the suites over HTTP run against."""
     return toy_target[0]
+
+
+@pytest.fixture(scope="session")
+def num_running(toy_target: tuple[Target, ToyModel]) -> Callable[[], int]:
+    """How many choices the workers behind `target` are busy with."""
+    return lambda: toy_target[1].num_running

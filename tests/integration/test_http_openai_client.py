@@ -303,6 +303,7 @@ def tokenize(target: Target, text: str) -> list[int]:
 
 
 def test_max_completion_tokens(client: OpenAI, target: Target) -> None:
+    fields: dict[str, Any]
     for fields in ({"max_tokens": None}, {"max_tokens": 3}):
         answer = chat(
             client, target.model, False, max_completion_tokens=3, ignore_eos=True, **fields

@@ -158,6 +158,20 @@ def test_a_frame_reused_during_the_copy_is_missing(
     assert read(mapped, 0, KEY, digest)[0] is ReadResult.MISSING
 
 
+def test_it_is_the_copy_that_is_digested(
+    arena: Arena, mapped: MappedArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = arena.write(0, KEY, block(0))
+    copyto = np.copyto
+
+    def copy_wrongly(destination: np.ndarray, source: np.ndarray) -> None:
+        copyto(destination, source)
+        destination[7] ^= 1
+
+    monkeypatch.setattr(np, "copyto", copy_wrongly)
+    assert read(mapped, 0, KEY, digest)[0] is ReadResult.CORRUPT
+
+
 def test_a_write_that_ends_half_way_is_missing(
     arena: Arena, mapped: MappedArena, monkeypatch: pytest.MonkeyPatch
 ) -> None:

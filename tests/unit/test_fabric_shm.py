@@ -9,8 +9,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -23,6 +24,7 @@ from baton.fabric.arena import Arena, Geometry
 from baton.fabric.descriptors import (
     MAX_ASK_BYTES,
     MAX_CONNECTIONS,
+    MAX_REPLY_BYTES,
     Ask,
     Descriptor,
     DescriptorServer,
@@ -87,10 +89,15 @@ def nothing_is_left(runtime_dir: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-def store(runtime_dir: Path) -> Iterator[Store]:
-    made = Store(runtime_dir)
-    yield made
-    made.close()
+def new_store(runtime_dir: Path) -> Iterator[Callable[[int], Store]]:
+    with contextlib.ExitStack() as stack:
+        # Closed even if the test fails: a thread left behind would keep the tests from ending.
+        yield lambda epoch: stack.enter_context(contextlib.closing(Store(runtime_dir, epoch)))
+
+
+@pytest.fixture
+def store(new_store: Callable[[int], Store]) -> Store:
+    return new_store(EPOCH)
 
 
 @pytest.fixture
@@ -166,12 +173,14 @@ def test_another_kv_format_is_not_read(store: Store, runtime_dir: Path) -> None:
     other.close()
 
 
-def test_a_restarted_worker_needs_a_new_mapping(runtime_dir: Path, transport: ShmTransport) -> None:
-    old = Store(runtime_dir)
+def test_a_restarted_worker_needs_a_new_mapping(
+    runtime_dir: Path, transport: ShmTransport, new_store: Callable[[int], Store]
+) -> None:
+    old = new_store(EPOCH)
     assert old.fetch(transport, mint()) is ReadResult.OK
     old.close()
     assert old.fetch(transport, mint()) is ReadResult.OK, "what is mapped may still be read"
-    new = Store(runtime_dir, EPOCH + 1)
+    new = new_store(EPOCH + 1)
     assert old.fetch(ShmTransport(runtime_dir, KV_FORMAT), mint()) is ReadResult.STALE_EPOCH
     assert new.fetch(transport, mint(epoch=EPOCH + 1)) is ReadResult.OK
     transport.forget("p0")
@@ -180,9 +189,11 @@ def test_a_restarted_worker_needs_a_new_mapping(runtime_dir: Path, transport: Sh
     assert new.fetch(transport, mint(epoch=EPOCH + 1)) is ReadResult.UNREACHABLE
 
 
-def test_mappings_of_old_epochs_are_dropped(runtime_dir: Path, transport: ShmTransport) -> None:
+def test_mappings_of_old_epochs_are_dropped(
+    transport: ShmTransport, new_store: Callable[[int], Store]
+) -> None:
     for epoch in range(1, 5):
-        store = Store(runtime_dir, epoch)
+        store = new_store(epoch)
         assert store.fetch(transport, mint(epoch=epoch)) is ReadResult.OK
         store.close()
     assert list(transport._arenas) == [("p0", 3), ("p0", 4)]
@@ -198,7 +209,7 @@ def test_the_deadline_holds_between_blocks(
 ) -> None:
     assert store.fetch(transport, mint()) is ReadResult.OK
     clock = iter([0.0, 0.0, 1.0, 2.0])
-    monkeypatch.setattr(shm.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(shm, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     wanted = [Wanted(KEY, 1, store.digest, bytearray(4096)) for _ in range(3)]
     assert transport.fetch(mint(), wanted, 1.0) == ["ok", "timed_out", "timed_out"]
 
@@ -236,6 +247,10 @@ def fake_source(runtime_dir: Path, answer: bytes | None, fds: list[int]) -> Iter
 
 
 GOOD_ANSWER = pack(Descriptor(Geometry(EPOCH, 1, 1, bytes(32))))
+LONG_ANSWER = msgspec.msgpack.encode(
+    {"type": "Refusal", "reason": "stale_epoch", "unknown": bytes(MAX_REPLY_BYTES)}
+)
+LONG_ANSWER = struct.pack(">I", len(LONG_ANSWER)) + LONG_ANSWER
 
 
 @pytest.mark.parametrize(
@@ -251,6 +266,7 @@ GOOD_ANSWER = pack(Descriptor(Geometry(EPOCH, 1, 1, bytes(32))))
         (GOOD_ANSWER, 1),
         (GOOD_ANSWER, 3),
         (pack(mint()), 1),
+        (LONG_ANSWER, 0),
         (pack(Refusal("ok")), 1),  # type: ignore[arg-type]
     ],
     ids=[
@@ -264,6 +280,7 @@ GOOD_ANSWER = pack(Descriptor(Geometry(EPOCH, 1, 1, bytes(32))))
         "no arena",
         "too many descriptors",
         "other schema",
+        "too long",
         "refusal that says ok",
     ],
 )
@@ -292,6 +309,36 @@ def test_a_source_that_is_frozen(
         results = transport.fetch(mint(), [Wanted(KEY, 1, b"", bytearray(1))], soon(seconds))
         assert results == [expected]
         assert time.monotonic() - started < 1.0
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.2, "timed_out"), (5, "unreachable")])
+def test_a_source_with_a_full_backlog_is_waited_for_in_time(
+    runtime_dir: Path, transport: ShmTransport, seconds: float, expected: str
+) -> None:
+    """Frozen: the room in the backlog never comes. Busy: it does, and then the source answers."""
+    runtime_dir.mkdir(mode=0o700)
+    path = runtime_dir / "p0.kv.sock"
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(str(path))
+        listener.listen(0)
+        first.connect(str(path))
+
+        def serve() -> None:
+            for _ in range(2):
+                listener.accept()[0].close()
+
+        timer = threading.Timer(0.4, serve)
+        timer.start()
+        started = time.monotonic()
+        results = transport.fetch(mint(), [Wanted(KEY, 1, b"", bytearray(1))], soon(seconds))
+        elapsed_s = time.monotonic() - started
+        assert results == [expected]
+        assert (elapsed_s < 0.4) == (expected == "timed_out")
+        if expected == "timed_out":
+            with socket.socket(socket.AF_UNIX) as second:
+                second.connect(str(path))
+        timer.join()
+    path.unlink()
 
 
 # The server against its peers
@@ -334,15 +381,22 @@ def test_garbage_on_the_socket(store: Store, runtime_dir: Path, transport: ShmTr
             # The only fields that may differ unseen are not covered: ttl_s, the names of others.
             asked = msgspec.msgpack.decode(bytes(data[4:]), type=Ask)
             assert msgspec.structs.replace(asked.grant, ttl_s=30.0) == mint()
-    for data in (
+    for malformed in (
         b"\xff" * 8,
         struct.pack(">I", MAX_ASK_BYTES + 1),
         b"\0" * (4 * MAX_ASK_BYTES),
         struct.pack(">I", 5000) + b"\x91" * 5000,
         good + b"x",
     ):
-        assert ask(runtime_dir, data) == b""
+        assert ask(runtime_dir, malformed) == b""
     assert store.fetch(transport, mint()) is ReadResult.OK
+
+
+def test_an_ask_that_will_be_too_long_is_not_waited_for(store: Store, runtime_dir: Path) -> None:
+    started = time.monotonic()
+    data = struct.pack(">I", MAX_ASK_BYTES + 1)
+    assert ask(runtime_dir, data, close_writing=False) == b""
+    assert time.monotonic() - started < descriptors.ASK_TIMEOUT_S / 2
 
 
 def test_a_byte_at_a_time(store: Store, runtime_dir: Path) -> None:
@@ -354,21 +408,19 @@ def test_a_byte_at_a_time(store: Store, runtime_dir: Path) -> None:
 
 
 def test_silent_readers_are_dropped_and_block_nobody(
-    runtime_dir: Path, transport: ShmTransport, monkeypatch: pytest.MonkeyPatch
+    store: Store, runtime_dir: Path, transport: ShmTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(descriptors, "ASK_TIMEOUT_S", 0.3)
-    store = Store(runtime_dir)
     silent = [socket.socket(socket.AF_UNIX) for _ in range(MAX_CONNECTIONS + 8)]
     for connection in silent:
-        # Without a timeout yet: with one, a full backlog is an error and not a wait.
         connection.connect(str(runtime_dir / "p0.kv.sock"))
         connection.settimeout(5)
     assert store.fetch(transport, mint()) is ReadResult.OK
+    assert len(store.server._connections) <= MAX_CONNECTIONS
     for connection in silent:
         assert connection.recv(1) == b"", "closed by the server"
         connection.close()
     assert store.server._connections == {}
-    store.close()
 
 
 def test_readers_of_another_user_are_refused(
@@ -395,12 +447,11 @@ def test_the_server_stops_with_readers_connected(store: Store, runtime_dir: Path
 
 
 def test_a_late_stop_leaves_the_successors_socket(
-    runtime_dir: Path, transport: ShmTransport
+    transport: ShmTransport, new_store: Callable[[int], Store]
 ) -> None:
-    old, new = Store(runtime_dir), Store(runtime_dir, EPOCH + 1)
+    old, new = new_store(EPOCH), new_store(EPOCH + 1)
     old.close()
     assert new.fetch(transport, mint(epoch=EPOCH + 1)) is ReadResult.OK
-    new.close()
 
 
 @pytest.mark.parametrize("wrong", ["open to others", "a file", "a link", "too long", "source"])

@@ -42,7 +42,7 @@ def test_other_headers_are_not_accepted(header: bytes | None) -> None:
 def test_a_wrong_file_is_refused_without_showing_it(tmp_path: Path, content: str) -> None:
     path = tmp_path / "keys"
     path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ConfigError, match="gateway.api_keys_file") as caught:
+    with pytest.raises(ConfigError, match=r"gateway\.api_keys_file") as caught:
         ApiKeys.from_file(path)
     assert "sk-plain-key" not in str(caught.value)
     with pytest.raises(ConfigError, match="cannot read"):

@@ -120,6 +120,14 @@ def run(coroutine: Coroutine[Any, Any, None]) -> None:
     asyncio.run(bounded())
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(100_000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it never came about")
+
+
 @pytest.mark.parametrize("path", STREAM_PATHS)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_closes_every_token_stream(
@@ -128,8 +136,9 @@ def test_a_client_that_leaves_closes_every_token_stream(
     async def scenario() -> None:
         house = House(toy_dir, stuck_after_one)
         exchange = house.ask(path, n=3, stream=stream)
-        while len(house.dispatcher.open) < 3 or (stream and not exchange.chunks):
-            await asyncio.sleep(0.001)
+        await until(lambda: len(house.dispatcher.open) == 3)
+        if stream:
+            await exchange.got_chunk.wait()
         exchange.leave()
         turns = 0
         while house.dispatcher.open:
@@ -150,8 +159,7 @@ def test_a_client_that_leaves_before_the_first_token(toy_dir: Path) -> None:
     async def scenario() -> None:
         house = House(toy_dir, stuck)
         exchange = house.ask(STREAM_PATHS[0], stream=True)
-        while not house.dispatcher.open:
-            await asyncio.sleep(0)
+        await until(lambda: bool(house.dispatcher.open))
         exchange.leave()
         await exchange.done()
         assert exchange.status is None
@@ -173,8 +181,7 @@ def test_a_slow_reader_stops_its_own_work_and_nobody_elses(toy_dir: Path) -> Non
             await asyncio.sleep(0)
         assert house.metrics.value(GENERATION_TOKENS) == before < 200
         fast = house.ask(STREAM_PATHS[0], stream=True)
-        while len(fast.chunks) < 100:
-            await asyncio.sleep(0)
+        await until(lambda: len(fast.chunks) > 100)
         slow.leave()
         fast.leave()
         await slow.done()
@@ -316,8 +323,7 @@ def test_too_many_requests_are_refused(toy_dir: Path) -> None:
     async def scenario() -> None:
         house = House(toy_dir, stuck, max_queued_requests=2)
         held = [house.ask(STREAM_PATHS[0]) for _ in range(2)]
-        while len(house.dispatcher.open) < 2:
-            await asyncio.sleep(0)
+        await until(lambda: len(house.dispatcher.open) == 2)
         refused = await house.ask(STREAM_PATHS[1]).done()
         assert refused.status == 429
         assert int(refused.headers["retry-after"]) >= 1
@@ -407,7 +413,7 @@ def test_long_prompts_are_tokenized_off_the_loop(toy_dir: Path) -> None:
         assert whole.status == 200
         house.tokenizer.encode("many words " * 60_000)
         took = time.perf_counter() - before
-        assert longest < took / 2, (longest, took)
+        assert longest < 0.7 * took, (longest, took)
 
     run(scenario())
 

@@ -9,9 +9,7 @@ import io
 import json
 import os
 import shlex
-import shutil
 import socket
-import ssl
 import subprocess
 import sys
 import tempfile
@@ -207,7 +205,7 @@ def test_missing_program_and_dead_parent() -> None:
 
 
 @contextlib.contextmanager
-def _gateway(context: ssl.SSLContext | None, status: list[int]) -> Iterator[int]:
+def _gateway(status: list[int]) -> Iterator[int]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             assert self.path == "/ready"
@@ -221,8 +219,6 @@ def _gateway(context: ssl.SSLContext | None, status: list[int]) -> Iterator[int]
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    if context is not None:
-        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -239,33 +235,9 @@ def _ask(config: GatewayConfig) -> str | None:
 
 def test_ready_probe() -> None:
     status = [503]
-    with _gateway(None, status) as port:
-        config = GatewayConfig(port=port)
+    with _gateway(status) as port:
+        config = GatewayConfig(admin_port=port)
         assert _ask(config) == "no decode worker"
         status[0] = 200
         assert _ask(config) is None
     assert _ask(config) == "the gateway is starting"
-
-
-def test_ready_probe_trusts_only_the_gateways_own_certificate(tmp_path: Path) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the openssl command to make certificates")
-    own, other = (_certificate(tmp_path / name) for name in ("own", "other"))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(own, own.with_suffix(".key"))
-    with _gateway(context, [200]) as port:
-        assert _ask(GatewayConfig(port=port, tls_cert_file=str(own))) is None
-        assert "verify failed" in (_ask(GatewayConfig(port=port, tls_cert_file=str(other))) or "")
-    absent = _ask(GatewayConfig(tls_cert_file=str(tmp_path / "absent.pem")))
-    assert absent is not None and "No such file" in absent
-
-
-def _certificate(path: Path) -> Path:
-    """A certificate signed by itself, in `path`.pem, and its key in `path`.key."""
-    command = (
-        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
-        f"-subj /CN=test -addext basicConstraints=critical,CA:FALSE "
-        f"-keyout {path}.key -out {path}.pem"
-    )
-    subprocess.run(command.split(), check=True, capture_output=True)
-    return path.with_suffix(".pem")

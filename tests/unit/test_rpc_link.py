@@ -9,7 +9,7 @@ import grpc
 import msgspec
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rpc_ends import LOAD, SECRET, Gateway, Proxy, hello, request, status_of, until, worker
+from rpc_ends import LOAD, SECRET, Gateway, Proxy, hello, request, run, status_of, until, worker
 
 from baton.errors import ConfigError, InvalidRequest, WorkerLost
 from baton.rpc import client, server
@@ -28,7 +28,7 @@ def test_hello_reports_in_order_and_acknowledged(tmp_path: Path) -> None:
             assert gateway.hellos == [hello()]
             assert handler.events == [("opened", "gw", 1, False)]
             for step in range(300):
-                srv.report("gw", load=LOAD, counters={"step": float(step)})
+                srv.report("gw", load=LOAD, counters={"step": step})
                 if step % 50 == 0:
                     await asyncio.sleep(0.001)
             await until(lambda: len(gateway.reports) == 300)
@@ -42,7 +42,7 @@ def test_hello_reports_in_order_and_acknowledged(tmp_path: Path) -> None:
             await until(lambda: ("lost", "gw") in handler.events)
             assert gateway.losses == []
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_one_message_a_turn(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_one_message_a_turn(tmp_path: Path) -> None:
             assert handler.messages[1].drain is False
             await gateway.link.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_large_batches_are_split_and_too_large_requests_refused(
@@ -86,7 +86,7 @@ def test_large_batches_are_split_and_too_large_requests_refused(
             assert [len(m.submit) for m in handler.messages] == [2, 2, 2, 2, 2]
             await gateway.link.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_cut_streams_resume_without_loss_or_repeat(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_cut_streams_resume_without_loss_or_repeat(tmp_path: Path) -> None:
 
             async def chatter() -> None:
                 for i in range(600):
-                    srv.report("gw", load=LOAD, counters={"step": float(i)})
+                    srv.report("gw", load=LOAD, counters={"step": i})
                     gateway.link.submit(request(f"r{i}"))
                     await asyncio.sleep(0.001)
 
@@ -125,7 +125,7 @@ def test_cut_streams_resume_without_loss_or_repeat(tmp_path: Path) -> None:
             assert len(gateway.hellos) == 1
             await gateway.link.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_new_epoch_and_fresh_link_forget_the_old(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_new_epoch_and_fresh_link_forget_the_old(tmp_path: Path) -> None:
                 ("opened", "gw", 2, False), ("lost", "gw"),
             ]  # fmt: skip
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_second_stream_replaces_the_first(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_second_stream_replaces_the_first(tmp_path: Path) -> None:
                 old.link.submit(request("r"))
             await new.link.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_a_gateway_that_stays_away_is_forgotten_and_cannot_resume(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_gateway_that_stays_away_is_forgotten_and_cannot_resume(tmp_path: Path
             assert (code, "nothing to resume" in details) == (PRECONDITION, True)
             assert handler.events[-1] == ("forgotten", "gw")
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_reports_overflow_ends_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,23 +202,53 @@ def test_reports_overflow_ends_the_stream(tmp_path: Path, monkeypatch: pytest.Mo
             await until(lambda: again.hellos)
             await again.link.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_stop_sends_what_is_queued_then_ends_the_link(tmp_path: Path) -> None:
     async def main() -> None:
         async with worker(f"unix:{tmp_path}/w") as (srv, handler, address):
             gateway = Gateway(address)
+
+            def on_report(report: StepReport) -> None:  # it writes while the worker ends
+                gateway.reports.append(report)
+                gateway.link.renew(f"g{report.index}")
+
+            gateway.link._on_report = on_report
             await until(lambda: gateway.hellos)
             for _ in range(500):
                 srv.report("gw", load=LOAD)
-            await srv.stop(2.0)
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            await srv.stop(5.0)
+            assert loop.time() - started < 2.0
             await until(lambda: gateway.losses)
             assert len(gateway.reports) == 500
             assert gateway.losses == ["the worker stopped"]
             assert handler.events[-1] == ("lost", "gw")
 
-    asyncio.run(main())
+    run(main())
+
+
+def test_stop_does_not_wait_for_a_gateway_that_does_not_read(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with (
+            worker(f"unix:{tmp_path}/w") as (srv, _, _),
+            Proxy(tmp_path / "p", tmp_path / "w") as proxy,
+        ):
+            gateway = Gateway(proxy.address)
+            await until(lambda: gateway.hellos)
+            proxy.flowing.clear()
+            for _ in range(2000):
+                srv.report("gw", load=LOAD, counters={"c" * 5000: 1.0})
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            await srv.stop(0.3)
+            assert 0.2 < loop.time() - started < 2.0
+            await gateway.link.close()
+            assert len(gateway.reports) < 2000
+
+    run(main())
 
 
 def test_repeated_reports_are_dropped(tmp_path: Path) -> None:
@@ -238,7 +268,7 @@ def test_repeated_reports_are_dropped(tmp_path: Path) -> None:
             assert [r.index for r in gateway.reports] == list(range(1, 12))
             await gateway.link.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("gap", ["report", "instructions", "ack"])
@@ -262,7 +292,7 @@ def test_a_gap_ends_the_link(tmp_path: Path, gap: str) -> None:
             assert expected[gap] in gateway.losses[0]
             assert handler.messages == [] and gateway.reports == []
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_a_failing_callback_loses_the_link_once(
@@ -279,7 +309,7 @@ def test_a_failing_callback_loses_the_link_once(
             await asyncio.sleep(0.05)
             assert gateway.losses == ["internal error of the gateway"]
 
-    asyncio.run(main())
+    run(main())
     assert "IndexError" in caplog.text
 
 
@@ -292,7 +322,7 @@ def test_no_worker_there_is_lost_at_once(tmp_path: Path, address: str) -> None:
         await gateway.link.close()
         assert len(gateway.losses) == 1
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_address_in_use_is_a_config_error() -> None:
@@ -302,7 +332,7 @@ def test_address_in_use_is_a_config_error() -> None:
                 async with worker(address):
                     pass
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_health_service(tmp_path: Path) -> None:
@@ -316,7 +346,7 @@ def test_health_service(tmp_path: Path) -> None:
                     reply = await stub.Check(health_pb2.HealthCheckRequest(service=name))
                     assert reply.status == expected
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_other_protocol_versions_are_refused_by_both(tmp_path: Path) -> None:
@@ -331,7 +361,7 @@ def test_other_protocol_versions_are_refused_by_both(tmp_path: Path) -> None:
             assert "protocol 99" in gateway.losses[0]
             assert gateway.hellos == []
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_resumed_hello_tells_what_was_acted_upon(tmp_path: Path) -> None:
@@ -350,4 +380,4 @@ def test_resumed_hello_tells_what_was_acted_upon(tmp_path: Path) -> None:
                 await until(lambda: handler.events[-1] == ("lost", "gw"))
             assert [message.index for message in handler.messages] == [1, 2]
 
-    asyncio.run(main())
+    run(main())

@@ -2,7 +2,7 @@
 
 A command is a module with `SUMMARY`, `EXAMPLES`, `add_arguments(parser)` and `run(args)`; it is
 imported only when it is asked for, so that `baton --help` costs nothing.
-Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, configuration or checkpoint, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 from baton import __version__
-from baton.errors import BatonError, ConfigError
+from baton.errors import BatonError, ConfigError, ModelError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("Run", "start gateway and workers on this machine, and keep them running"),
@@ -85,7 +85,7 @@ def _run(name: str, argv: list[str]) -> int:
         return 2
     except BatonError as error:
         print(f"{prog}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, ConfigError | ModelError) else 1
     except SystemExit as stop:  # argparse after --help
         return int(stop.code or 0)
 

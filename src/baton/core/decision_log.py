@@ -29,6 +29,8 @@ MAX_RECORD_BYTES = 64 << 20
 
 Sink = Callable[[bytes], object]
 
+_DAMAGE = (msgspec.DecodeError, UnicodeDecodeError)  # text that is not UTF-8 is the latter
+
 
 class BadLog(BatonError):
     """The bytes are not a decision log of this version."""
@@ -145,7 +147,7 @@ def read(data: bytes) -> tuple[Header, Iterator[Record]]:
     bodies = _bodies(data)
     try:
         header = _headers.decode(next(bodies, b""))
-    except msgspec.DecodeError as error:
+    except _DAMAGE as error:
         raise BadLog(f"this is not a decision log: {error}") from error
     if header.version != VERSION:
         raise BadLog(f"the log has version {header.version}, this Baton reads {VERSION}")
@@ -168,7 +170,7 @@ def _decode(bodies: Iterator[bytes]) -> Iterator[Record]:
     for body in bodies:
         try:
             yield _records.decode(body)
-        except msgspec.DecodeError as error:
+        except _DAMAGE as error:
             raise BadLog(f"the log is damaged: {error}") from error
 
 

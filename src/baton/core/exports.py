@@ -58,10 +58,16 @@ class ExportTable:
         self._pool = pool
         self._copying: dict[bytes, int] = {}
         self._exports: dict[SequenceId, _Export] = {}
-        self._waiting: dict[bytes, list[tuple[SequenceId, int]]] = {}
+        self._waiting: dict[bytes, list[tuple[_Export, _Part]]] = {}
+        self._num_grants = 0
 
     def __len__(self) -> int:
         return len(self._exports)
+
+    @property
+    def num_sealing(self) -> int:
+        """Exports that wait for nothing but their last copies."""
+        return sum(export.state is ExportState.SEALING for export in self._exports.values())
 
     @property
     def num_copying(self) -> int:
@@ -101,7 +107,8 @@ class ExportTable:
         if seq.num_computed % seq.block_size == 0:
             return []
         index = seq.num_computed // seq.block_size
-        order = self._begin(seq, index, seq.tail_key(seq.num_computed))
+        tail_key = seq.handoff_keys(seq.num_computed, seq.request.attempt)[-1]
+        order = self._begin(seq, index, tail_key)
         return [order] if order is not None else []
 
     def _begin(self, seq: Sequence, index: int, key: bytes) -> ExportOrder | None:
@@ -116,7 +123,7 @@ class ExportTable:
         part = _Part(key, begun.frame, entry.digest or None)
         if part.digest is None:
             export.num_unsealed += 1
-            self._waiting.setdefault(key, []).append((seq.id, index))
+            self._waiting.setdefault(key, []).append((export, part))
         export.parts.append(part)
         if not begun.write:
             return None
@@ -133,15 +140,14 @@ class ExportTable:
         else:
             self.index.seal(key, digest)
         concerned = []
-        for seq_id, number in self._waiting.pop(key, ()):
-            export = self._exports.get(seq_id)
-            if export is None:
-                continue
+        for export, part in self._waiting.pop(key, ()):
+            if self._exports.get(export.seq.id) is not export:
+                continue  # abandoned
             concerned.append(export.seq)
             if digest is None:
                 export.state = ExportState.FAILED
             else:
-                export.parts[number].digest = digest
+                part.digest = digest
                 export.num_unsealed -= 1
         return concerned
 
@@ -154,8 +160,9 @@ class ExportTable:
         if export.state is not ExportState.SEALING or export.num_unsealed:
             return None
         request = export.seq.request
+        self._num_grants += 1  # so that no id comes twice, whatever ids the requests have
         grant = self.leases.mint(
-            f"{request.id}.{request.choice}.{request.attempt}",
+            f"{request.id}.{request.choice}.{request.attempt}.{self._num_grants}",
             request.tenant,
             self._config.lease_ttl_s,
             now,

@@ -50,9 +50,10 @@ class ImportTable:
             len(part) != num_blocks for part in (handoff.keys, handoff.digests, handoff.frames)
         ):
             reason = "length"
+        elif (handoff.request_id, handoff.choice) != seq.id[:2]:
+            reason = "request"
         else:
-            full = seq.full_keys(handoff.num_tokens)
-            if list(handoff.keys[: len(full)]) == full:
+            if list(handoff.keys) == seq.handoff_keys(handoff.num_tokens, handoff.attempt):
                 return True
             reason = "key"
         self._counters[f"fallback_import_{reason}"] += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from baton.errors import InvalidRequest
@@ -38,11 +40,20 @@ class SchedulerConfig(msgspec.Struct, frozen=True):
         request.sampling.validate(self.vocab_size)
         if not request.prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
-        if min(request.prompt) < 0 or max(request.prompt) >= self.vocab_size:
+        for name, tokens in (("prompt", request.prompt), ("emitted", request.emitted)):
+            if tokens and (min(tokens) < 0 or max(tokens) >= self.vocab_size):
+                raise InvalidRequest(
+                    f"{name} holds a token outside the vocabulary of {self.vocab_size}",
+                    param=name,
+                )
+        if len(request.emitted) >= request.sampling.max_tokens:
             raise InvalidRequest(
-                f"prompt holds a token outside the vocabulary of {self.vocab_size}",
-                param="prompt",
+                f"max_tokens is {request.sampling.max_tokens} and {len(request.emitted)} tokens "
+                "were emitted already: nothing is left to generate",
+                param="max_tokens",
             )
+        if request.deadline_s is not None and not math.isfinite(request.deadline_s):
+            raise InvalidRequest("deadline_s must be a finite number", param="deadline_s")
         num_tokens = len(request.prompt) + len(request.emitted)
         if num_tokens >= self.max_model_len:
             raise InvalidRequest(

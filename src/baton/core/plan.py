@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from baton.core.sequence import Sequence, SequenceId
-from baton.types import Grant, Handoff, SampledLogprobs, StageTimes, TokenDelta
+from baton.errors import ServeError
+from baton.types import FinishReason, Grant, Handoff, SampledLogprobs, StageTimes, TokenDelta
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, eq=False):
     """Compute KV for tokens [start, start + num_tokens) of `seq`; `samples` draws the next one."""
 
     seq: Sequence
@@ -81,6 +83,11 @@ class Update:
     exports: list[ExportOrder] = field(default_factory=list)
     handoffs: list[Handoff] = field(default_factory=list)
     times: list[StageTimes] = field(default_factory=list)
+
+
+def error_delta(seq_id: SequenceId, first_index: int, error: ServeError) -> TokenDelta:
+    """The last word on a sequence that ends badly."""
+    return TokenDelta(*seq_id, first_index, (), finish=FinishReason.ERROR, error=error.to_wire())
 
 
 class Runner(Protocol):

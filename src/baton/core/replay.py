@@ -46,6 +46,8 @@ def replay(data: bytes, changes: Mapping[str, int] | None = None) -> ReplayRepor
     header, records = log.read(data)
     if isinstance(header, log.RouterHeader):
         return _Comparison(header.gateway_id).run(_route(records))
+    if not _is_possible(header.config):
+        raise log.BadLog("the log is damaged: it names a worker that cannot be")
     config = _changed(header.config, changes or {})
     index = StoreIndex(config.num_frames)
     # The secret only signs grants; no decision depends on it.
@@ -54,11 +56,32 @@ def replay(data: bytes, changes: Mapping[str, int] | None = None) -> ReplayRepor
 
 
 def _changed(config: SchedulerConfig, changes: Mapping[str, int]) -> SchedulerConfig:
-    for name in changes:
-        if name not in SchedulerConfig.__struct_fields__:
-            fields = ", ".join(SchedulerConfig.__struct_fields__)
-            raise ConfigError(f"the log has no field `{name}` to change; it has {fields}")
+    fields = [
+        name
+        for name in SchedulerConfig.__struct_fields__
+        if isinstance(getattr(config, name), int | float)
+    ]
+    for name, value in changes.items():
+        if name not in fields:
+            raise ConfigError(
+                f"the log has no number `{name}` to change; it has {', '.join(fields)}"
+            )
+        if not _is_possible(msgspec.structs.replace(config, **{name: value})):
+            raise ConfigError(f"{name} cannot be {value}")
     return msgspec.structs.replace(config, **changes)
+
+
+def _is_possible(config: SchedulerConfig) -> bool:
+    positive = (
+        config.kv_format.block_size,
+        config.num_blocks,
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        config.max_model_len,
+        config.vocab_size,
+        config.lease_ttl_s,
+    )
+    return min(positive) > 0 and config.num_frames >= 0
 
 
 class _Parted(Exception):

@@ -102,6 +102,7 @@ class Router:
         Raises:
             Unavailable: no unified worker, and not both a prefill and a decode worker.
         """
+        self._forget(request_id, choice)  # an earlier attempt
         prefill = self._least(Role.PREFILL, num_tokens, keys)
         unified = self._least(Role.UNIFIED, num_tokens, keys)
         decodes = [w for w in self._workers.values() if w.info.role is Role.DECODE]
@@ -144,9 +145,12 @@ class Router:
 
     def finished(self, request_id: str, choice: int) -> None:
         """The request has ended, however it did. Idempotent."""
-        self.prefilled(request_id, choice)
+        self._forget(request_id, choice)
+
+    def _forget(self, request_id: str, choice: int) -> None:
         placed = self._placed.pop((request_id, choice), None)
         if placed is not None:
+            placed.prefill.prefill_tokens -= placed.prefill_tokens
             placed.decode.context_tokens -= placed.context_tokens
             placed.decode.num_requests -= 1
 

@@ -8,7 +8,8 @@ back through admission, where the prefix cache may spare it most of the work. Th
 never preempted by another, so something always progresses.
 
 `Scheduler` owns the sequences, the block pool, the exports and the imports. Methods take the
-time as an argument; what they bring for the outside is collected by `take`.
+time as an argument; what they bring for the outside is collected by `take`. (A little over the
+usual length of a file: one rule, told in one place.)
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ import heapq
 from collections import Counter, OrderedDict
 
 from baton.core.admission import OutputLengths
+from baton.core.attempts import AttemptMemory
 from baton.core.block_pool import BlockPool
 from baton.core.exports import ExportTable
 from baton.core.imports import ImportTable
 from baton.core.keys import root_key
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
-from baton.core.plan import Chunk, ImportOrder, StepOutput, StepPlan, Update
+from baton.core.plan import Chunk, ImportOrder, StepOutput, StepPlan, Update, error_delta
 from baton.core.sequence import Sequence, SequenceId, Status
 from baton.core.store_index import StoreIndex
 from baton.errors import DeadlineExceeded, ServeError, TransferFailed, Unavailable
 from baton.types import FinishReason, Request, SampledLogprobs, TokenDelta, WorkerLoad
+
+_RUNNING = Status.RUNNING  # read for every sequence in every step
+_STAGES = {Status.WAITING: "queue", Status.IMPORTING: "transfer", Status.EXPORTING: "export"}
 
 
 class Scheduler:
@@ -43,7 +48,7 @@ class Scheduler:
         # A decode takes one token of the budget, so no more of them may run than it has.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._sequences: dict[SequenceId, Sequence] = {}
-        self._latest: dict[tuple[str, int], SequenceId] = {}
+        self._attempts = AttemptMemory()
         self._waiting: OrderedDict[SequenceId, Sequence] = OrderedDict()
         self._running: dict[SequenceId, Sequence] = {}
         self._chunks: dict[SequenceId, Chunk] = {}
@@ -58,22 +63,25 @@ class Scheduler:
 
     def add(self, request: Request, now: float) -> None:
         """Accept a request, or end it at once with a typed error."""
-        known = self._latest.get((request.id, request.choice))
+        seq_id = (request.id, request.choice, request.attempt)
+        known = self._attempts.latest(*seq_id[:2])
         if known is not None:
             if known[2] >= request.attempt:
                 return  # a repeat, or a late message of an attempt that was given up
             self.abort(known)
+        self._attempts.begin(seq_id)
         try:
             if self._draining:
                 raise Unavailable("this worker is draining", stage="queue")
             self.config.validate(request)
         except ServeError as error:
-            self._refuse(request, error)
+            self.counters["refused"] += 1
+            self._update.deltas.append(error_delta(seq_id, len(request.emitted), error))
+            self._attempts.end(seq_id)
             return
         root = root_key(self.config.fingerprint, self.config.numerics, request.salt)
         seq = Sequence(request, root, self.config.kv_format.block_size, now)
         self._sequences[seq.id] = seq
-        self._latest[seq.id[:2]] = seq.id
         self._waiting[seq.id] = seq
         if seq.deadline is not None:
             heapq.heappush(self._deadlines, (seq.deadline, seq.id))
@@ -134,14 +142,19 @@ class Scheduler:
         self._chunks = {}
         self._budget = self.config.max_num_batched_tokens
         num_preempted = self.counters["preemptions"]
-        decodes = [seq for seq in self._running.values() if seq.num_remaining == 1]
-        prompts = [seq for seq in self._running.values() if seq.num_remaining > 1]
-        for seq in (*decodes, *prompts):
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for seq in self._running.values():
+            (decodes if len(seq.token_ids) - seq.num_computed == 1 else prompts).append(seq)
+        for seq in decodes + prompts:
             if self._budget <= 0:
                 break
-            if seq.status is Status.RUNNING and self._grow(seq):
+            if seq.status is _RUNNING and self._grow(seq):
                 self._plan(seq)
         imports: list[ImportOrder] = []
+        promised = 0
+        if self._waiting and self._num_active() < self._max_running:
+            promised = sum(map(self._growth, self._running.values()))
         # Whoever was preempted in this step must not take the blocks back in the same step.
         while (
             self._waiting
@@ -150,28 +163,35 @@ class Scheduler:
             and self.counters["preemptions"] == num_preempted
         ):
             seq = next(iter(self._waiting.values()))
-            if not self._admit(seq, imports, now):
+            if not self._admit(seq, promised, imports, now):
                 break
+            promised += self._growth(seq)
             if seq.status is Status.RUNNING:
                 self._plan(seq)
         return StepPlan(self._step, tuple(self._chunks.values()), tuple(imports))
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> None:
         """Take in what a step computed."""
+        num_generated = 0
         for chunk, tokens, logprobs in zip(
             plan.chunks, output.token_ids, output.logprobs, strict=True
         ):
             seq = chunk.seq
-            if seq.status is not Status.RUNNING:
+            if seq.status is not _RUNNING:
                 continue  # ended while the step ran
-            self._count_computed(seq, chunk)
-            seq.num_computed = chunk.end
-            self._publish(seq)
+            if chunk.start < len(seq.request.prompt):
+                self._count_prompt(seq, chunk)
+            seq.num_computed = chunk.start + chunk.num_tokens
+            if seq.num_computed >= (seq.num_published + 1) * seq.block_size:
+                self._publish(seq)
             if seq.request.hand_off:
                 self._update.exports += self.exports.export_full_blocks(seq)
             if chunk.samples:
                 (token,) = tokens
+                num_generated += 1
                 self._append(seq, token, logprobs, now)
+        self.counters["tokens_computed"] += plan.num_tokens
+        self.counters["tokens_generated"] += num_generated
 
     def take(self) -> Update:
         """What happened since the last call: deltas, copies to make, commit records, times."""
@@ -191,14 +211,15 @@ class Scheduler:
         return self.exports.num_copying + len(self.imports)
 
     def is_drained(self) -> bool:
-        """Nothing is accepted any more, and nothing is left."""
-        return self._draining and not self._sequences and not self.num_transfers
+        """Nothing is accepted, nothing is left, and nobody may still read from the store."""
+        left = self._sequences or self.num_transfers or len(self._leases)
+        return self._draining and not left
 
     def next_deadline(self) -> float | None:
         """When `schedule` has something to do even if no news comes."""
         expiry = self._leases.next_expiry()
-        times = [self._deadlines[0][0]] if self._deadlines else []
-        return min([*times, expiry] if expiry is not None else times, default=None)
+        times = [at for at, _ in self._deadlines[:1]] + ([] if expiry is None else [expiry])
+        return min(times, default=None)
 
     def load(self) -> WorkerLoad:
         """The part of the load that the scheduler knows."""
@@ -229,31 +250,19 @@ class Scheduler:
 
     # Inside ----------------------------------------------------------------------------------
 
-    def _refuse(self, request: Request, error: ServeError) -> None:
-        self.counters["refused"] += 1
-        self._update.deltas.append(
-            TokenDelta(
-                request.id,
-                request.choice,
-                request.attempt,
-                len(request.emitted),
-                (),
-                finish=FinishReason.ERROR,
-                error=error.to_wire(),
-            )
-        )
-
     def _num_active(self) -> int:
         return len(self._running) + len(self.imports)
 
     def _plan(self, seq: Sequence) -> None:
-        num_tokens = min(seq.num_remaining, self._budget)
-        samples = seq.num_computed + num_tokens == seq.num_tokens
-        self._chunks[seq.id] = Chunk(seq, seq.num_computed, num_tokens, samples)
+        remaining = len(seq.token_ids) - seq.num_computed
+        num_tokens = remaining if remaining < self._budget else self._budget
+        self._chunks[seq.id] = Chunk(seq, seq.num_computed, num_tokens, num_tokens == remaining)
         self._budget -= num_tokens
 
     def _grow(self, seq: Sequence) -> bool:
         """Make room for all tokens of `seq`; False if that took preempting `seq` itself."""
+        if len(seq.token_ids) <= len(seq.blocks) * seq.block_size:
+            return True
         missing = self.config.num_blocks_for(seq.num_tokens) - len(seq.blocks)
         while missing > self.pool.num_free:
             victim = next(reversed(self._running.values()))
@@ -263,8 +272,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is seq:
                 return False
-        if missing > 0:
-            seq.blocks += self.pool.allocate(missing)
+        seq.blocks += self.pool.allocate(missing)
         return True
 
     def _preempt(self, seq: Sequence) -> None:
@@ -277,9 +285,16 @@ class Scheduler:
         self._waiting[seq.id] = seq
         self._waiting.move_to_end(seq.id, last=False)
 
-    def _admit(self, seq: Sequence, imports: list[ImportOrder], now: float) -> bool:
-        """Move the head of the queue to running or importing, if there is room for it."""
-        fetches = self.imports.usable(seq)
+    def _growth(self, seq: Sequence) -> int:
+        """Blocks that `seq` is predicted to want beyond those for the tokens it has."""
+        rest = self._lengths.predict_rest(seq.request, seq.num_generated)
+        return self.config.num_blocks_for(rest)
+
+    def _admit(self, seq: Sequence, promised: int, imports: list[ImportOrder], now: float) -> bool:
+        """Move the head of the queue to running or importing, if there is room for it.
+
+        `promised` blocks are free now and will be wanted by those that run already.
+        """
         # The last token is always computed: without it there is nothing to draw from.
         covered = seq.num_tokens - 1
         keys = seq.full_keys(covered)
@@ -287,8 +302,7 @@ class Scheduler:
         needed = self.config.num_blocks_for(seq.num_tokens) - len(hits)
         wanted = needed + self.pool.num_unreferenced(hits)
         if self._num_active():  # a lone sequence may use everything: its worst case fits
-            growth = min(seq.request.sampling.max_tokens, self._lengths.estimate())
-            wanted += self.config.num_blocks_for(growth)
+            wanted += promised + self._growth(seq)
         if wanted > self.pool.num_free:
             return False
         if seq.request.hand_off and not self.exports.open(seq):
@@ -304,7 +318,7 @@ class Scheduler:
             seq.num_cached = seq.num_computed
         self.counters["prefix_query_tokens"] += covered
         self.counters["prefix_hit_tokens"] += seq.num_computed
-        if fetches and seq.num_computed < covered:
+        if seq.num_computed < covered and self.imports.usable(seq):
             seq.status = Status.IMPORTING
             imports.append(self.imports.order(seq, len(hits), now))
         else:
@@ -312,11 +326,10 @@ class Scheduler:
             self._running[seq.id] = seq
         return True
 
-    def _count_computed(self, seq: Sequence, chunk: Chunk) -> None:
-        num_prompt = max(0, min(seq.num_prompt - chunk.start, chunk.num_tokens))
+    def _count_prompt(self, seq: Sequence, chunk: Chunk) -> None:
+        num_prompt = min(seq.num_prompt - chunk.start, chunk.num_tokens)
         again = "recomputed" if seq.num_preemptions else "computed"
         self.counters[f"prompt_tokens_{again}"] += num_prompt
-        self.counters["tokens_computed"] += chunk.num_tokens
         seq.num_prompt_computed += num_prompt
 
     def _publish(self, seq: Sequence) -> None:
@@ -330,26 +343,26 @@ class Scheduler:
     def _append(
         self, seq: Sequence, token: int, logprobs: SampledLogprobs | None, now: float
     ) -> None:
-        seq.prefilled = seq.prefilled or now
-        first_index = seq.num_generated
+        if not seq.prefilled:
+            seq.prefilled = now
         seq.token_ids.append(token)
+        num_tokens = len(seq.token_ids)
+        num_generated = num_tokens - len(seq.request.prompt)
         sampling = seq.request.sampling
         finish = None
         if token in sampling.stop_token_ids:
             finish = FinishReason.STOP
-        elif (
-            seq.num_generated >= sampling.max_tokens or seq.num_tokens >= self.config.max_model_len
-        ):
+        elif num_generated >= sampling.max_tokens or num_tokens >= self.config.max_model_len:
             finish = FinishReason.LENGTH
-        self.counters["tokens_generated"] += 1
         self._update.deltas.append(
             TokenDelta(
                 *seq.id,
-                first_index,
+                num_generated - 1,
                 (token,),
-                (logprobs,) if logprobs is not None else None,
+                None if logprobs is None else (logprobs,),
                 finish,
-                num_cached=None if seq.told_cached else seq.num_cached,
+                None,
+                None if seq.told_cached else seq.num_cached,
             )
         )
         seq.told_cached = True
@@ -374,17 +387,13 @@ class Scheduler:
             _, seq_id = heapq.heappop(self._deadlines)
             seq = self._sequences.get(seq_id)
             if seq is not None:
-                stage = "queue" if seq.status is Status.WAITING else "decode"
+                stage = _STAGES.get(seq.status, "decode" if seq.prefilled else "prefill")
                 error = DeadlineExceeded("the request's deadline has passed", stage=stage)
                 self._fail(seq, now, error)
         self.counters["leases_expired"] += len(self._leases.expire(now))
 
     def _fail(self, seq: Sequence, now: float, error: ServeError) -> None:
-        self._update.deltas.append(
-            TokenDelta(
-                *seq.id, seq.num_generated, (), finish=FinishReason.ERROR, error=error.to_wire()
-            )
-        )
+        self._update.deltas.append(error_delta(seq.id, seq.num_generated, error))
         self._end(seq, now)
 
     def _end(self, seq: Sequence, now: float) -> None:
@@ -396,7 +405,7 @@ class Scheduler:
         """Take the sequence out of every table and give back its own references."""
         seq.status = Status.FINISHED
         del self._sequences[seq.id]
-        del self._latest[seq.id[:2]]
+        self._attempts.end(seq.id)
         self._waiting.pop(seq.id, None)
         self._running.pop(seq.id, None)
         self.exports.abandon(seq.id)

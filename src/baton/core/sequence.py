@@ -114,14 +114,17 @@ class Sequence:
             self.keys.append(content_keys.block_key(parent, self.token_ids[start : start + size]))
         return self.keys[:wanted]
 
-    def tail_key(self, num_tokens: int) -> bytes:
-        """Private key of the partial block that ends at `num_tokens`."""
+    def handoff_keys(self, num_tokens: int, attempt: int) -> list[bytes]:
+        """Keys of all blocks of the first `num_tokens` tokens, as `attempt` hands them off.
+
+        The key of a partial last block is private to that attempt of this request.
+        """
         full = self.full_keys(num_tokens)
-        parent = full[-1] if full else self.root
         tail = self.token_ids[len(full) * self.block_size : num_tokens]
-        return content_keys.private_key(
-            parent, tail, self.request.id, self.request.choice, self.request.attempt
-        )
+        if not tail:
+            return full
+        parent = full[-1] if full else self.root
+        return [*full, content_keys.private_key(parent, tail, *self.id[:2], attempt)]
 
     def reset(self) -> None:
         """Forget everything that was computed; the tokens stay."""

@@ -40,6 +40,9 @@ from baton.types import WorkerLoad
 STEP_TIME_WEIGHT = 0.1
 """Of the newest step in the moving average that `WorkerLoad.step_s` tells."""
 
+SEAL_WAIT_SHARE = 0.1
+"""Of a step's usual time, how long the engine waits for a handoff to become complete."""
+
 
 class Emitted(msgspec.Struct, frozen=True):
     """What one turn brought for the outside; totals of the counters are cumulative.
@@ -83,7 +86,7 @@ class Engine:
 
     def step(self) -> bool:
         """One turn. Returns whether a step ran; if not, there is nothing to do until news comes."""
-        heard = self._drain_inbox()
+        self._drain_inbox()
         plan = self.scheduler.schedule(self._clock())
         for order in plan.imports:
             self._start_import(order)
@@ -93,17 +96,9 @@ class Engine:
             self._step_s += STEP_TIME_WEIGHT * (output.elapsed_s - self._step_s)
             self.progress += 1
             self.scheduler.update(plan, output, self._clock())
-        update = self.scheduler.take()
-        for export in update.exports:
-            self._start_export(export)
-        drained = self.scheduler.is_drained() and not len(self.scheduler.exports.leases)
-        load = self.load()
-        # What `wait` was told, or a lease that ran out, may show in nothing but the load.
-        news = heard or plan.chunks or update.deltas or update.handoffs or load != self._told
-        if news or drained:
-            self._told = load
-            counters = dict(self.scheduler.counters)
-            self._emit(Emitted(update, load, counters, drained))
+        self._pass_on(stepped=bool(plan.chunks))
+        if self.scheduler.exports.num_sealing:
+            self._await_seals()
         return bool(plan.chunks)
 
     def wait(self) -> None:
@@ -131,14 +126,34 @@ class Engine:
             progress=self.progress,
         )
 
-    def _drain_inbox(self) -> bool:
-        heard = False
+    def _pass_on(self, stepped: bool) -> None:
+        """Start the copies that are due, and tell the outside what happened."""
+        update = self.scheduler.take()
+        for export in update.exports:
+            self._start_export(export)
+        drained = self.scheduler.is_drained()
+        load = self.load()
+        # A message that came, or a lease that ran out, may show in nothing but the load.
+        if stepped or update.deltas or update.handoffs or load != self._told or drained:
+            self._told = load
+            self._emit(Emitted(update, load, dict(self.scheduler.counters), drained))
+
+    def _await_seals(self) -> None:
+        """Give a handoff's last copies a moment: their answers would else wait for a whole step."""
+        limit = time.monotonic() + SEAL_WAIT_SHARE * self._step_s
+        while self.scheduler.exports.num_sealing:
+            try:
+                self._receive(self.inbox.get(timeout=max(0.0, limit - time.monotonic())))
+            except Empty:
+                break
+        self._pass_on(stepped=False)
+
+    def _drain_inbox(self) -> None:
         while True:
             try:
                 message = self.inbox.get_nowait()
             except Empty:
-                return heard
-            heard = True
+                return
             self._receive(message)
 
     def _receive(self, message: Message) -> None:

@@ -43,7 +43,7 @@ class LLM:
         ModelError, ConfigError: the model or an option cannot be used.
     """
 
-    def __init__(self, model: str | Path, **sections: dict[str, object]) -> None:
+    def __init__(self, model: str | Path, /, **sections: dict[str, object]) -> None:
         overrides = {
             f"{section}.{field}": value
             for section, fields in sections.items()

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from baton.core.plan import StepOutput, StepPlan
+from baton.core.sequence import Sequence
 from baton.model.batch import Batch
 from baton.model.kv_cache import KvCache
-from baton.model.sampler import SampleRow, sample
+from baton.model.sampler import SampleRow, reads_output, sample
 from baton.model.transformer import Transformer
 
 
@@ -33,22 +34,7 @@ class TorchRunner:
         started = time.monotonic()
         batch = self._batch(plan)
         logits = self._model.forward(batch, self._kv)
-        sampling = [chunk.seq for chunk in plan.chunks if chunk.samples]
-        drawn = iter(
-            sample(
-                logits,
-                [
-                    SampleRow(
-                        params=seq.request.sampling,
-                        choice=seq.request.choice,
-                        position=seq.num_tokens,
-                        prompt=seq.request.prompt,
-                        output=seq.token_ids[seq.num_prompt :],
-                    )
-                    for seq in sampling
-                ],
-            )
-        )
+        drawn = iter(sample(logits, [_row(chunk.seq) for chunk in plan.chunks if chunk.samples]))
         sampled = [next(drawn) if chunk.samples else None for chunk in plan.chunks]
         self._outputs.append(
             StepOutput(
@@ -63,33 +49,28 @@ class TorchRunner:
 
     def _batch(self, plan: StepPlan) -> Batch:
         size = self._kv.block_size
-        num_tokens = plan.num_tokens
-        token_ids = np.empty(num_tokens, np.int64)
-        positions = np.empty(num_tokens, np.int64)
-        slots = np.empty(num_tokens, np.int64)
         tables = np.zeros(
             (len(plan.chunks), max(-(-chunk.end // size) for chunk in plan.chunks)), np.int64
         )
+        token_ids: list[int] = []
         query_starts = [0]
         sample_rows = []
-        at = 0
         for row, chunk in enumerate(plan.chunks):
             assert chunk.num_tokens > 0
-            seq, end = chunk.seq, at + chunk.num_tokens
             num_blocks = -(-chunk.end // size)
-            tables[row, :num_blocks] = seq.blocks[:num_blocks]
-            token_ids[at:end] = seq.token_ids[chunk.start : chunk.end]
-            where = positions[at:end]
-            where[:] = np.arange(chunk.start, chunk.end)
-            slots[at:end] = tables[row, where // size] * size + where % size
+            tables[row, :num_blocks] = chunk.seq.blocks[:num_blocks]
+            token_ids += chunk.seq.token_ids[chunk.start : chunk.end]
+            query_starts.append(len(token_ids))
             if chunk.samples:
-                sample_rows.append(end - 1)
-            query_starts.append(end)
-            at = end
+                sample_rows.append(len(token_ids) - 1)
+        counts = np.diff(query_starts)
+        rows = np.repeat(np.arange(len(plan.chunks)), counts)
+        shifts = np.array([chunk.start for chunk in plan.chunks]) - query_starts[:-1]
+        positions = np.arange(len(token_ids)) + np.repeat(shifts, counts)
         return Batch(
-            token_ids=self._tensor(token_ids),
+            token_ids=self._tensor(np.array(token_ids)),
             positions=self._tensor(positions),
-            slots=self._tensor(slots),
+            slots=self._tensor(tables[rows, positions // size] * size + positions % size),
             query_starts=query_starts,
             context_lens=[chunk.end for chunk in plan.chunks],
             block_tables=self._tensor(tables),
@@ -98,3 +79,14 @@ class TorchRunner:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _row(seq: Sequence) -> SampleRow:
+    params = seq.request.sampling
+    return SampleRow(
+        params=params,
+        choice=seq.request.choice,
+        position=seq.num_tokens,
+        prompt=seq.request.prompt,
+        output=seq.token_ids[seq.num_prompt :] if reads_output(params) else (),
+    )

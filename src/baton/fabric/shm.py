@@ -1,9 +1,9 @@
 """Reading blocks from the arenas of other workers on the same host: one copy, no socket.
 
 The first fetch from a (source, epoch) asks its worker for the arena's descriptor and maps it; the
-mapping is kept while there is traffic, and later fetches touch memory only. So a worker that has died, or is frozen, can
-still be read by whoever has it mapped, and a worker that was started anew has a new epoch and
-needs a new mapping.
+mapping is kept while there is traffic, and later fetches touch memory only. So a worker that has
+died, or is frozen, can still be read by whoever has it mapped, and a worker that was started anew
+has a new epoch and needs a new mapping.
 
 A grant carries a worker id, never an address; where to find the worker is this side's business.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,7 +131,7 @@ class ShmTransport:
             late = time.monotonic() >= deadline
             result = ReadResult.TIMED_OUT if late else ReadResult.UNREACHABLE
             raise _NoArena(result, "no answer in time") from error
-        except (OSError, ArenaRefused, msgspec.DecodeError) as error:
+        except (OSError, ArenaRefused, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _NoArena(ReadResult.UNREACHABLE, str(error)) from error
         except StaleEpoch as error:
             raise _NoArena(ReadResult.STALE_EPOCH, str(error)) from error
@@ -151,8 +152,7 @@ def _ask(path: Path, grant: Grant, limit: float, descriptors: list[int]) -> Desc
         msgspec.DecodeError: what came is no answer.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(_remaining(limit))
-        connection.connect(str(path))
+        _connect(connection, path, limit)
         if peer_uid(connection) != os.geteuid():
             raise ConnectionRefusedError("the socket belongs to another user")
         connection.sendall(pack(Ask(grant)))
@@ -173,6 +173,18 @@ def _ask(path: Path, grant: Grant, limit: float, descriptors: list[int]) -> Desc
                     raise ConnectionAbortedError(f"a reply of {length} bytes")
                 wanted += length
         return _reply_decoder.decode(received[LENGTH.size :])
+
+
+def _connect(connection: socket.socket, path: Path, limit: float) -> None:
+    """Connect by `limit`; unlike a non-blocking socket, wait for room in the backlog."""
+    seconds, fraction = divmod(_remaining(limit), 1.0)
+    timeval = struct.pack("@ll", int(seconds), max(1, int(fraction * 1e6)))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+    try:
+        connection.connect(str(path))
+    except BlockingIOError as error:
+        raise TimeoutError from error
+    connection.settimeout(_remaining(limit))
 
 
 def _remaining(limit: float) -> float:

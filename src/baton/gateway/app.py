@@ -19,7 +19,7 @@ from starlette.routing import Route
 from baton.errors import Internal, InvalidRequest, ServeError, Unavailable
 from baton.gateway.auth import ApiKeys
 from baton.gateway.body import read_json
-from baton.gateway.dispatch import Dispatcher, ServedModel
+from baton.gateway.dispatch import Dispatcher, Readiness, ServedModel
 from baton.gateway.front import Front
 from baton.gateway.intake import parse
 from baton.gateway.limits import Limits, OpenRequests
@@ -96,8 +96,10 @@ def create_admin_app(
     metrics: Metrics,
     refresh: Callable[[], None] = lambda: None,
     recent: RecentRequests | None = None,
+    readiness: Callable[[], Readiness] = lambda: Readiness(True),
 ) -> FastAPI:
-    """For operators: `/metrics` (Prometheus), `/requests` (waterfalls, newest first), `/health`.
+    """For operators: `/metrics` (Prometheus), `/requests` (waterfalls, newest first), `/health`
+    and `/ready`, which the supervisor asks: it has no key for the public one.
 
     It asks for no key: keep it on loopback. `refresh` brings the metrics up to date first.
     """
@@ -107,6 +109,9 @@ def create_admin_app(
         refresh()
         return Response(metrics.exposition(), media_type=CONTENT_TYPE)
 
+    async def ready() -> Response:
+        return _ready(readiness())
+
     async def requests() -> Response:
         body = msgspec.json.encode(recent.newest_first() if recent else [])
         return Response(body, media_type="application/json")
@@ -114,6 +119,7 @@ def create_admin_app(
     app.add_api_route("/metrics", exposition, methods=["GET"])
     app.add_api_route("/requests", requests, methods=["GET"])
     app.add_api_route("/health", _health, methods=["GET"])
+    app.add_api_route("/ready", ready, methods=["GET"])
     return app
 
 
@@ -186,10 +192,7 @@ class _PlainEndpoints:
         return _reply(Detokenized(text))
 
     async def ready(self) -> Response:
-        readiness = self._service.preparer.dispatcher.readiness()
-        if not readiness.ready:
-            raise Unavailable(readiness.reason or "not ready", retry_after_s=1.0)
-        return _reply(Status("ready"))
+        return _ready(self._service.preparer.dispatcher.readiness())
 
     def _model(self) -> Model:
         return Model(self._service.model_name, self._created, self._max_model_len())
@@ -202,6 +205,12 @@ class _PlainEndpoints:
 async def _health() -> Response:
     """The process is alive and its event loop turns."""
     return _reply(Status("ok"))
+
+
+def _ready(readiness: Readiness) -> Response:
+    if not readiness.ready:
+        raise Unavailable(readiness.reason or "not ready", retry_after_s=1.0)
+    return _reply(Status("ready"))
 
 
 def _document_route(service: Service, with_keys: bool) -> Callable[[], Awaitable[Response]]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from baton.errors import InvalidRequest
+from baton.gateway.limits import MAX_MESSAGES
 from baton.gateway.openai import ChatRequest, CompletionRequest, Fields, SamplingFields
 from baton.gateway.problems import UnsupportedParameter
 
@@ -143,7 +144,7 @@ def _refuse_unsupported(model: type[Fields], body: dict[str, Any]) -> None:
     messages = body.get("messages")
     if not isinstance(messages, list):
         return
-    for index, message in enumerate(messages):
+    for index, message in enumerate(messages[:MAX_MESSAGES]):
         for field in _UNSUPPORTED_IN_MESSAGES:
             if isinstance(message, dict) and message.get(field) not in (None, []):
                 where = f"messages[{index}].{field}"
@@ -190,7 +191,7 @@ def _to_invalid(error: ValidationError) -> InvalidRequest:
             where += f"[{part}]" if isinstance(part, int) else f".{part}"
     if first["type"] == "missing":
         return _invalid(f"{where} is required", where or "")
-    reason = first["msg"].replace("Input should be", "must be")
+    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
     return InvalidRequest(f"{where}: {reason}", stage="validate", param=where)
 
 

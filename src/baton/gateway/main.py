@@ -89,6 +89,7 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
             metrics=metrics,
             refresh=lambda: export_workers(dispatcher.registry.joined(), metrics),
             recent=dispatcher.recent,
+            readiness=dispatcher.readiness,
         )
         servers = [
             _server(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from baton.gateway.limits import (
     MAX_MESSAGES,
@@ -38,6 +38,13 @@ def _prompt_kind(value: object) -> str:
     if isinstance(first, str):
         return "<texts>"
     return "<token_lists>" if isinstance(first, list) else "<tokens>"
+
+
+def _bounded(value: object) -> object:
+    """Refuse a large dict before its entries are looked at: pydantic would collect their errors."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"at most {MAX_LOGIT_BIAS} entries are allowed")
+    return value
 
 
 TokenId = Annotated[int, Field(ge=0, le=ANY_TOKEN_ID)]
@@ -91,6 +98,7 @@ class SamplingFields(Fields):
         Annotated[
             dict[BiasKey, Bias],
             Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"additionalProperties": False}),
+            BeforeValidator(_bounded),
         ]
         | None
     ) = Field(None, description="Token id (as a string) to what is added to its logit.")

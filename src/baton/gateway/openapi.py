@@ -25,6 +25,7 @@ _REQUESTS = (
 _REPLIES = (
     replies.Completion,
     replies.ChatCompletion,
+    replies.ChatChunk,
     replies.ModelList,
     replies.Model,
     replies.Tokens,
@@ -85,7 +86,7 @@ def document(model_name: str, served: ServedModel | None, with_keys: bool) -> di
                     replies.Completion,
                     openai.CompletionRequest,
                     problems,
-                    True,
+                    stream=replies.Completion,
                 )
             },
             "/v1/chat/completions": {
@@ -94,7 +95,7 @@ def document(model_name: str, served: ServedModel | None, with_keys: bool) -> di
                     replies.ChatCompletion,
                     openai.ChatRequest,
                     problems,
-                    True,
+                    stream=replies.ChatChunk,
                 )
             },
             "/tokenize": {
@@ -146,11 +147,11 @@ def _operation(
     reply: type[msgspec.Struct],
     request: type[openai.Fields] | None = None,
     problems: tuple[str, ...] = (),
-    streams: bool = False,
+    stream: type[msgspec.Struct] | None = None,
 ) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": _schema(reply.__name__)}
-    if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+    if stream is not None:
+        content["text/event-stream"] = {"schema": _event(stream)}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     for status in (*problems, "401", "405", "500", "502", "503", "504"):
         responses[status] = {
@@ -164,6 +165,29 @@ def _operation(
             "content": {"application/json": _schema(request.__name__)},
         }
     return operation
+
+
+def _event(data: type[msgspec.Struct]) -> dict[str, Any]:
+    """One server-sent event; its data is JSON in a string."""
+    chunk = _schema(data.__name__)["schema"]
+    return {
+        "type": "object",
+        "description": "With `stream`: true. An error in the middle is the last event; otherwise"
+        " the last one's data is `[DONE]`.",
+        "properties": {
+            "data": {
+                "anyOf": [
+                    {"type": "string", "const": "[DONE]"},
+                    {
+                        "type": "string",
+                        "contentMediaType": "application/json",
+                        "contentSchema": {"anyOf": [chunk, _schema("ErrorReply")["schema"]]},
+                    },
+                ]
+            }
+        },
+        "required": ["data"],
+    }
 
 
 def _schema(name: str) -> dict[str, Any]:

@@ -59,9 +59,11 @@ class Preparer(msgspec.Struct, frozen=True):
     limits: Limits
 
     async def completion(
-        self, request: CompletionRequest, tenant: Tenant, deadline_s: float
+        self, base_id: str, request: CompletionRequest, tenant: Tenant, deadline_s: float
     ) -> Work:
-        """Raises:
+        """`base_id` begins the id of every request that the work consists of.
+
+        Raises:
         InvalidRequest: `param` names the field.
         Unavailable: no worker has told what it serves.
         """
@@ -86,9 +88,11 @@ class Preparer(msgspec.Struct, frozen=True):
             )
             for ids in prompts
         ]
-        return self._work(request, prompts, params, echo, tenant, deadline_s)
+        return self._work(base_id, request, prompts, params, echo, tenant, deadline_s)
 
-    async def chat(self, request: ChatRequest, tenant: Tenant, deadline_s: float) -> Work:
+    async def chat(
+        self, base_id: str, request: ChatRequest, tenant: Tenant, deadline_s: float
+    ) -> Work:
         """Raises: as `completion`."""
         model = self.served_model()
         prompt = await self.chat_prompt([m.to_template() for m in request.messages])
@@ -97,7 +101,7 @@ class Preparer(msgspec.Struct, frozen=True):
             wanted, name = request.max_tokens, "max_tokens"
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         params = self._sampling(request, model, prompt, "messages", name, wanted, logprobs)
-        return self._work(request, (prompt,), [params], ("",), tenant, deadline_s)
+        return self._work(base_id, request, (prompt,), [params], ("",), tenant, deadline_s)
 
     async def chat_prompt(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True
@@ -232,6 +236,7 @@ class Preparer(msgspec.Struct, frozen=True):
 
     def _work(
         self,
+        base_id: str,
         request: SamplingFields,
         prompts: tuple[tuple[int, ...], ...],
         params: list[SamplingParams],
@@ -241,11 +246,10 @@ class Preparer(msgspec.Struct, frozen=True):
     ) -> Work:
         n = request.n or 1
         requests = []
-        for prompt, sampling in zip(prompts, params, strict=True):
-            internal_id = secrets.token_hex(16)
+        for number, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
             requests += [
                 Request(
-                    id=internal_id,
+                    id=f"{base_id}.{number}",
                     prompt=prompt,
                     sampling=sampling,
                     choice=choice,

@@ -160,10 +160,10 @@ class Session:
         )
         renderer: Renderer
         if isinstance(request, ChatRequest):
-            work = await preparer.chat(request, self._tenant, deadline_s)
+            work = await preparer.chat(self.id, request, self._tenant, deadline_s)
             renderer = ChatRenderer(shape, work, preparer.tokenizer)
         else:
-            work = await preparer.completion(request, self._tenant, deadline_s)
+            work = await preparer.completion(self.id, request, self._tenant, deadline_s)
             renderer = CompletionRenderer(shape, work, preparer.tokenizer)
         texts = [
             ChoiceText(
@@ -197,10 +197,9 @@ class Session:
         elapsed_s = self.elapsed_s()
         service.metrics.observe(E2E_LATENCY, elapsed_s)
         log.info(
-            "request finished id=%s internal=%s choices=%d prompt_tokens=%d completion_tokens=%d"
+            "request finished id=%s choices=%d prompt_tokens=%d completion_tokens=%d"
             " cached_tokens=%d e2e_s=%.3f",
             shape.id,
-            work.requests[0].id,
             len(work.requests),
             usage.prompt_tokens,
             usage.completion_tokens,

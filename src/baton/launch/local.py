@@ -47,7 +47,7 @@ def worker_names(layout: Layout) -> dict[str, Role]:
 
 
 def resolve(config: Config) -> Config:
-    """Fill in what only the supervisor knows: threads of each CPU worker, and a free port for 0."""
+    """Fill in what only the supervisor knows: threads of each CPU worker, and free ports for 0."""
     engine, gateway = config.engine, config.gateway
     if engine.threads is None and engine.device != "cuda":
         num_workers = Layout.parse(config.launch.layout).num_workers
@@ -55,6 +55,8 @@ def resolve(config: Config) -> Config:
         engine = msgspec.structs.replace(engine, threads=threads)
     if gateway.port == 0:
         gateway = msgspec.structs.replace(gateway, port=_free_port(gateway.host))
+    while gateway.admin_port in (0, gateway.port):
+        gateway = msgspec.structs.replace(gateway, admin_port=_free_port(gateway.admin_host))
     return msgspec.structs.replace(config, engine=engine, gateway=gateway)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
-
 import httpx
 
 from baton.config import GatewayConfig
@@ -13,42 +11,36 @@ _TIMEOUT_S = 2.0
 
 def base_url(gateway: GatewayConfig) -> str:
     """Where a client on this machine reaches the gateway."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(gateway.host, gateway.host)  # noqa: S104
-    scheme = "https" if gateway.tls_cert_file else "http"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{gateway.port}"
+    return _url("https" if gateway.tls_cert_file else "http", gateway.host, gateway.port)
+
+
+def _url(scheme: str, host: str, port: int) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 class ReadyProbe:
-    """`await probe()`: None when the gateway is ready, otherwise a few words why not."""
+    """`await probe()`: None when the gateway is ready, otherwise a few words why not.
+
+    It asks the admin listener: the public one may want an API key, and only its hash is known.
+    """
 
     def __init__(self, gateway: GatewayConfig) -> None:
-        self._url = f"{base_url(gateway)}/ready"
-        self._cert_file = gateway.tls_cert_file
+        self._url = f"{_url('http', gateway.admin_host, gateway.admin_port)}/ready"
 
     async def __call__(self) -> str | None:
         try:
-            async with httpx.AsyncClient(
-                verify=self._tls(), timeout=_TIMEOUT_S, trust_env=False
-            ) as client:
+            async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False) as client:
                 response = await client.get(self._url)
         except httpx.ConnectError as error:
             # A refused connection is how every start begins; anything else is worth reading.
             refused = "refused" in str(error) or "attempts failed" in str(error)
             return "the gateway is starting" if refused else f"{error}"
-        except (httpx.HTTPError, OSError) as error:
+        except httpx.HTTPError as error:
             return f"{self._url}: {error or type(error).__name__}"
         if response.status_code == 200:
             return None
         return _reason(response)
-
-    def _tls(self) -> ssl.SSLContext | bool:
-        """Trust exactly the gateway's own certificate, by whatever name it is reached."""
-        if self._cert_file is None:
-            return True
-        context = ssl.create_default_context(cafile=self._cert_file)
-        context.check_hostname = False
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        return context
 
 
 def _reason(response: httpx.Response) -> str:

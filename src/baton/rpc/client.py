@@ -26,6 +26,7 @@ from baton.rpc.messages import (
     Abort,
     Announce,
     AnnounceReply,
+    Goodbye,
     Hello,
     Instructions,
     MalformedMessage,
@@ -108,8 +109,7 @@ class WorkerLink:
         self._is_over = True
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait({self._task})
 
     def submit(self, request: Request) -> None:
         """Have the worker run `request`.
@@ -228,6 +228,8 @@ class WorkerLink:
     async def _read(self, call: Any) -> None:
         while (data := await call.read()) is not grpc.aio.EOF:
             report = decode_to_gateway(data)
+            if isinstance(report, Goodbye):
+                raise _Ended("the worker stopped")
             if not isinstance(report, StepReport):
                 raise _Ended("a second Hello on one stream")
             if report.index <= self._received:
@@ -333,5 +335,9 @@ async def announce(gateway_address: str, message: Announce, secret: bytes) -> An
 async def _raise_status(call: Any) -> None:
     """Raise for the status with which the worker ended the stream."""
     code, details = await call.code(), await call.details()
-    text = f"{code.name}: {details}" if code is not grpc.StatusCode.OK else "the worker stopped"
+    text = (
+        f"{code.name}: {details}"
+        if code is not grpc.StatusCode.OK
+        else "the worker ended the stream"
+    )
     raise (_Broken if code in _BROKEN else _Ended)(text)

@@ -4,6 +4,7 @@ One bidirectional stream joins a gateway with a worker. The gateway opens it and
 
     gateway → worker   Open, then Instructions …      (one a loop turn, only when there is news)
     worker  → gateway  Hello, then StepReport …       (one a step, and one when load changes)
+                       Goodbye                        (when the worker stops)
 
 Reports are numbered from 1, and so are Instructions; each side acknowledges the last one that it
 has acted upon. A stream that breaks may be resumed within moments by the same gateway epoch: both
@@ -134,8 +135,16 @@ class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     ack: int = 0
 
 
+class Goodbye(msgspec.Struct, frozen=True, tag=True):
+    """worker → gateway, last on the stream: nothing follows, the gateway may end it.
+
+    It is the gateway that ends the stream of a worker that stops: gRPC may drop reports that are
+    still unread when the worker does.
+    """
+
+
 ToWorker = Open | Instructions
-ToGateway = Hello | StepReport
+ToGateway = Hello | StepReport | Goodbye
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

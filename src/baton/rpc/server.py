@@ -15,24 +15,23 @@ import asyncio
 import logging
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 import grpc
 import grpc.aio
 import msgspec
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from baton.errors import ConfigError, WireError
-from baton.rpc.auth import is_authorized
-from baton.rpc.channel import GATEWAY_SERVICE, SERVER_OPTIONS, WORKER_SERVICE
+from baton.errors import WireError
+from baton.rpc.channel import GATEWAY_SERVICE, WORKER_SERVICE
+from baton.rpc.listener import Code, Listener, Refused, check_token, decoded, version_text
 from baton.rpc.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     Announce,
     AnnounceReply,
+    Goodbye,
     Hello,
     Instructions,
-    MalformedMessage,
     Open,
     StepReport,
     decode_announce,
@@ -46,11 +45,7 @@ log = logging.getLogger(__name__)
 
 MAX_UNACKED_REPORTS: Final = 4096
 MAX_UNACKED_BYTES: Final = 256 << 20
-MAX_CONCURRENT_RPCS: Final = 256
 OPEN_TIMEOUT_S: Final = 10.0
-
-Code = grpc.StatusCode
-T = TypeVar("T")
 
 
 class WorkerHandler(Protocol):
@@ -71,15 +66,6 @@ class WorkerHandler(Protocol):
         """The gateway will not ask again for what it submitted: abort it."""
 
 
-class _Refused(Exception):
-    """The peer broke the protocol; the stream ends with this status."""
-
-    def __init__(self, code: grpc.StatusCode, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
-        self.reason = reason
-
-
 class _Stream:
     """One open stream of a peer; `end` closes it, with a refusal or (None) in peace."""
 
@@ -87,7 +73,7 @@ class _Stream:
         self.sent = sent  # the last report written to it
         self.news = asyncio.Event()
         self.news.set()
-        self.end: asyncio.Future[_Refused | None] = asyncio.get_running_loop().create_future()
+        self.end: asyncio.Future[Refused | None] = asyncio.get_running_loop().create_future()
 
 
 class _Peer:
@@ -123,7 +109,7 @@ class WorkerServer:
         self._resume_window_s = resume_window_s
         self._peers: dict[str, _Peer] = {}
         self._stopping = False
-        self._server = _Server(
+        self._listener = Listener(
             WORKER_SERVICE,
             {"Stream": grpc.stream_stream_rpc_method_handler(self._stream)},
         )
@@ -134,22 +120,24 @@ class WorkerServer:
         Raises:
             ConfigError: the address cannot be bound.
         """
-        return await self._server.start(address)
+        return await self._listener.start(address)
 
     async def set_serving(self, serving: bool) -> None:
         """What the gRPC health service answers; NOT_SERVING until first set."""
-        await self._server.set_serving(serving)
+        await self._listener.set_serving(serving)
 
     async def stop(self, grace_s: float) -> None:
         """Send what is queued, for at most `grace_s` seconds, then end every stream."""
-        await self._server.set_serving(False)
+        await self._listener.set_serving(False)
         self._stopping = True
         for peer in self._peers.values():
             if peer.stream:
                 peer.stream.news.set()
             if peer.expiry:
                 peer.expiry.cancel()
-        await self._server.stop(grace_s)
+        await self._listener.stop(grace_s)
+        for peer in self._peers.values():
+            self._end_stream(peer, None)
 
     def gateways(self) -> list[str]:
         """Ids of the gateways that have an open stream or may still resume one."""
@@ -201,16 +189,16 @@ class WorkerServer:
             peer.overflowed = True
             # The caller is usually the handler itself: do not call it from within its own call.
             asyncio.get_running_loop().call_soon(
-                self._forget, peer, _Refused(Code.RESOURCE_EXHAUSTED, "too many unread reports")
+                self._forget, peer, Refused(Code.RESOURCE_EXHAUSTED, "too many unread reports")
             )
 
     # One stream.
 
     async def _stream(self, _requests: object, context: Any) -> None:
         try:
-            _check_token(self._secret, context)
+            check_token(self._secret, context)
             peer, stream = self._admit(await _read_open(context))
-        except _Refused as refused:
+        except Refused as refused:
             await context.abort(refused.code, refused.reason)
             raise  # for the type checker: abort always raises
         reader = asyncio.create_task(self._read(peer, context))
@@ -238,13 +226,13 @@ class WorkerServer:
                 or peer.epoch != opening.gateway_epoch
                 or not peer.outbox.can_resume_after(opening.last_index)
             ):
-                raise _Refused(Code.FAILED_PRECONDITION, "there is nothing to resume here")
-            self._end_stream(peer, _Refused(Code.ABORTED, "resumed by another stream"))
+                raise Refused(Code.FAILED_PRECONDITION, "there is nothing to resume here")
+            self._end_stream(peer, Refused(Code.ABORTED, "resumed by another stream"))
             peer.outbox.drop_through(opening.last_index)
             stream = _Stream(sent=opening.last_index)
         else:
             if peer is not None:
-                self._forget(peer, _Refused(Code.ABORTED, "opened anew by another stream"))
+                self._forget(peer, Refused(Code.ABORTED, "opened anew by another stream"))
             peer = _Peer(opening.gateway_id, opening.gateway_epoch)
             self._peers[opening.gateway_id] = peer
             stream = _Stream(sent=0)
@@ -256,17 +244,17 @@ class WorkerServer:
 
     async def _read(self, peer: _Peer, context: Any) -> None:
         while (data := await context.read()) is not grpc.aio.EOF:
-            message = _checked(decode_to_worker, data)
+            message = decoded(decode_to_worker, data)
             if not isinstance(message, Instructions):
-                raise _Refused(Code.INVALID_ARGUMENT, "a second Open on one stream")
+                raise Refused(Code.INVALID_ARGUMENT, "a second Open on one stream")
             if message.index <= peer.received:
                 continue  # sent again after a resume
             if message.index != peer.received + 1:
-                raise _Refused(
+                raise Refused(
                     Code.DATA_LOSS, f"instructions {message.index} follow {peer.received}"
                 )
             if not 0 <= message.ack <= peer.outbox.last:
-                raise _Refused(Code.INVALID_ARGUMENT, f"report {message.ack} was never sent")
+                raise Refused(Code.INVALID_ARGUMENT, f"report {message.ack} was never sent")
             peer.outbox.drop_through(message.ack)
             peer.received = message.index
             self._handler.instructions(peer.gateway_id, message)
@@ -282,9 +270,10 @@ class WorkerServer:
                     await context.write(data)
                     stream.sent += 1
             if self._stopping:
-                return
+                await context.write(encode(Goodbye()))
+                await asyncio.Event().wait()  # until the gateway ends the stream
 
-    def _end_stream(self, peer: _Peer, why: _Refused | None) -> None:
+    def _end_stream(self, peer: _Peer, why: Refused | None) -> None:
         """Close the peer's stream, if it has one; from now on it may be resumed for a while."""
         if peer.stream is None:
             return
@@ -297,7 +286,7 @@ class WorkerServer:
             )
         self._handler.lost(peer.gateway_id)
 
-    def _forget(self, peer: _Peer, why: _Refused | None) -> None:
+    def _forget(self, peer: _Peer, why: Refused | None) -> None:
         if self._peers.get(peer.gateway_id) is not peer:
             return
         self._end_stream(peer, why)
@@ -317,110 +306,54 @@ class RegistryServer:
     def __init__(self, on_announce: Callable[[Announce], AnnounceReply], secret: bytes) -> None:
         self._on_announce = on_announce
         self._secret = secret
-        self._server = _Server(
+        self._listener = Listener(
             GATEWAY_SERVICE,
             {"Announce": grpc.unary_unary_rpc_method_handler(self._announce)},
         )
 
     async def start(self, address: str) -> str:
         """See `WorkerServer.start`."""
-        return await self._server.start(address)
+        return await self._listener.start(address)
 
     async def set_serving(self, serving: bool) -> None:
-        await self._server.set_serving(serving)
+        await self._listener.set_serving(serving)
 
     async def stop(self, grace_s: float) -> None:
-        await self._server.set_serving(False)
-        await self._server.stop(grace_s)
+        await self._listener.set_serving(False)
+        await self._listener.stop(grace_s)
 
     async def _announce(self, data: bytes, context: Any) -> bytes:
         try:
-            _check_token(self._secret, context)
-            message = _checked(decode_announce, data)
-        except _Refused as refused:
+            check_token(self._secret, context)
+            message = decoded(decode_announce, data)
+        except Refused as refused:
             await context.abort(refused.code, refused.reason)
             raise  # for the type checker: abort always raises
         if message.protocol != PROTOCOL_VERSION:
-            return encode(AnnounceReply(False, _version_text(message.protocol)))
+            return encode(AnnounceReply(False, version_text(message.protocol)))
         return encode(self._on_announce(message))
-
-
-class _Server:
-    """A grpc.aio server with raw-bytes methods and the standard health service."""
-
-    def __init__(self, service: str, methods: dict[str, Any]) -> None:
-        self._service = service
-        self._methods = methods
-        self._health = health.aio.HealthServicer()
-        self._server: Any = None
-
-    async def start(self, address: str) -> str:
-        # Made here because grpc.aio ties a server to the running loop.
-        server = grpc.aio.server(
-            options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS
-        )
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(self._service, self._methods),)
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        await self.set_serving(False)
-        try:
-            port = server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {address}: {error}") from None
-        await server.start()
-        self._server = server
-        if address.startswith("unix:"):
-            return address
-        return f"{address.rpartition(':')[0]}:{port}"
-
-    async def set_serving(self, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse
-        for service in ("", self._service):
-            await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
-
-    async def stop(self, grace_s: float) -> None:
-        if self._server is not None:
-            await self._server.stop(grace_s)
-            self._server = None
-
-
-def _check_token(secret: bytes, context: Any) -> None:
-    if not is_authorized(secret, context.invocation_metadata()):
-        raise _Refused(Code.UNAUTHENTICATED, "not of this deployment: the secrets differ")
 
 
 async def _read_open(context: Any) -> Open:
     try:
         data = await asyncio.wait_for(context.read(), OPEN_TIMEOUT_S)
     except TimeoutError:
-        raise _Refused(Code.DEADLINE_EXCEEDED, "no Open message came") from None
+        raise Refused(Code.DEADLINE_EXCEEDED, "no Open message came") from None
     if data is grpc.aio.EOF:
-        raise _Refused(Code.INVALID_ARGUMENT, "the stream ended before an Open message")
-    message = _checked(decode_to_worker, data)
+        raise Refused(Code.INVALID_ARGUMENT, "the stream ended before an Open message")
+    message = decoded(decode_to_worker, data)
     if not isinstance(message, Open):
-        raise _Refused(Code.INVALID_ARGUMENT, "the first message must be Open")
+        raise Refused(Code.INVALID_ARGUMENT, "the first message must be Open")
     if message.protocol != PROTOCOL_VERSION:
-        raise _Refused(Code.FAILED_PRECONDITION, _version_text(message.protocol))
+        raise Refused(Code.FAILED_PRECONDITION, version_text(message.protocol))
     return message
 
 
-def _checked(decode: Callable[[bytes], T], data: bytes) -> T:
-    try:
-        return decode(data)
-    except MalformedMessage as error:
-        raise _Refused(Code.INVALID_ARGUMENT, str(error)) from None
-
-
-def _version_text(theirs: int) -> str:
-    return f"this end speaks protocol {PROTOCOL_VERSION}, the peer {theirs}: install one version"
-
-
-def _failure(*tasks: asyncio.Task[None]) -> _Refused | None:
+def _failure(*tasks: asyncio.Task[None]) -> Refused | None:
     """How a task failed because of the peer; our own errors are raised."""
     for task in tasks:
         error = task.exception() if task.done() else None
-        if isinstance(error, _Refused):
+        if isinstance(error, Refused):
             return error
         if error is not None and not isinstance(error, grpc.aio.BaseError):  # a broken connection
             raise error

@@ -92,6 +92,7 @@ class Worker:
         self._load: WorkerLoad = engine.load()
         self._counters: dict[str, int] = {}
         self._draining = False
+        self._stream_lost: list[asyncio.Event] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[int] | None = None
 
@@ -155,14 +156,17 @@ class Worker:
             self.drain()
 
     def lost(self, gateway_id: str) -> None:
-        logger.warning("gateway id=%s lost its stream", gateway_id)
+        logger.info("gateway id=%s lost its stream", gateway_id)
+        self._announce_again()
 
     def forgotten(self, gateway_id: str) -> None:
         theirs = [seq_id for seq_id, owner in self._live.items() if owner == gateway_id]
-        logger.warning("gateway id=%s forgotten, num_aborted=%d", gateway_id, len(theirs))
+        level = logging.WARNING if theirs else logging.INFO
+        logger.log(level, "gateway id=%s forgotten, num_aborted=%d", gateway_id, len(theirs))
         for seq_id in theirs:
             del self._live[seq_id]
             self._loop_thread.put(inbox.Abort(seq_id))
+        self._announce_again()
 
     def _submit(self, gateway_id: str, request: Request) -> None:
         self._live[request.id, request.choice, request.attempt] = gateway_id
@@ -230,12 +234,22 @@ class Worker:
     # Standing tasks -----------------------------------------------------------------------------
 
     async def _announce(self, gateway: str, address: str) -> None:
-        reply = await announce(
-            gateway, Announce(self._id, address, self._role, self._epoch), self._secret
-        )
-        if not reply.accepted:
-            logger.error("gateway=%s refused this worker: %s", gateway, reply.reason)
-            self.end(1)
+        """Say that this worker is there; again after a loss, for a new gateway knows nobody."""
+        message = Announce(self._id, address, self._role, self._epoch)
+        lost = asyncio.Event()
+        self._stream_lost.append(lost)
+        while True:
+            reply = await announce(gateway, message, self._secret)
+            if not reply.accepted:
+                logger.error("gateway=%s refused this worker: %s", gateway, reply.reason)
+                return self.end(1)
+            await lost.wait()
+            lost.clear()
+
+    def _announce_again(self) -> None:
+        # To all: which address has which id is not known, and a repetition changes nothing.
+        for lost in self._stream_lost:
+            lost.set()
 
     async def _beat(self) -> None:
         while True:

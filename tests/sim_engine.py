@@ -1,0 +1,459 @@
+"""An engine without a model: the real core, a KV pool that tells lies apart, a store, a gateway.
+
+A slot of the fake KV holds (token, position, chain), where `chain` digests the slot before it as
+the block table reads it back. The next token is a digest of every slot of the context, read back
+the same way and of nothing else. So a block that is stale, foreign, half written or out of order
+changes the output, as it does with a real model; `expected_tokens` says what comes out when
+nothing is wrong.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from baton.core.lease import LeaseTable, verify_mac
+from baton.core.limits import SchedulerConfig
+from baton.core.plan import ExportOrder, ImportOrder, StepOutput, StepPlan, Update
+from baton.core.scheduler import Scheduler
+from baton.core.sequence import Status
+from baton.core.store_index import StoreIndex
+from baton.types import FinishReason, Handoff, KvFormat, Request, SamplingParams, TokenDelta
+
+VOCAB = 1 << 20
+Slot = tuple[int, int, int]
+POISON: Slot = (-7, -7, -7)
+SECRET = b"secret of a test"
+
+
+def make_config(
+    *,
+    block_size: int = 2,
+    num_blocks: int = 16,
+    num_frames: int = 16,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 16,
+    max_model_len: int = 64,
+    prefix_cache: bool = True,
+    lease_ttl_s: float = 10.0,
+) -> SchedulerConfig:
+    """A small worker."""
+    kv_format = KvFormat(block_size, "fake", 1, 1, 1, 24 * block_size)
+    return SchedulerConfig(
+        kv_format,
+        num_blocks,
+        num_frames,
+        max_num_seqs,
+        max_num_batched_tokens,
+        max_model_len,
+        VOCAB,
+        b"weights",
+        "exact",
+        prefix_cache,
+        lease_ttl_s,
+    )
+
+
+def make_request(
+    name: str,
+    prompt: Sequence[int],
+    max_tokens: int = 4,
+    *,
+    stop: Sequence[int] = (),
+    **fields: Any,
+) -> Request:
+    """A greedy request."""
+    sampling = SamplingParams(max_tokens, temperature=0.0, stop_token_ids=tuple(stop))
+    return Request(name, tuple(prompt), sampling, **fields)
+
+
+def _digest(values: Sequence[int], start: int = 0) -> int:
+    return zlib.crc32(array("q", values).tobytes(), start)
+
+
+def before_first(salt: bytes) -> Slot:
+    """What stands before position 0; it makes a block of another tenant visible."""
+    return (0, 0, zlib.crc32(salt))
+
+
+def write_slot(token: int, position: int, before: Slot) -> Slot:
+    """What the KV of `token` at `position` is, given the slot before it as it was read back."""
+    return (token, position, _digest((token, position, *before)))
+
+
+def next_token(context: Sequence[Slot]) -> int:
+    """What a model draws from this context."""
+    return _digest([value for slot in context for value in slot]) % VOCAB
+
+
+def expected_tokens(prompt: Sequence[int], num_tokens: int, salt: bytes = b"") -> list[int]:
+    """The next `num_tokens` tokens after `prompt`, worked out without a pool."""
+    context: list[Slot] = []
+    for position, token in enumerate(prompt):
+        context.append(write_slot(token, position, context[-1] if context else before_first(salt)))
+    drawn: list[int] = []
+    for _ in range(num_tokens):
+        token = next_token(context)
+        drawn.append(token)
+        context.append(write_slot(token, len(context), context[-1]))
+    return drawn
+
+
+class FakeKv:
+    """A pool's slots, [block][offset]."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.block_size = config.kv_format.block_size
+        self.blocks: list[list[Slot]] = [[POISON] * self.block_size] * config.num_blocks
+
+    def read(self, table: Sequence[int], position: int) -> Slot:
+        return self.blocks[table[position // self.block_size]][position % self.block_size]
+
+    def write(self, table: Sequence[int], position: int, slot: Slot) -> None:
+        block = list(self.blocks[table[position // self.block_size]])
+        block[position % self.block_size] = slot
+        self.blocks[table[position // self.block_size]] = block
+
+    def poison(self, block: int) -> None:
+        self.blocks[block] = [POISON] * self.block_size
+
+
+class FakeRunner:
+    """Carries out a plan when it is submitted. Implements `core.plan.Runner`."""
+
+    def __init__(self, kv: FakeKv, limits: SchedulerConfig) -> None:
+        self.kv = kv
+        self.num_computed = 0
+        self._limits = limits
+        self._outputs: list[StepOutput] = []
+
+    @property
+    def pending(self) -> int:
+        return len(self._outputs)
+
+    def submit(self, plan: StepPlan) -> None:
+        assert plan.num_tokens <= self._limits.max_num_batched_tokens, "over the token budget"
+        assert len(plan.chunks) <= self._limits.max_num_seqs, "over the number of sequences"
+        assert len({chunk.seq.id for chunk in plan.chunks}) == len(plan.chunks)
+        written = [
+            seq.blocks[position // self.kv.block_size]
+            for seq, positions in ((c.seq, range(c.start, c.end)) for c in plan.chunks)
+            for position in positions[:: self.kv.block_size]
+        ]
+        assert len(set(written)) == len(written), "two chunks write into one block"
+        drawn: list[list[int]] = []
+        for chunk in plan.chunks:
+            seq, table = chunk.seq, chunk.seq.blocks
+            assert chunk.num_tokens > 0, "a chunk without tokens"
+            assert chunk.start == seq.num_computed
+            assert chunk.end <= seq.num_tokens
+            assert chunk.end <= len(table) * self.kv.block_size, "a slot outside the block table"
+            assert chunk.samples == (chunk.end == seq.num_tokens)
+            for position in range(chunk.start, chunk.end):
+                first = before_first(seq.request.salt)
+                before = self.kv.read(table, position - 1) if position else first
+                slot = write_slot(seq.token_ids[position], position, before)
+                self.kv.write(table, position, slot)
+            self.num_computed += chunk.num_tokens
+            drawn.append([])
+            if chunk.samples:
+                context = [self.kv.read(table, position) for position in range(chunk.end)]
+                drawn[-1].append(next_token(context))
+        self._outputs.append(StepOutput(drawn, [None] * len(drawn), 0.0))
+
+    def collect(self) -> StepOutput:
+        return self._outputs.pop(0)
+
+
+@dataclass
+class Frame:
+    """One frame of a fake store; empty `key` is an invalid header."""
+
+    key: bytes = b""
+    slots: list[Slot] = field(default_factory=list)
+
+    @property
+    def digest(self) -> bytes:
+        flat = [value for slot in self.slots for value in slot]
+        return _digest(flat).to_bytes(4, "little")
+
+
+class FakeFabric:
+    """The bytes of one worker's block store, of one epoch."""
+
+    def __init__(self, config: SchedulerConfig, epoch: int) -> None:
+        self.epoch = epoch
+        self.frames = [Frame() for _ in range(config.num_frames)]
+
+    def copy(self, order: ExportOrder, kv: FakeKv) -> bytes:
+        """Copy a block out of the pool as it is now; returns its digest."""
+        frame = Frame(order.key, list(kv.blocks[order.block]))
+        self.frames[order.frame] = frame
+        return frame.digest
+
+
+def fetch(order: ImportOrder, store: FakeFabric, kv: FakeKv) -> tuple[str, ...]:
+    """Copy the wanted blocks into the pool; one word each, as the real transport answers."""
+    results = []
+    for want in order.wanted:
+        frame = store.frames[want.frame]
+        if order.grant.epoch != store.epoch or not verify_mac(SECRET, order.grant):
+            results.append("stale_epoch")
+        elif frame.key != want.key:
+            results.append("missing")
+        else:
+            kv.blocks[want.block] = list(frame.slots)
+            results.append("ok" if digests_match(frame, want.digest) else "corrupt")
+    return tuple(results)
+
+
+def digests_match(frame: Frame, digest: bytes) -> bool:
+    return frame.digest == digest
+
+
+class SimWorker:
+    """One worker: the real scheduler over fake KV, a fake store, and copies that take their time.
+
+    `exports` and `imports` are under way until `finish_export` and `finish_import` are called.
+    With `check`, every invariant is verified after every call.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        name: str = "worker",
+        epoch: int = 1,
+        *,
+        check: bool = True,
+        make_scheduler: Callable[..., Scheduler] = Scheduler,
+    ) -> None:
+        self.config = config
+        self.index = StoreIndex(config.num_frames)
+        self.leases = LeaseTable(name, epoch, SECRET, self.index)
+        self.scheduler = make_scheduler(config, self.leases, self.index)
+        self.kv = FakeKv(config)
+        self.runner = FakeRunner(self.kv, config)
+        self.store = FakeFabric(config, epoch)
+        self.exports: list[ExportOrder] = []
+        self.imports: list[ImportOrder] = []
+        self._check = check
+
+    def step(self, now: float) -> Update:
+        """One turn of the engine's loop, depth 1."""
+        running = list(self.scheduler._running.values())
+        decodes = [seq for seq in running if seq.num_remaining == 1]
+        plan = self.scheduler.schedule(now)
+        planned = {chunk.seq.id for chunk in plan.chunks}
+        for seq in decodes:
+            assert seq.status is not Status.RUNNING or seq.id in planned, "a decode was starved"
+        self._check_oldest(running, planned)
+        self.imports += plan.imports
+        self.poison_free()
+        if plan.chunks:
+            self.runner.submit(plan)
+            self.scheduler.update(plan, self.runner.collect(), now)
+        return self.settle()
+
+    def _check_oldest(self, running: list[Any], planned: set[Any]) -> None:
+        """Whoever runs longest goes on, unless blocks in transfer leave it no room."""
+        alive = [seq for seq in running if seq.status is not Status.FINISHED]
+        if alive and alive[0].status is Status.WAITING:
+            assert not planned & {seq.id for seq in alive}, "the oldest was preempted by another"
+            assert not any(seq.status is Status.RUNNING for seq in alive)
+            sched = self.scheduler
+            elsewhere = [s for s in sched._sequences.values() if s.status is Status.EXPORTING]
+            assert elsewhere or sched.num_transfers, "nothing else held blocks"
+        elif alive:
+            assert alive[0].id in planned, "the oldest did not progress"
+
+    def settle(self) -> Update:
+        """Collect what happened, poison what was freed, verify."""
+        update = self.scheduler.take()
+        self.exports += update.exports
+        for handoff in update.handoffs:
+            self.check_commit(handoff)
+        self.poison_free()
+        if self._check:
+            self.check()
+        return update
+
+    def check_commit(self, handoff: Handoff) -> None:
+        """A commit record names sealed, leased blocks only."""
+        num_blocks = self.config.num_blocks_for(handoff.num_tokens)
+        assert len(handoff.keys) == len(handoff.digests) == len(handoff.frames) == num_blocks
+        assert handoff.grant.grant_id in self.leases
+        assert set(self.leases.keys(handoff.grant.grant_id)) == set(handoff.keys)
+        for key, digest, frame in zip(handoff.keys, handoff.digests, handoff.frames, strict=True):
+            entry = self.index.lookup(key)
+            assert entry is not None, "committed, but not in the store"
+            assert entry.sealed, "committed before it was sealed"
+            assert (entry.frame, entry.digest) == (frame, digest)
+
+    def poison_free(self) -> None:
+        for block in self.scheduler.pool._empty:
+            self.kv.poison(block)
+
+    def finish_export(self, position: int, now: float, *, ok: bool = True) -> Update:
+        """Carry out one copy that was ordered, and acknowledge it."""
+        order = self.exports.pop(position)
+        digest = self.store.copy(order, self.kv) if ok else None
+        if not ok:
+            self.store.frames[order.frame] = Frame()
+        self.scheduler.exported(order.key, digest, now)
+        return self.settle()
+
+    def finish_import(
+        self,
+        position: int,
+        source: SimWorker,
+        now: float,
+        spoil: Callable[[tuple[str, ...]], tuple[str, ...]] = lambda results: results,
+    ) -> Update:
+        """Carry out one fetch and acknowledge it; `spoil` may turn results into failures."""
+        order = self.imports.pop(position)
+        results = spoil(fetch(order, source.store, self.kv))
+        for want, result in zip(order.wanted, results, strict=True):
+            if result not in ("ok", "corrupt"):
+                self.kv.poison(want.block)
+        self.scheduler.imported(order.seq_id, results, now)
+        return self.settle()
+
+    def num_fallbacks(self) -> int:
+        counters = self.scheduler.counters
+        return sum(n for name, n in counters.items() if name.startswith("fallback_"))
+
+    def check(self) -> None:
+        """Pool, store, sequences and transfers agree."""
+        scheduler = self.scheduler
+        scheduler.check()
+        self.index.check()
+        copying = {order.key for order in self.exports}
+        copying |= {order.key for order in scheduler._update.exports}
+        assert set(scheduler.exports._copying) == copying
+        assert len(scheduler.imports) == len(self.imports)
+        credits = sum(e.credits for e in scheduler.exports._exports.values())
+        assert self.index.num_reserved == credits, "a credit leaked"
+        for seq in scheduler._sequences.values():
+            where = (seq.id in scheduler._waiting, seq.id in scheduler._running)
+            assert where == (seq.status is Status.WAITING, seq.status is Status.RUNNING)
+            assert seq.status is not Status.WAITING or not seq.blocks
+            assert len(seq.blocks) * seq.block_size >= seq.num_computed
+            if seq.status is Status.IMPORTING:
+                assert scheduler.imports.num_wanted(seq.id)
+        assert set(scheduler.exports._exports) <= set(scheduler._sequences)
+
+    def check_empty(self) -> None:
+        """Nothing is left but caches."""
+        scheduler = self.scheduler
+        self.check()
+        assert not scheduler.num_sequences
+        assert not scheduler.num_transfers
+        assert not len(scheduler.exports)
+        assert not scheduler.exports._waiting
+        assert scheduler.pool.num_free == scheduler.pool.num_blocks, "a block leaked"
+        assert not len(self.leases), "a lease leaked"
+        assert not self.index.num_reserved, "a credit leaked"
+        assert self.index.num_used == self.index.num_cached, "a hold leaked"
+
+
+@dataclass
+class Client:
+    """What a gateway keeps of one request, and the rules that a stream must obey.
+
+    Tokens of the current attempt only, each index once and in order, every one the expected one,
+    exactly one end.
+    """
+
+    request: Request
+    received: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+    handoff: Handoff | None = None
+    aborted: bool = False
+    leg_ended: bool = False
+
+    def __post_init__(self) -> None:
+        request = self.request
+        tokens = expected_tokens(request.prompt, request.sampling.max_tokens, request.salt)
+        stops = [i for i, t in enumerate(tokens) if t in self.request.sampling.stop_token_ids]
+        self.expected = tokens[: stops[0] + 1] if stops else tokens
+
+    @property
+    def ended(self) -> bool:
+        return self.finish is not None or self.aborted
+
+    @property
+    def id(self) -> tuple[str, int, int]:
+        return (self.request.id, self.request.choice, self.request.attempt)
+
+    def next_leg(self, **changes: Any) -> Request:
+        """The request as it is placed next, with what was received."""
+        fields: dict[str, Any] = {
+            name: getattr(self.request, name) for name in self.request.__struct_fields__
+        }
+        self.request = Request(**{**fields, "emitted": tuple(self.received), **changes})
+        self.leg_ended = False
+        return self.request
+
+    def take(self, delta: TokenDelta) -> None:
+        if delta.attempt != self.request.attempt:
+            assert delta.attempt < self.request.attempt
+            return
+        assert not self.aborted, "a delta after the abort"
+        assert not self.leg_ended, "a delta after the end"
+        assert delta.first_index == len(self.received), "a repeat or a gap"
+        self.received += delta.token_ids
+        assert self.received == self.expected[: len(self.received)], "wrong tokens"
+        if delta.finish is not None:
+            self.finish = delta.finish
+            self.leg_ended = True
+            assert (delta.finish is FinishReason.ERROR) == (delta.error is not None)
+            if delta.finish is not FinishReason.ERROR:
+                assert self.received == self.expected, "ended too early"
+                stopped = self.received[-1] in self.request.sampling.stop_token_ids
+                assert delta.finish is (FinishReason.STOP if stopped else FinishReason.LENGTH)
+
+    def take_handoff(self, handoff: Handoff) -> None:
+        assert handoff.attempt == self.request.attempt
+        assert not self.leg_ended, "two ends"
+        assert self.request.hand_off
+        assert len(self.received) == len(self.request.emitted) + 1
+        self.leg_ended = True
+        self.handoff = handoff
+
+
+def run_alone(
+    worker: SimWorker, requests: Sequence[Request], max_steps: int = 1000
+) -> list[Client]:
+    """Run requests to their ends on one worker, copies done at once."""
+    clients = {(r.id, r.choice): Client(r) for r in requests}
+    for request in requests:
+        worker.scheduler.add(request, 0.0)
+    for step in range(max_steps):
+        update = worker.step(float(step) / 100)
+        while worker.exports:
+            more = worker.finish_export(0, float(step) / 100)
+            update.deltas += more.deltas
+            update.handoffs += more.handoffs
+        for delta in update.deltas:
+            clients[delta.request_id, delta.choice].take(delta)
+        for handoff in update.handoffs:
+            clients[handoff.request_id, handoff.choice].take_handoff(handoff)
+        if all(client.leg_ended for client in clients.values()):
+            return list(clients.values())
+    raise AssertionError(f"not ended after {max_steps} steps")
+
+
+def with_handoff(request: Request, client: Client) -> Request:
+    """The decode leg of a request whose prefill leg ended in `client`."""
+    assert client.handoff is not None
+    return replace_request(
+        request, hand_off=False, handoff=client.handoff, emitted=tuple(client.received)
+    )
+
+
+def replace_request(request: Request, **changes: Any) -> Request:
+    fields = {name: getattr(request, name) for name in request.__struct_fields__}
+    return Request(**{**fields, **changes})

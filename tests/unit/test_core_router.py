@@ -1,0 +1,144 @@
+"""Placement: least work, prefix affinity, and books that return to zero."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from baton.core.router import Router, WorkerInfo
+from baton.errors import Unavailable
+from baton.types import Role
+
+
+def _router(**roles: Role) -> Router:
+    router = Router()
+    for name, role in roles.items():
+        router.join(WorkerInfo(name, role, 1, 100, 4))
+    return router
+
+
+def _keys(*names: str) -> list[bytes]:
+    return [name.encode() for name in names]
+
+
+def _split(num_prefill: int = 2, num_decode: int = 2) -> Router:
+    roles = {f"p{n}": Role.PREFILL for n in range(num_prefill)}
+    return _router(**roles, **{f"d{n}": Role.DECODE for n in range(num_decode)})
+
+
+def test_least_work_on_both_sides() -> None:
+    router = _split()
+    first = router.place("a", 0, 100, [])
+    second = router.place("b", 0, 10, [])
+    third = router.place("c", 0, 10, [])
+    assert (first.prefill, first.decode, first.predicted_tokens) == ("p0", "d0", 100)
+    assert (second.prefill, second.decode) == ("p1", "d1")
+    assert (third.prefill, third.decode, third.predicted_tokens) == ("p1", "d1", 20)
+
+
+def test_first_token_ends_the_prefill_work_only() -> None:
+    router = _split()
+    router.place("a", 0, 100, [])
+    router.prefilled("a", 0)
+    router.prefilled("a", 0)
+    placement = router.place("b", 0, 10, [])
+    assert (placement.prefill, placement.decode) == ("p0", "d1")
+
+
+def test_a_known_prefix_attracts_until_it_costs_more() -> None:
+    router = _split()
+    keys = _keys("1", "2", "3")
+    router.place("a", 0, 14, keys)
+    router.finished("a", 0)
+    router.place("x", 0, 1, [])  # p0 has a little more to do
+    placement = router.place("b", 0, 14, keys)
+    assert (placement.prefill, placement.predicted_tokens) == ("p0", 1 + 2)
+    for n in range(10):
+        router.place(f"c{n}", 0, 14, _keys(f"c{n}"))
+    assert router.place("d", 0, 14, keys[:1]).predicted_tokens > 14
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    router = Router()
+    router.join(WorkerInfo("u", Role.UNIFIED, 1, 2, 4))
+    router.place("a", 0, 12, _keys("1", "2", "3"))
+    router.finished("a", 0)
+    assert router.place("b", 0, 12, _keys("1", "2", "3")).predicted_tokens == 12
+
+
+def test_unified_alone_does_both() -> None:
+    router = _router(u=Role.UNIFIED)
+    placement = router.place("a", 0, 10, [])
+    assert (placement.prefill, placement.decode) == (None, "u")
+
+
+def test_unified_and_split_compete() -> None:
+    router = _router(u=Role.UNIFIED, p=Role.PREFILL, d=Role.DECODE)
+    places = [router.place(f"r{n}", 0, 100, []) for n in range(4)]
+    assert {p.prefill for p in places} == {None, "p"}
+    assert {p.decode for p in places if p.prefill is None} == {"u"}
+
+
+@pytest.mark.parametrize(
+    ("roles", "missing"),
+    [({}, "prefill"), ({"p": Role.PREFILL}, "decode"), ({"d": Role.DECODE}, "prefill")],
+)
+def test_says_what_is_missing(roles: dict[str, Role], missing: str) -> None:
+    router = _router(**roles)
+    with pytest.raises(Unavailable, match=f"no {missing} worker"):
+        router.place("a", 0, 10, [])
+    assert router.roles() == set(roles.values())
+
+
+def test_leave_and_join() -> None:
+    router = _split(1, 2)
+    router.place("a", 0, 10, _keys("k", "l"))
+    router.leave("d0")
+    router.leave("d0")
+    assert router.place("b", 0, 10, []).decode == "d1"
+    router.leave("p0")
+    with pytest.raises(Unavailable):
+        router.place("c", 0, 10, [])
+    router.join(WorkerInfo("p0", Role.PREFILL, 2, 100, 4))
+    assert router.place("d", 0, 10, _keys("k", "l")).predicted_tokens == 10  # its cache is new
+    router.finished("a", 0)  # was on workers that are gone
+    assert router._workers["p0"].prefill_tokens == 10
+
+
+def test_placing_again_drops_the_earlier_placement() -> None:
+    router = _split()
+    router.place("a", 0, 100, [])
+    router.place("a", 0, 100, [])
+    router.finished("a", 0)
+    _assert_zero(router)
+
+
+def _assert_zero(router: Router) -> None:
+    assert not router._placed
+    for worker in router._workers.values():
+        assert (worker.prefill_tokens, worker.context_tokens, worker.num_requests) == (0, 0, 0)
+
+
+def test_books_return_to_zero() -> None:
+    rng = random.Random(1)
+    router = _router(
+        u=Role.UNIFIED, p0=Role.PREFILL, p1=Role.PREFILL, d0=Role.DECODE, d1=Role.DECODE
+    )
+    alive: list[tuple[str, int]] = []
+    for n in range(500):
+        keys = _keys(*(f"{rng.randrange(3)}.{i}" for i in range(rng.randrange(5))))
+        router.place(f"r{n}", n % 3, rng.randrange(1, 200), keys)
+        alive.append((f"r{n}", n % 3))
+        if rng.random() < 0.3:
+            router.prefilled(*rng.choice(alive))
+        if rng.random() < 0.6:
+            router.finished(*alive.pop(rng.randrange(len(alive))))
+        if rng.random() < 0.02:
+            router.leave("d1")
+            router.join(WorkerInfo("d1", Role.DECODE, n, 100, 4))
+        assert all(w.prefill_tokens >= 0 for w in router._workers.values())
+    for request in alive:
+        router.finished(*request)
+        router.finished(*request)
+    _assert_zero(router)
