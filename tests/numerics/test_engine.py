@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import baton
 import pytest
 import torch
 from numerics.checkpoints import make_served_checkpoint
@@ -23,6 +22,8 @@ from numerics.prompts import (
 )
 from numerics.tiny_models import is_greedy, reference_model
 
+import baton
+
 TINY_POOL = {"engine.max_num_batched_tokens": 96, "engine.num_kv_blocks": 120}
 AMPLE_POOL = {"engine.max_num_batched_tokens": 96, "engine.num_kv_blocks": 2500}
 
@@ -30,8 +31,6 @@ AMPLE_POOL = {"engine.max_num_batched_tokens": 96, "engine.num_kv_blocks": 2500}
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
 
 
 @pytest.mark.parametrize("layout", ["1U", "1P1D", "2P2D"])
@@ -82,9 +81,7 @@ def test_offline_answers_equal_transformers(tmp_path: Path) -> None:
     path = make_served_checkpoint(tmp_path / "model", "llama")
     model = reference_model(path)
     prompts = prompts_of_mixed_lengths()
-    llm = baton.LLM(
-        path, engine={"max_num_batched_tokens": 96, "num_kv_blocks": 120, "threads": 1}
-    )
+    llm = baton.LLM(path, engine={"max_num_batched_tokens": 96, "num_kv_blocks": 120, "threads": 1})
     for _ in range(2):  # the second time most prompts are in the cache, or were evicted from it
         for prompt, answer in zip(prompts, llm.generate(prompts, greedy()), strict=True):
             assert is_greedy(model, prompt, answer.token_ids)
