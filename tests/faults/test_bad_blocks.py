@@ -65,11 +65,14 @@ class End:
         """Tokens of one request, run until it is over here."""
         self.deltas, self.handoffs = [], []
         self.engine.inbox.put(Submit(request))
-        while not (self.handoffs or any(delta.finish for delta in self.deltas)):
-            if not self.engine.step():
+        while not self._is_over():
+            if not self.engine.step() and not self._is_over():
                 self.engine.wait()
         assert all(delta.error is None for delta in self.deltas), self.deltas
         return [token for delta in self.deltas for token in delta.token_ids]
+
+    def _is_over(self) -> bool:
+        return bool(self.handoffs) or any(delta.finish for delta in self.deltas)
 
     def counter(self, name: str) -> int:
         return self.engine.scheduler.counters[name]

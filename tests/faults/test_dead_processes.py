@@ -38,8 +38,8 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
 
 @pytest.fixture(scope="module")
 def wanted(deployment: Victim) -> dict[int, list[int]]:
-    """Answers without faults, of 400 tokens, by the seed of their prompt of 50."""
-    return {seed: deployment.ask(prompt_of(50, seed), 400) for seed in range(2, 8)}
+    """Answers without faults, of 800 tokens, by the seed of their prompt of 50."""
+    return {seed: deployment.ask(prompt_of(50, seed), 800) for seed in range(2, 8)}
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_prefill_worker_mid_prefill(served: Victim, wanted: dict[int, list[int]]
     async def run() -> None:
         pids = served.processes()
         async with async_http(served) as client:
-            decoding = [Stream(client, served.body(prompt_of(50, seed), 400)) for seed in (2, 3, 4)]
+            decoding = [Stream(client, served.body(prompt_of(50, seed), 800)) for seed in (2, 3, 4)]
             for stream in decoding:
                 await stream.until_tokens(5)
             prefilling = Stream(client, served.body(prompt_of(7000, 11), 20))
@@ -116,7 +116,7 @@ def test_decode_worker_mid_stream(served: Victim, wanted: dict[int, list[int]]) 
     async def run() -> None:
         async with async_http(served) as client:
             streams = {
-                seed: Stream(client, served.body(prompt_of(50, seed), 400)) for seed in wanted
+                seed: Stream(client, served.body(prompt_of(50, seed), 800)) for seed in wanted
             }
             for stream in streams.values():
                 await stream.until_tokens(10)
@@ -128,7 +128,7 @@ def test_decode_worker_mid_stream(served: Victim, wanted: dict[int, list[int]]) 
                 await stream.end()
             ready = await asyncio.to_thread(served.is_ready)  # there is another decode worker
         lost = {seed: stream for seed, stream in streams.items() if not stream.done}
-        assert len(lost) == on_it
+        assert 0 < len(lost) <= on_it  # one may have ended before the kill
         for seed, stream in lost.items():
             assert stream.status == 200
             assert_worker_lost(stream, killed, wanted[seed])
@@ -220,7 +220,6 @@ def test_all_decode_workers(served: Victim) -> None:
 def test_gateway(served: Victim) -> None:
     async def run() -> None:
         pids = served.processes()
-        aborts = sum(served.gauge(name, "aborts") for name in pids)
         said = len(served.lines)
         async with async_http(served) as client:
             streams = [Stream(client, served.body(prompt_of(50, seed), 6000)) for seed in (2, 3)]
@@ -235,16 +234,17 @@ def test_gateway(served: Victim) -> None:
                 assert isinstance(stream.broken, httpx.TransportError)
                 assert stream.ended - killed < TOLD_S
 
-        def reclaimed() -> bool:
-            return sum("forgotten, num_aborted=" in line for line in served.lines[said:]) == 3
+        def given_up() -> list[int]:
+            """How many requests each worker has aborted on losing the gateway."""
+            lines = [line for line in served.lines[said:] if "forgotten, num_aborted=" in line]
+            return [int(line.rpartition("=")[2]) for line in lines]
 
-        await until(reclaimed, 5.0, "the workers' giving up")
+        await until(lambda: len(given_up()) == 3, 5.0, "the workers' giving up")
         print(f"reclaimed_s={time.monotonic() - killed:.3f}")
+        assert sum(given_up()) in (2, 3)  # the prompt may have been done by then
         await until(served.is_ready, BACK_S, "readiness")
         await until(lambda: len(served.counters()) == 3, 5)
         await until(served.is_idle, 4.0)  # a lease that nobody renews runs out
-        # The prompt may have been done before its worker gave up on the gateway.
-        assert sum(served.gauge(name, "aborts") for name in pids) - aborts in (2, 3)
         now = served.processes()
         assert {name for name in pids if pids[name] != now[name]} == {"gateway"}
 
