@@ -348,10 +348,11 @@ class Data:
         starts = (self.rng.randrange(len(self.text) - size) for _ in range(TOKENS_PER_STEP // size))
         return self._batch([[(t, True) for t in self.text[s : s + size]] for s in starts], [])
 
-    def batches(self, progress: list[float]) -> Iterator[Batch]:
+    def batches(self, progress: list[float], chats: float) -> Iterator[Batch]:
         """Without end: every question once an epoch, with what was answered wrong asked again.
 
-        progress[0], which the caller moves from 0 to 1, thins out the running text.
+        progress[0], which the caller moves from 0 to 1, thins out the running text; chats is the
+        number of batches of long conversations for each batch of single questions.
         """
         while True:
             indices = list(range(len(self.questions)))
@@ -360,7 +361,7 @@ class Data:
                 indices += wrong * 2
             for batch in self.questions_once(indices):
                 yield batch
-                if self.rng.random() < 0.12:
+                if self.rng.random() < chats:
                     yield self.long_chats()
                 if self.rng.random() < 0.12 * (1 - progress[0]):
                     yield self.running()

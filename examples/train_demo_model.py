@@ -2,11 +2,12 @@
 
     python examples/train_demo_model.py --out models/baton-demo
     python examples/train_demo_model.py --out models/baton-demo-mini --size mini \\
-        --like models/baton-demo
+        --like models/baton-demo --steps 5000 --chat-steps 1200 --learning-rate 6e-3
     python examples/train_demo_model.py --check models/baton-demo
 
 The first command makes the questions and the tokenizer from the standard library of the Python
-that runs it (demo_data.py) and trains a Llama-architecture model on them; the second reuses both.
+that runs it (demo_data.py) and trains a Llama-architecture model on them, in two phases: single
+questions, then many-turned conversations; the second command reuses questions and tokenizer.
 The last asks every question of the frozen list through the chat template, greedily, and counts
 the answers that are right to the last character.  Only torch and Baton's own dependencies are
 needed.  The same command, seed, thread count and machine give the same weights.
@@ -20,7 +21,7 @@ import math
 import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2.sandbox
 import torch
@@ -47,48 +48,42 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-COMMON: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": MAX_POSITIONS,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.02,
-    "bos_token_id": BOS_ID,
-    "eos_token_id": END_ID,
-    "pad_token_id": PAD_ID,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-}
-# config.json of each size, as Hugging Face spells it.
-SIZES: dict[str, dict[str, Any]] = {
-    "demo": COMMON
-    | {
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-    },
-    "mini": COMMON
-    | {
-        "hidden_size": 96,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-    },
-}
 KV = tuple[Tensor, Tensor]
 console = Console()
+
+
+def llama_config(
+    hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, num_kv_heads: int
+) -> dict[str, Any]:
+    """config.json as Hugging Face spells it."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": MAX_POSITIONS,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": END_ID,
+        "pad_token_id": PAD_ID,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": 32,
+    }
+
+
+SIZES = {"demo": llama_config(256, 688, 6, 8, 4), "mini": llama_config(96, 256, 3, 4, 2)}
 
 
 class Layer(nn.Module):
@@ -190,9 +185,6 @@ class Llama(nn.Module):
         return F.linear(hidden, self.embed_tokens.weight)
 
 
-# --------------------------------------------------------------------------------- training
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized by Newton-Schulz in bf16, at the update size of AdamW.
 
@@ -219,30 +211,39 @@ class Muon(torch.optim.Optimizer):
                 weight.sub_((x.mT if tall else x).float(), alpha=group["lr"] * size)
 
 
-def train(model: Llama, data: Data, args: argparse.Namespace) -> None:
+class Phase(NamedTuple):
+    """One stretch of training: its length in steps or, where given, minutes; see Data.batches."""
+
+    steps: int
+    minutes: float | None
+    learning_rate: float
+    chats: float
+
+
+def train(model: Llama, data: Data, phase: Phase) -> None:
     """Muon for the matrices, AdamW for the rest; the rate falls linearly to zero."""
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.dim() == 1 or "embed" in n]
     optimizers = (Muon(matrices), torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0))
-    began, step, loss_mean, right_mean = time.monotonic(), 0, 8.0, 0.0
+    began, step, loss_mean, right_mean = time.monotonic(), 0, 0.0, 0.0
     now = [0.0]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task, logged = bar.add_task("training", total=1.0), began
-        for batch in data.batches(now):
+        for batch in data.batches(now, phase.chats):
             elapsed = time.monotonic() - began
-            now[0] = elapsed / 60 / args.minutes if args.minutes else step / args.steps
+            now[0] = elapsed / 60 / phase.minutes if phase.minutes else step / phase.steps
             if now[0] >= 1:
                 break
             loss, right = _step(model, batch)
             rate = min(1.0, step / 100) * (1 - now[0])
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = args.learning_rate * rate
+                    group["lr"] = phase.learning_rate * rate
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            loss_mean += 0.02 * (loss - loss_mean)
+            loss_mean += (0.02 if step > 1 else 1.0) * (loss - loss_mean)
             for index, is_right in zip(batch.pairs, right, strict=False):
                 data.wrong[index] = not is_right
                 right_mean += 0.0005 * (is_right - right_mean)
@@ -286,9 +287,6 @@ def export(model: Llama, tokenizer: Tokenizer, pairs: list[Pair], size: str, out
     write_pairs(out / "questions.jsonl.gz", pairs)
 
 
-# --------------------------------------------------------------------------------- checking
-
-
 def load(directory: Path, dtype: torch.dtype) -> Llama:
     model = Llama(json.loads((directory / "config.json").read_text()))
     weights = load_file(directory / "model.safetensors")
@@ -312,8 +310,8 @@ def generate(model: Llama, prompts: list[list[int]], max_tokens: int) -> list[li
 
 def check(
     directory: Path, dtype: torch.dtype, pairs: list[Pair], context: list[dict[str, str]]
-) -> float:
-    """The rate of exact answers, each question asked after the messages of a context."""
+) -> None:
+    """Print the rate of exact answers, each question asked after the messages of a context."""
     model = load(directory, dtype)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     settings = json.loads((directory / "tokenizer_config.json").read_text())
@@ -339,7 +337,6 @@ def check(
         f"{num_right} of {len(pairs)} answers exact ({num_right / len(pairs):.2%})",
         flush=True,
     )
-    return num_right / len(pairs)
 
 
 def main() -> None:
@@ -348,8 +345,10 @@ def main() -> None:
     parser.add_argument("--check", type=Path, metavar="DIR", help="only check this model")
     parser.add_argument("--size", choices=sorted(SIZES), default="demo")
     parser.add_argument("--like", type=Path, metavar="DIR", help="reuse tokenizer and questions")
-    parser.add_argument("--steps", type=int, default=3000, help="length of training")
-    parser.add_argument("--minutes", type=float, help="length of training, in place of --steps")
+    parser.add_argument("--steps", type=int, default=1700, help="length of the first phase")
+    parser.add_argument("--chat-steps", type=int, default=500, help="length of the second phase")
+    parser.add_argument("--minutes", type=float, help="length of both phases, in place of steps")
+    parser.add_argument("--resume", action="store_true", help="second phase only, from --out")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -376,8 +375,16 @@ def make(args: argparse.Namespace) -> None:
     model = Llama(SIZES[args.size])
     num_parameters = sum(p.numel() for p in model.parameters())
     print(f"{len(pairs)} questions, {num_parameters / 1e6:.2f} M parameters", flush=True)
-    train(model, Data(tokenizer, pairs, texts, random.Random(args.seed)), args)
-    export(model, tokenizer, pairs, args.size, args.out)
+    first, second = (args.minutes * 0.7, args.minutes * 0.3) if args.minutes else (None, None)
+    phases = (
+        Phase(args.steps, first, args.learning_rate, chats=0.12),
+        Phase(args.chat_steps, second, args.learning_rate / 2, chats=1.0),
+    )
+    for number, phase in enumerate(phases):
+        if number or not args.resume:
+            train(model, Data(tokenizer, pairs, texts, random.Random(args.seed + number)), phase)
+            export(model, tokenizer, pairs, args.size, args.out)
+        model = load(args.out, torch.float32)  # what bf16 kept is what the next phase starts from
     check_all(args.out)
 
 
