@@ -86,6 +86,10 @@ def llama_config(
 SIZES = {"demo": llama_config(256, 688, 6, 8, 4), "mini": llama_config(96, 256, 3, 4, 2)}
 
 
+def linears(**shapes: tuple[int, int]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
+
+
 class Layer(nn.Module):
     """One decoder layer; attributes carry the Hugging Face names, so the weights need no map."""
 
@@ -94,27 +98,17 @@ class Layer(nn.Module):
         hidden, self.head_dim = config["hidden_size"], config["head_dim"]
         width = config["num_attention_heads"] * self.head_dim
         kv_width = config["num_key_value_heads"] * self.head_dim
-
-        def linear(num_in: int, num_out: int) -> nn.Linear:
-            return nn.Linear(num_in, num_out, bias=False)
-
+        inner = config["intermediate_size"]
         self.input_layernorm = nn.RMSNorm(hidden, eps=1e-5)
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps=1e-5)
-        self.self_attn = nn.ModuleDict(
-            {
-                "q_proj": linear(hidden, width),
-                "k_proj": linear(hidden, kv_width),
-                "v_proj": linear(hidden, kv_width),
-                "o_proj": linear(width, hidden),
-            }
+        self.self_attn = linears(
+            q_proj=(hidden, width),
+            k_proj=(hidden, kv_width),
+            v_proj=(hidden, kv_width),
+            o_proj=(width, hidden),
         )
-        inner = config["intermediate_size"]
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": linear(hidden, inner),
-                "up_proj": linear(hidden, inner),
-                "down_proj": linear(inner, hidden),
-            }
+        self.mlp = linears(
+            gate_proj=(hidden, inner), up_proj=(hidden, inner), down_proj=(inner, hidden)
         )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: KV | None) -> tuple[Tensor, KV]:
@@ -225,8 +219,7 @@ def train(model: Llama, data: Data, phase: Phase) -> None:
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.dim() == 1 or "embed" in n]
     optimizers = (Muon(matrices), torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0))
-    began, step, loss_mean, right_mean = time.monotonic(), 0, 0.0, 0.0
-    now = [0.0]
+    began, now, step, loss_mean, right_mean = time.monotonic(), [0.0], 0, 0.0, 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task, logged = bar.add_task("training", total=1.0), began
