@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve check test unit lint types clean exact overhead memory
+.PHONY: help install demo serve check test unit lint types clean exact overhead memory docs
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ overhead: $(INSTALLED) ## Measure what a step, a streamed token and an RPC round
 
 memory: $(INSTALLED) ## Measure a worker's peak memory on a random 0.5 B model
 	$(BIN)/python bench/memory.py
+
+docs: $(INSTALLED) ## Write the pages that are made from the code: configuration, metrics
+	$(BIN)/python docs/generate.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

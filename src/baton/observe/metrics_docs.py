@@ -1,0 +1,56 @@
+"""The reference of all metrics, from the table that declares them; `docs/metrics.md` is it."""
+
+from __future__ import annotations
+
+from baton.observe.metrics import METRICS, WORKER_EVENTS, Metric
+
+_INTRODUCTION = f"""\
+The gateway serves these at `/metrics` on its admin listener (`gateway.admin_host`,
+`gateway.admin_port`; by default `http://127.0.0.1:8001/metrics`), in the text format of Prometheus.
+Times are in seconds. Workers have no listener of their own: what they report with every step stands
+here under the label `worker`. When a worker starts anew its own totals begin at 0 again;
+`{WORKER_EVENTS.name}` goes on from where it was.
+"""
+
+EVENTS: dict[str, str] = {
+    "tokens_computed": "Tokens that went through the model, prompt and generated.",
+    "tokens_generated": "Tokens drawn.",
+    "prompt_tokens_computed": "Prompt tokens computed for the first time.",
+    "prompt_tokens_recomputed": "Prompt tokens computed again after a preemption.",
+    "prefix_query_tokens": "Tokens looked up in the prefix cache at admission.",
+    "prefix_hit_tokens": "Of these, the tokens found.",
+    "preemptions": "Sequences that gave back their blocks because the KV pool was full.",
+    "imported_blocks": "Blocks fetched from another worker's store and verified.",
+    "fallback_import_*": "Blocks, or whole handoffs, that could not be used and were recomputed; "
+    "the ending says why. 0 without faults.",
+    "fallback_export_failed": "Blocks that could not be copied into the store. 0 without faults.",
+    "store_full_waits": "Steps in which a prompt had to wait because the store was full.",
+    "leases_expired": "Leases that ended because nobody renewed them.",
+    "late_renewals": "Renewals of a lease that had ended.",
+    "refused": "Requests refused by the worker: invalid, or it is draining.",
+    "aborts": "Sequences ended because the gateway asked for it.",
+}
+"""What the label `event` of `WORKER_EVENTS` may be; `*` stands for any ending."""
+
+
+def reference() -> str:
+    """The page, in Markdown."""
+    lines = ["# Metrics", "", *_INTRODUCTION.splitlines(), ""]
+    lines += ["| name | kind | labels | meaning |", "|---|---|---|---|"]
+    lines += [_line(metric) for metric in METRICS]
+    lines += ["", f"## Events of `{WORKER_EVENTS.name}`", ""]
+    lines += ["An event that has not happened has no series.", ""]
+    lines += ["| event | meaning |", "|---|---|"]
+    lines += [f"| `{event}` | {meaning} |" for event, meaning in EVENTS.items()]
+    lines += ["", "## Buckets of the histograms", "", "| name | upper bounds |", "|---|---|"]
+    lines += [
+        f"| `{metric.name}` | {', '.join(f'{bound:g}' for bound in metric.buckets)} |"
+        for metric in METRICS
+        if metric.buckets
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(metric: Metric) -> str:
+    labels = ", ".join(f"`{label}`" for label in metric.labels)
+    return f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |"
