@@ -11,6 +11,7 @@ import torch
 from baton.model.attention import Batch
 from baton.model.kv_cache import KvCache
 from baton.model.loader import load_weights
+from baton.model.native import Kernels
 from baton.model.transformer import Transformer
 from baton.model_spec import load_model_spec
 
@@ -27,14 +28,19 @@ class Handmade:
 
     @classmethod
     def load(
-        cls, path: Path, dtype: str = "float32", device: str = "cpu", num_blocks: int = 300
+        cls,
+        path: Path,
+        dtype: str = "float32",
+        device: str = "cpu",
+        num_blocks: int = 300,
+        kernels: Kernels | None = None,
     ) -> Handmade:
         spec = load_model_spec(path)
         kv = KvCache(spec, num_blocks, BLOCK_SIZE, dtype, device)
         kv.data.fill_(float("nan"))
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))
         weights = load_weights(path, spec, dtype, device)
-        return cls(Transformer(spec, weights), kv, order.tolist())
+        return cls(Transformer(spec, weights, kernels), kv, order.tolist())
 
     def step(self, chunks: Sequence[tuple[Sequence_, int]], every: bool = False) -> torch.Tensor:
         """Compute the next n tokens of each sequence together; logits of the last token of each.

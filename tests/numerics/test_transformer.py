@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from numerics.by_hand import Handmade, Sequence_, random_prompt
+from numerics.native_kernels import kernels_named
 from numerics.tiny_models import (
     VARIANTS,
     VOCAB_SIZE,
@@ -16,6 +17,7 @@ from numerics.tiny_models import (
     reference_model,
 )
 
+from baton.model.native import Kernels
 from baton.model_spec import load_model_spec
 
 TOLERANCE = 1e-4
@@ -44,9 +46,14 @@ def reference(checkpoint):
     return reference_model(checkpoint)
 
 
+@pytest.fixture(scope="module", params=["torch", "native"])
+def kernels(request) -> Kernels | None:
+    return kernels_named(request.param)
+
+
 @pytest.fixture(scope="module")
-def ours(checkpoint) -> Handmade:
-    return Handmade.load(checkpoint)
+def ours(checkpoint, kernels) -> Handmade:
+    return Handmade.load(checkpoint, kernels=kernels)
 
 
 def prompt_logits(ours: Handmade, prompt: list[int], *cuts: int) -> torch.Tensor:
@@ -114,8 +121,10 @@ def test_greedy_continuation_equals_transformers(ours, reference):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_near_fp32(checkpoint, reference, dtype):
-    half = Handmade.load(checkpoint, dtype)
+def test_half_precision_is_near_fp32(checkpoint, reference, kernels, dtype):
+    if kernels is not None and dtype == "float16":
+        pytest.skip("fp16 runs on torch")
+    half = Handmade.load(checkpoint, dtype, kernels=kernels)
     prompt = random_prompt(100, VOCAB_SIZE, seed=30)
     expected = reference_logits(reference, prompt)
     found = prompt_logits(half, prompt, 33, 34)
@@ -127,7 +136,8 @@ def test_half_precision_is_near_fp32(checkpoint, reference, dtype):
 def test_parameter_and_cache_sizes(checkpoint, reference, ours):
     spec = load_model_spec(checkpoint)
     assert spec.num_parameters() == sum(p.numel() for p in reference.parameters())
-    assert ours.model.weights.nbytes() == 4 * spec.num_parameters()
+    weights = Handmade.load(checkpoint).model.weights
+    assert weights.nbytes() == 4 * spec.num_parameters()
     assert ours.kv.data[0].nbytes == ours.kv.block_bytes
 
 

@@ -185,7 +185,9 @@ class Kernels:
         self.table.silu_mul(x.data_ptr(), out.data_ptr(), *out.shape, DTYPES[x.dtype], threads)
         return out
 
-    def angles(self, frequencies: Tensor, positions: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    def angles(
+        self, frequencies: Tensor, positions: Tensor, factor: float
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin, fp32 [M, half], of positions [M] int64 times fp32 frequencies [half]."""
         shape = (positions.numel(), frequencies.numel())
         cos, sin = torch.empty(shape), torch.empty(shape)

@@ -48,9 +48,7 @@ class NativeLayers:
             x = kernels.embed(self._lm_head, batch.token_ids)
         else:
             x = self._embed.index_select(0, batch.token_ids)
-        cos, sin = kernels.angles(
-            self._frequencies, batch.positions, spec.rope.attention_factor
-        )
+        cos, sin = kernels.angles(self._frequencies, batch.positions, spec.rope.attention_factor)
         query_starts = torch.tensor(batch.query_starts)
         context_lens = torch.tensor(batch.context_lens)
         tables = batch.block_tables
@@ -91,9 +89,7 @@ class NativeLayers:
             return weight.data_ptr()
 
         def matrix(name: str) -> LinearArgs:
-            packed = Packed(
-                self._kernels, getattr(layer, name), getattr(layer, f"{name}_bias")
-            )
+            packed = Packed(self._kernels, getattr(layer, name), getattr(layer, f"{name}_bias"))
             self._packed.append(packed)
             setattr(layer, name, packed.memory)  # lets go of the unpacked one
             return packed.args
