@@ -9,12 +9,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve check test unit lint types clean exact overhead memory docs
+.PHONY: help install kernels demo serve check test unit lint types clean exact overhead memory docs
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
@@ -42,6 +42,10 @@ unit: $(INSTALLED)
 
 test: $(INSTALLED) ## All tests: unit, property, model check, numerics, real processes, faults
 	$(BIN)/pytest -q tests
+
+kernels: $(INSTALLED) ## Build the CPU kernels in place, after a change in csrc
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 exact: $(INSTALLED) ## Ask a running 1P1D every question of the demo model's list; print its exact-answer rate
 	$(BIN)/python examples/exact_answers.py --model $(MODEL)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from numerics.checkpoints import make_served_checkpoint
 from numerics.engines import Engines
+from numerics.native_kernels import kernels_named
 from numerics.prompts import (
     ARCHITECTURES,
     check_logprobs,
@@ -33,13 +34,21 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("layout", ["1U", "1P1D", "2P2D"])
+@pytest.mark.parametrize(
+    ("layout", "kernels"),
+    [("1U", "torch"), ("1U", "native"), ("1P1D", "torch"), ("1P1D", "native"), ("2P2D", "auto")],
+)
 @pytest.mark.parametrize("variant", ARCHITECTURES)
-def test_greedy_answers_equal_transformers(tmp_path: Path, variant: str, layout: str) -> None:
+def test_greedy_answers_equal_transformers(
+    tmp_path: Path, variant: str, layout: str, kernels: str
+) -> None:
+    if kernels == "native":
+        kernels_named("native")
     path = make_served_checkpoint(tmp_path / "model", variant)
     model = reference_model(path)
     prompts = prompts_of_mixed_lengths()
-    with Engines(path, layout, **TINY_POOL).running() as engines:
+    options = {**TINY_POOL, "engine.kernels": kernels}
+    with Engines(path, layout, **options).running() as engines:
         answers = engines.generate(prompts, greedy(logprobs=3))
     for answer, prompt, length in zip(answers, prompts, num_answer_tokens(), strict=True):
         assert len(answer.token_ids) == length
