@@ -6,6 +6,9 @@ The gateway is the real one, with its real sockets. The worker reports a letter 
 requests in one message every 30 ms, so tokens come one at a time as from a real one; `joined`
 tells how many tokens came in one event on average, which should be near 1. A request of one token
 is subtracted, so that the figure is the slope: what one more token costs.
+
+`bare ASGI` is the floor in the same run: uvicorn alone, sending the same events at the same pace.
+Most of it is the system's own work of one small write to a socket for each token.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from baton.rpc.auth import create_secret
@@ -49,7 +53,12 @@ def measure() -> list[Row]:
         worker = ("-m", "parts.fake_worker", name, str(STEP_S))
         with running(*gateway) as process, running(*worker):
             wait_until(lambda: _is_ready(port), process)
-            return [asyncio.run(_measure(process, port, path)) for path in BODIES]
+            rows = [asyncio.run(_measure(process, port, path)) for path in BODIES]
+        port, path = _free_port(), next(iter(BODIES))
+        with running("-m", "parts.bare_asgi", str(port), str(STEP_S)) as process:
+            wait_until(lambda: _is_ready(port), process)
+            floor = asyncio.run(_measure(process, port, path))
+            return [*rows, msgspec.structs.replace(floor, case="bare ASGI, the same events")]
 
 
 async def _measure(gateway: subprocess.Popen[bytes], port: int, path: str) -> Row:

@@ -80,15 +80,15 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     plain = [_is_plain(row) for row in rows]
     free = [i for i, row in enumerate(rows) if plain[i] and row.params.temperature > 0]
     size = max(1, _GROUP_NUMBERS // logits.shape[1])
+    host = _host(logits, free)
     for start in range(0, len(free), size):
         group = free[start : start + size]
-        tokens = _sample_plain(_host(logits, group), [rows[i] for i in group])
+        tokens = _sample_plain(host[start : start + size], [rows[i] for i in group])
         for i, token in zip(group, tokens, strict=True):
             drawn[i] = Sampled(token)
     others = [i for i, easy in enumerate(plain) if not easy]
-    if others:
-        for i, raw in zip(others, _host(logits, others), strict=True):
-            drawn[i] = _sample_row(raw.astype(np.float64), rows[i])
+    for i, raw in zip(others, _host(logits, others), strict=True):
+        drawn[i] = _sample_row(raw.astype(np.float64), rows[i])
     return drawn
 
 
@@ -131,6 +131,9 @@ def _is_plain(row: SampleRow) -> bool:
 
 
 def _host(logits: Tensor, rows: list[int]) -> npt.NDArray[np.float32]:
+    """These rows in host memory, brought there in one copy; on a host all of them in none."""
+    if not rows:
+        return np.empty((0, logits.shape[1]), np.float32)
     chosen = logits if len(rows) == len(logits) else logits[rows]
     found: npt.NDArray[np.float32] = chosen.cpu().numpy()
     return found
