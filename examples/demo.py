@@ -32,7 +32,7 @@ QUESTIONS = [
     "What does os.path.join do?",
     "What does json.dumps do?",
     "What does shutil.copy do?",
-    "What does itertools.chain do?",
+    "What does asyncio.gather do?",
     "What does textwrap.dedent do?",
     "What does heapq.heappush do?",
 ]

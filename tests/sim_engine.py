@@ -444,16 +444,3 @@ def run_alone(
         if all(client.leg_ended for client in clients.values()):
             return list(clients.values())
     raise AssertionError(f"not ended after {max_steps} steps")
-
-
-def with_handoff(request: Request, client: Client) -> Request:
-    """The decode leg of a request whose prefill leg ended in `client`."""
-    assert client.handoff is not None
-    return replace_request(
-        request, hand_off=False, handoff=client.handoff, emitted=tuple(client.received)
-    )
-
-
-def replace_request(request: Request, **changes: Any) -> Request:
-    fields = {name: getattr(request, name) for name in request.__struct_fields__}
-    return Request(**{**fields, **changes})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from faults.served import (
@@ -21,7 +21,6 @@ from faults.served import (
 
 # One step takes some milliseconds; what is measured includes the polling, over HTTP, of a metric.
 FREED_S = 1.0
-Record = Callable[[str, object], None]
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +31,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
         yield deployment
 
 
-async def freed(served: Victim, record: Record) -> None:
+async def freed(served: Victim) -> None:
     seconds = await until(served.is_idle, FREED_S, "freeing what a client left")
-    record("freed_s", round(seconds, 4))
+    print(f"freed_s={seconds:.3f}")
 
 
-def test_mid_stream(served: Victim, record_property: Record) -> None:
+def test_mid_stream(served: Victim) -> None:
     async def run() -> None:
         aborts = served.gauge("decode-0", "aborts")
         async with async_http(served) as client:
@@ -47,7 +46,7 @@ def test_mid_stream(served: Victim, record_property: Record) -> None:
             assert served.gauge("decode-0", "num_requests_running") == 3
             for stream in streams:
                 await stream.leave()
-            await freed(served, record_property)
+            await freed(served)
         assert served.gauge("decode-0", "aborts") == aborts + 3
         generated = served.gauge("decode-0", "tokens_generated")
         assert len(served.ask(prompt_of(5, 9), 3)) == 3
@@ -57,9 +56,7 @@ def test_mid_stream(served: Victim, record_property: Record) -> None:
 
 
 @pytest.mark.parametrize("num_requests", [1, 24], ids=["running", "waiting too"])
-def test_unstreamed_while_prompts_are_computed(
-    served: Victim, num_requests: int, record_property: Record
-) -> None:
+def test_unstreamed_while_prompts_are_computed(served: Victim, num_requests: int) -> None:
     async def run() -> None:
         computed = served.gauge("prefill-0", "tokens_computed")
         decoded = served.gauge("decode-0", "tokens_computed")
@@ -76,14 +73,14 @@ def test_unstreamed_while_prompts_are_computed(
             for task in asked:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
-            await freed(served, record_property)
+            await freed(served)
         assert served.gauge("prefill-0", "tokens_computed") - computed < 5000
         assert served.gauge("decode-0", "tokens_computed") == decoded
 
     asyncio.run(run())
 
 
-def test_at_the_handoff(served: Victim, record_property: Record) -> None:
+def test_at_the_handoff(served: Victim) -> None:
     """The first token leaves before the commit record: who leaves on it leaves in the handoff."""
 
     async def run() -> None:
@@ -94,7 +91,7 @@ def test_at_the_handoff(served: Victim, record_property: Record) -> None:
                 await stream.until_tokens(1)
                 await asyncio.sleep(number % 8 * 0.001)  # each at another point of it
                 await stream.leave()
-            await freed(served, record_property)
+            await freed(served)
         after = served.gauge("prefill-0", "aborts") + served.gauge("decode-0", "aborts")
         assert 0 < after - before <= 24  # some are nobody's in that moment, and end all the same
 
@@ -119,7 +116,7 @@ def test_one_of_several_choices_keeps_no_other_back(served: Victim) -> None:
     served.until(served.is_idle, FREED_S, "freeing six choices")
 
 
-def test_abort_storm(served: Victim, record_property: Record) -> None:
+def test_abort_storm(served: Victim) -> None:
     """90 of 100 streams are cancelled, each at another point; the other ten are right."""
 
     async def run() -> None:
@@ -142,7 +139,7 @@ def test_abort_storm(served: Victim, record_property: Record) -> None:
             await asyncio.gather(*(leave(n) for n in range(100) if n not in stayers))
             for number in stayers:
                 await streams[number].end()
-            await freed(served, record_property)
+            await freed(served)
         for number in stayers:
             assert streams[number].done
             assert streams[number].token_ids == wanted[number]

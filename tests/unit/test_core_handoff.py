@@ -208,7 +208,8 @@ def test_abort_during_the_fetch_keeps_the_blocks_until_it_ends() -> None:
     assert decode.scheduler.pool.num_free == 13
     assert not decode.scheduler.num_sequences
     assert decode.scheduler.num_transfers == 1
-    decode.finish_import(0, prefill, 0.0)
+    decode.finish_import(0, prefill, 0.0, lambda results: ("missing",) * len(results))
+    assert not decode.num_fallbacks()  # nobody fell back
     decode.check_empty()
 
 

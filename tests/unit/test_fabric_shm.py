@@ -413,6 +413,7 @@ def test_silent_readers_are_dropped_and_block_nobody(
     monkeypatch.setattr(descriptors, "ASK_TIMEOUT_S", 0.3)
     silent = [socket.socket(socket.AF_UNIX) for _ in range(MAX_CONNECTIONS + 8)]
     for connection in silent:
+        # Without a timeout yet: with one, a full backlog is an error and not a wait.
         connection.connect(str(runtime_dir / "p0.kv.sock"))
         connection.settimeout(5)
     assert store.fetch(transport, mint()) is ReadResult.OK

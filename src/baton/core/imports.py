@@ -14,7 +14,7 @@ from collections import Counter
 from baton.core.block_pool import BlockPool
 from baton.core.limits import SchedulerConfig
 from baton.core.plan import ImportOrder, WantedBlock
-from baton.core.sequence import Sequence, SequenceId
+from baton.core.sequence import Sequence, SequenceId, Status
 
 READ_WINDOW = 5 / 12
 """Share of a lease's time to live within which a fetch must end.
@@ -80,6 +80,9 @@ class ImportTable:
         transfer's references are dropped; those of the sequence, if it still lives, remain.
         """
         seq, order = self._orders.pop(seq_id)
+        self._pool.release([want.block for want in order.wanted])
+        if seq.status is not Status.IMPORTING:
+            return seq, 0  # it ended meanwhile, and nothing falls back
         num_verified = 0
         for result in results:
             if result != OK:
@@ -87,7 +90,6 @@ class ImportTable:
                 break
             num_verified += 1
         self._counters["imported_blocks"] += num_verified
-        self._pool.release([want.block for want in order.wanted])
         return seq, num_verified
 
     def num_wanted(self, seq_id: SequenceId) -> int | None:

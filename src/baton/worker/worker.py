@@ -140,6 +140,7 @@ class Worker:
 
     def opened(self, gateway_id: str, epoch: int, resumed: bool) -> None:
         logger.info("gateway id=%s epoch=%d resumed=%s", gateway_id, epoch, resumed)
+        self._report(gateway_id, _News())  # it knows nothing of this worker's load yet
 
     def instructions(self, gateway_id: str, instructions: Instructions) -> None:
         for request in instructions.submit:

@@ -1,0 +1,68 @@
+"""bf16 engines against transformers in fp32 on the same weights: equal up to near-ties.
+
+In bf16 a logit is rounded to 8 bits, and which of two nearly equal tokens wins depends on the
+order of summation. So each token of each answer is judged where it stands, after the tokens
+before it: its fp32 logit must come within `MARGIN` of the best one's. The logits of these models
+have a standard deviation of 1.6, and the best token is 4 above the mean. `MARGIN` is what the
+rarest rounding may cost; the sharp test is that the mean shortfall is that of transformers' own
+bf16 arithmetic.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from numerics.checkpoints import make_served_checkpoint
+from numerics.engines import Engines
+from numerics.prompts import ARCHITECTURES, greedy, num_answer_tokens, prompts_of_mixed_lengths
+from numerics.tiny_models import reference_logits, reference_model
+
+MARGIN = 0.75
+MAX_MEAN_SHORTFALL = 0.005
+MAX_SHARE_NOT_BEST = 0.08
+
+
+@pytest.mark.parametrize("layout", ["1U", "1P1D"])
+@pytest.mark.parametrize("variant", ARCHITECTURES)
+def test_greedy_answers_equal_transformers_up_to_near_ties(
+    tmp_path: Path, variant: str, layout: str
+) -> None:
+    torch.set_num_threads(1)
+    path = make_served_checkpoint(tmp_path / "model", variant, dtype="bfloat16")
+    prompts = prompts_of_mixed_lengths()
+    options = {"engine.max_num_batched_tokens": 96, "engine.num_kv_blocks": 120}
+    with Engines(path, layout, **options).running() as engines:
+        answers = engines.generate(prompts, greedy())
+    assert [len(answer.token_ids) for answer in answers] == num_answer_tokens()
+    decode = engines.counters("unified" if layout == "1U" else "decode")
+    assert decode["preemptions"] > 0
+
+    exact = reference_model(path)
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, attn_implementation="eager"
+    ).eval()
+    ours, theirs, num_diverged = [], [], 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens, after = answer.token_ids, slice(len(prompt) - 1, None)
+        context = [*prompt, *tokens[:-1]]
+        logits = reference_logits(exact, context)[after]
+        best = logits.max(-1, keepdim=True).values
+        like_transformers = reference_logits(rounded, context)[after].argmax(-1, keepdim=True)
+        ours.append(best - logits.gather(1, torch.tensor(tokens)[:, None]))
+        theirs.append(best - logits.gather(1, like_transformers))
+        num_diverged += bool((ours[-1] > 0).any())
+    shortfall, usual = torch.cat(ours), torch.cat(theirs).mean().item()
+    mean, worst = shortfall.mean().item(), shortfall.max().item()
+    share = (shortfall > 0).float().mean().item()
+    print(
+        f"{variant} {layout}: {num_diverged} of {len(prompts)} answers have a token that is not "
+        f"the best in fp32, {share:.1%} of all tokens; they fall short by {worst:.3f} at most, "
+        f"{mean:.5f} in the mean of all tokens; transformers in bf16: {usual:.5f}"
+    )
+    assert worst < MARGIN
+    assert share < MAX_SHARE_NOT_BEST
+    assert mean < MAX_MEAN_SHORTFALL
+    assert mean < 1.5 * usual
