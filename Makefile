@@ -41,7 +41,9 @@ unit: $(INSTALLED)
 	$(BIN)/pytest -q tests/unit
 
 test: $(INSTALLED) ## All tests: unit, property, model check, numerics, real processes, faults
-	$(BIN)/pytest -q tests
+	$(BIN)/pytest -q tests/unit tests/property tests/model_check
+	$(BIN)/pytest -q tests/numerics
+	$(BIN)/pytest -q tests/integration tests/faults
 
 kernels: $(INSTALLED) ## Build the CPU kernels in place, after a change in csrc
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
