@@ -78,10 +78,17 @@ def _is_malformed(data: bytes) -> bool:
     return False
 
 
-def test_garbage_never_reaches_the_handler(tmp_path: Path) -> None:
+def test_garbage_is_malformed_or_a_message_and_nothing_else() -> None:
     rng = random.Random(5)
-    garbage = [data for data in (_garbage(rng) for _ in range(4000)) if _is_malformed(data)]
-    assert len(garbage) > 2500
+    garbage = [_garbage(rng) for _ in range(4000)]
+    assert 2500 < sum(map(_is_malformed, garbage)) < 4000
+
+
+def test_garbage_never_reaches_the_handler(tmp_path: Path) -> None:
+    """A few hundred: grpc.aio's client crashes now and then after thousands of refused streams."""
+    rng = random.Random(5)
+    garbage = [data for data in (_garbage(rng) for _ in range(400)) if _is_malformed(data)]
+    assert len(garbage) > 250
 
     async def main() -> None:
         async with worker(f"unix:{tmp_path}/w") as (_, handler, address):
@@ -101,8 +108,8 @@ def test_garbage_never_reaches_the_handler(tmp_path: Path) -> None:
                         pass
                     return await call.code()
 
-                for start in range(0, len(garbage), 64):
-                    batch = enumerate(garbage[start : start + 64], start)
+                for start in range(0, len(garbage), 16):
+                    batch = enumerate(garbage[start : start + 16], start)
                     codes = await asyncio.gather(*(send(n, data) for n, data in batch))
                     assert set(codes) == {grpc.StatusCode.INVALID_ARGUMENT}
             assert handler.messages == []
