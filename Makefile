@@ -41,7 +41,9 @@ unit: $(INSTALLED)
 	$(BIN)/pytest -q tests/unit
 
 test: $(INSTALLED) ## All tests: unit, property, model check, numerics, real processes, faults
-	$(BIN)/pytest -q tests
+	$(BIN)/pytest -q tests/unit tests/property tests/model_check
+	$(BIN)/pytest -q tests/numerics
+	$(BIN)/pytest -q tests/integration tests/faults
 
 exact: $(INSTALLED) ## Ask a running 1P1D every question of the demo model's list; print its exact-answer rate
 	$(BIN)/python examples/exact_answers.py --model $(MODEL)

@@ -45,12 +45,13 @@ def main() -> int:
 def render(peaks: list[Peaks]) -> str:
     """A Markdown table in MB (10^6 bytes)."""
     lines = [
-        "| worker | peak, MB | weights | KV pool | store | the rest | grown since start |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| worker | peak, MB | weights | KV pool | store | the rest | shared at end | own growth |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for p in peaks:
-        sizes = (p.peak_bytes, p.weight_bytes, p.kv_bytes, p.store_bytes, p.over_bytes)
-        cells = " | ".join(f"{size / 1e6:,.0f}" for size in (*sizes, p.grown_bytes))
+        given = (p.weight_bytes, p.kv_bytes, p.store_bytes)
+        sizes = (p.peak_bytes, *given, p.over_bytes, p.shared_bytes, p.grown_bytes)
+        cells = " | ".join(f"{size / 1e6:,.0f}" for size in sizes)
         lines.append(f"| {p.worker} | {cells} |")
     return "\n".join(lines)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 import grpc.aio
@@ -45,10 +47,17 @@ def request(name: str, num_tokens: int = 3) -> Request:
     return Request(id=name, prompt=tuple(range(num_tokens)), sampling=SamplingParams(max_tokens=4))
 
 
-def run(main: Coroutine[object, object, None]) -> None:
-    """Run `main` on the event loop that gateways and workers use."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main)
+# One loop for the whole process, as a gateway or a worker has: grpc.aio crashes now and then when
+# a second loop is made after the first was closed.
+_RUNNER = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+atexit.register(_RUNNER.close)
+
+T = TypeVar("T")
+
+
+def run(main: Coroutine[object, object, T]) -> T:
+    """Run `main` on the event loop that gateways and workers use, and return what it does."""
+    return _RUNNER.run(main)
 
 
 class Handler:

@@ -19,24 +19,24 @@ NUM_SHORT = 32
 
 
 class Peaks(msgspec.Struct, frozen=True):
-    """One worker, in bytes. `start_bytes`: its peak when it was ready, weights included."""
+    """One worker, in bytes.
+
+    What shows that pool and store were filled: `shared_bytes` is the shared memory that it holds
+    at the end (stores), `grown_bytes` by how much its own memory has grown since it was ready.
+    """
 
     worker: str
     peak_bytes: int
-    start_bytes: int
     weight_bytes: int
     kv_bytes: int
     store_bytes: int
+    shared_bytes: int
+    grown_bytes: int
 
     @property
     def over_bytes(self) -> int:
         """What is not weights, pool or store."""
         return self.peak_bytes - self.weight_bytes - self.kv_bytes - self.store_bytes
-
-    @property
-    def grown_bytes(self) -> int:
-        """By how much it grew under load: at least pool and store, if they were really filled."""
-        return self.peak_bytes - self.start_bytes
 
 
 def measure(model: Path, spec: ModelSpec, kv_bytes: int, store_bytes: int) -> list[Peaks]:
@@ -51,18 +51,26 @@ def measure(model: Path, spec: ModelSpec, kv_bytes: int, store_bytes: int) -> li
     with running(*serve) as process:
         wait_until(lambda: _is_ready(port), process)
         workers = _workers(process.pid)
-        start = {name: _peak(pid) for name, pid in workers.items()}
+        start = {name: _status(pid) for name, pid in workers.items()}
         rng = random.Random(0)
         longs = [[rng.randrange(256) for _ in range(PROMPT_TOKENS)] for _ in range(num_prompts)]
         shorts = [[rng.randrange(256) for _ in range(20)] for _ in range(NUM_SHORT)]
         with ThreadPoolExecutor(NUM_SHORT) as clients:
             list(clients.map(lambda prompt: _ask(port, model.name, prompt), longs + shorts))
-        peaks = {name: _peak(pid) for name, pid in workers.items()}
+        end = {name: _status(pid) for name, pid in workers.items()}
     if process.returncode != 0:
         raise RuntimeError(f"baton serve ended with code {process.returncode}")
     weight_bytes = 2 * spec.num_parameters()
     return [
-        Peaks(name, peaks[name], start[name], weight_bytes, kv_bytes, store_bytes)
+        Peaks(
+            worker=name,
+            peak_bytes=end[name]["VmHWM"],
+            weight_bytes=weight_bytes,
+            kv_bytes=kv_bytes,
+            store_bytes=store_bytes,
+            shared_bytes=end[name]["RssShmem"],
+            grown_bytes=end[name]["RssAnon"] - start[name]["RssAnon"],
+        )
         for name in sorted(workers)
     ]
 
@@ -96,11 +104,11 @@ def _workers(supervisor: int) -> dict[str, int]:
     return found
 
 
-def _peak(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"process {pid} has no VmHWM")
+def _status(pid: int) -> dict[str, int]:
+    """The sizes in /proc/PID/status, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    words = [line.split() for line in lines if line.endswith(" kB")]
+    return {name.rstrip(":"): int(size) * 1024 for name, size, _ in words}
 
 
 def _is_ready(port: int) -> bool:

@@ -38,8 +38,8 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
 
 @pytest.fixture(scope="module")
 def wanted(deployment: Victim) -> dict[int, list[int]]:
-    """Answers without faults, of 800 tokens, by the seed of their prompt of 50."""
-    return {seed: deployment.ask(prompt_of(50, seed), 800) for seed in range(2, 8)}
+    """Answers without faults, of 400 tokens, by the seed of their prompt of 50."""
+    return {seed: deployment.ask(prompt_of(50, seed), 400) for seed in range(2, 8)}
 
 
 @pytest.fixture
@@ -69,8 +69,9 @@ def assert_worker_lost(stream: Stream, killed: float, wanted: list[int]) -> None
     assert stream.error is not None, vars(stream)
     assert stream.error["code"] == "worker_lost"
     assert stream.error["type"] == "server_error"
+    assert "/" not in stream.error["message"], "a path, which is no client's business"
     assert not stream.done
-    assert stream.token_ids == wanted[: len(stream.token_ids)]
+    assert stream.token_ids[: len(wanted)] == wanted[: len(stream.token_ids)]
     assert stream.ended - killed < TOLD_S
 
 
@@ -78,7 +79,9 @@ def test_prefill_worker_mid_prefill(served: Victim, wanted: dict[int, list[int]]
     async def run() -> None:
         pids = served.processes()
         async with async_http(served) as client:
-            decoding = [Stream(client, served.body(prompt_of(50, seed), 800)) for seed in (2, 3, 4)]
+            decoding = [
+                Stream(client, served.body(prompt_of(50, seed), 1500)) for seed in (2, 3, 4)
+            ]
             for stream in decoding:
                 await stream.until_tokens(5)
             prefilling = Stream(client, served.body(prompt_of(7000, 11), 20))
@@ -103,7 +106,8 @@ def test_prefill_worker_mid_prefill(served: Victim, wanted: dict[int, list[int]]
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
             for stream, seed in zip(decoding, (2, 3, 4), strict=True):
                 await stream.end()
-                assert (stream.done, stream.token_ids) == (True, wanted[seed])
+                assert (stream.done, len(stream.token_ids)) == (True, 1500)
+                assert stream.token_ids[:400] == wanted[seed]
         await until(served.is_ready, BACK_S, "readiness")
         now = served.processes()
         assert {name for name in pids if pids[name] != now[name]} == {"prefill-0"}
@@ -116,7 +120,7 @@ def test_decode_worker_mid_stream(served: Victim, wanted: dict[int, list[int]]) 
     async def run() -> None:
         async with async_http(served) as client:
             streams = {
-                seed: Stream(client, served.body(prompt_of(50, seed), 800)) for seed in wanted
+                seed: Stream(client, served.body(prompt_of(50, seed), 1500)) for seed in wanted
             }
             for stream in streams.values():
                 await stream.until_tokens(10)
@@ -135,7 +139,8 @@ def test_decode_worker_mid_stream(served: Victim, wanted: dict[int, list[int]]) 
             assert stream.error is not None and stream.error["stage"] == "decode"
             print(f"told_s={stream.ended - killed:.3f}")
         for seed in wanted.keys() - lost.keys():
-            assert streams[seed].token_ids == wanted[seed]
+            assert len(streams[seed].token_ids) == 1500
+            assert streams[seed].token_ids[:400] == wanted[seed]
         assert ready
 
     asyncio.run(run())
@@ -179,6 +184,8 @@ def test_prefill_worker_at_the_handoff(served: Victim, wanted: dict[int, list[in
             assert stream.error is not None and stream.error["code"] == "worker_lost"
             assert stream.ended - killed < TOLD_S
         print(f"lost {len(lost)} of {len(streams)}")
+        # All may have ended before the gateway knew of the death.
+        await until(lambda: not served.is_ready(), 2.0, "the gateway's knowing")
         await until(served.is_ready, BACK_S, "readiness")
         for seed, stream in streams.items():
             whole = await asyncio.to_thread(served.ask, prompt_of(400, 60 + seed), 60)

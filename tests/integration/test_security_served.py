@@ -16,8 +16,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import uvloop
 from faults.served import SMALL, Victim, make_model, prompt_of
+from rpc_ends import run
 
 from baton.rpc.auth import METADATA_KEY, read_secret
 from baton.rpc.client import WorkerLink, announce
@@ -210,10 +210,10 @@ def test_a_stranger_cannot_talk_to_a_worker(served: Guarded) -> None:
         return hellos, lost
 
     for secret in (bytes(32), b"", read_secret(path)[::-1]):
-        hellos, lost = uvloop.run(knock(secret))
+        hellos, lost = run(knock(secret))
         assert not hellos
         assert "UNAUTHENTICATED" in lost[0]
-    hellos, lost = uvloop.run(knock(read_secret(path)))
+    hellos, lost = run(knock(read_secret(path)))
     assert (len(hellos), lost) == (1, [])
     assert METADATA_KEY not in served.output
 
@@ -222,12 +222,12 @@ def test_a_stranger_cannot_announce_a_worker(served: Guarded) -> None:
     path = served.runtime_dir
     gateway = f"unix:{path / 'gateway.sock'}"
     said = Announce("decode-0", f"unix:{path / 'decode-0.sock'}", Role.DECODE, 666)
-    reply = uvloop.run(announce(gateway, said, bytes(32)))
+    reply = run(announce(gateway, said, bytes(32)))
     assert not reply.accepted
     assert "UNAUTHENTICATED" in reply.reason
     # One who knows the secret still cannot send the gateway elsewhere.
     elsewhere = Announce("decode-9", "unix:/tmp/elsewhere.sock", Role.DECODE, 1)
-    reply = uvloop.run(announce(gateway, elsewhere, read_secret(path)))
+    reply = run(announce(gateway, elsewhere, read_secret(path)))
     assert (reply.accepted, "runtime directory" in reply.reason) == (False, True)
     with served.open(ALICE) as client:
         assert client.get("/ready").status_code == 200

@@ -51,11 +51,12 @@ def test_blocks_move_to_another_pool_as_bytes(checkpoint):
 
     def copy():
         for here, there in zip(sequence.table, moved.table, strict=True):
-            view = target.kv.block_view(there)
+            view = target.kv.landing(there)
             assert view.dtype == np.uint8
             assert view.flags.c_contiguous
             assert view.nbytes == target.kv.block_bytes
-            view[:] = source.kv.block_view(here)
+            view[:] = source.kv.read_block(here)
+            target.kv.land(there, view)
 
     thread = threading.Thread(target=copy)
     thread.start()
@@ -76,7 +77,10 @@ def test_pages_are_not_touched_before_they_are_used(checkpoint):
     assert resident() - before < 50 << 20
 
 
-def test_a_pool_elsewhere_has_no_host_view(checkpoint):
+def test_blocks_land_beside_a_pool_that_is_not_in_host_memory(checkpoint):
     kv = KvCache(load_model_spec(checkpoint), 2, 16, "float32", device="meta")
-    with pytest.raises(RuntimeError, match="not in host memory"):
-        kv.block_view(0)
+    landing = kv.landing(0)
+    assert landing.nbytes == kv.block_bytes
+    assert landing.base is None  # memory of its own
+    assert landing is not kv.landing(0)
+    kv.land(0, landing)

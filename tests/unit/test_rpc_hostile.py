@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from rpc_ends import LOAD, SECRET, Gateway, hello, request, status_of, until, worker
+from rpc_ends import LOAD, SECRET, Gateway, hello, request, run, status_of, until, worker
 
 from baton.errors import ConfigError
 from baton.rpc import auth
@@ -111,7 +111,7 @@ def test_garbage_never_reaches_the_handler(tmp_path: Path) -> None:
             await until(lambda: handler.submitted() == ["good"])
             await gateway.link.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_wrong_order_of_messages_is_refused(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_wrong_order_of_messages_is_refused(tmp_path: Path) -> None:
                 assert code is grpc.StatusCode.INVALID_ARGUMENT
             assert handler.messages == []
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_garbage_from_a_worker_loses_the_link(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_garbage_from_a_worker_loses_the_link(tmp_path: Path) -> None:
             assert "malformed" in gateway.losses[0]
             assert gateway.reports == []
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("metadata", [None, [("baton-token", "é".encode().hex())], "other"])
@@ -152,7 +152,7 @@ def test_strangers_are_refused(tmp_path: Path, metadata: object) -> None:
             assert "UNAUTHENTICATED" in gateway.losses[0]
             assert handler.events == []
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_oversize_messages_are_refused(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_oversize_messages_are_refused(tmp_path: Path) -> None:
             with pytest.raises(MalformedMessage, match="exceeds"):
                 decode(bytes(MAX_MESSAGE_BYTES + 1))
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("address", ["unix:{}/w", "127.0.0.1:0"])
@@ -200,7 +200,7 @@ def test_killed_worker_is_lost_within_a_second(tmp_path: Path, address: str) -> 
                 assert len(gateway.losses) == 1
                 return elapsed
 
-            assert asyncio.run(main()) < 1.0
+            assert run(main()) < 1.0
         finally:
             process.kill()
 
@@ -235,7 +235,7 @@ def test_announce_retries_until_there_is_a_gateway(tmp_path: Path) -> None:
         assert len(seen) == 2
         await registry.stop(0.1)
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_secret_file(tmp_path: Path) -> None:

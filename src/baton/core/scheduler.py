@@ -8,7 +8,7 @@ back through admission, where the prefix cache may spare it most of the work. Th
 never preempted by another, so something always progresses.
 
 `Scheduler` owns the sequences, the block pool, the exports and the imports. Methods take the
-time as an argument; what they bring for the outside is collected by `take`. (A little over the
+time as an argument; what they bring for the outside is collected by `take`. (Over the
 usual length of a file: one rule, told in one place.)
 """
 
@@ -34,13 +34,31 @@ from baton.types import FinishReason, Request, SampledLogprobs, TokenDelta, Work
 _RUNNING = Status.RUNNING  # read for every sequence in every step
 _STAGES = {Status.WAITING: "queue", Status.IMPORTING: "transfer", Status.EXPORTING: "export"}
 
+COUNTERS = (
+    "refused",
+    "aborts",
+    "preemptions",
+    "tokens_computed",
+    "tokens_generated",
+    "prompt_tokens_computed",
+    "prompt_tokens_recomputed",
+    "prefix_query_tokens",
+    "prefix_hit_tokens",
+    "imported_blocks",
+    "store_full_waits",
+    "late_renewals",
+    "leases_expired",
+    "fallback_export_failed",
+)
+"""Running totals that are there from the start; `fallback_import_<reason>` come as they happen."""
+
 
 class Scheduler:
     """Policy of one worker. Every call is deterministic in its arguments."""
 
     def __init__(self, config: SchedulerConfig, leases: LeaseTable, index: StoreIndex) -> None:
         self.config = config
-        self.counters: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.pool = BlockPool(config.num_blocks)
         self.exports = ExportTable(config, self.pool, index, leases)
         self.imports = ImportTable(config, self.pool, self.counters)

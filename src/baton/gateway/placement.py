@@ -239,7 +239,8 @@ class PlacingDispatcher:
         self._router.leave(worker_id)
         for live in [live for live in self._live.values() if live.worker_id == worker_id]:
             stage = "decode" if live.tokens else "prefill"
-            self._fail(live, WorkerLost(f"worker {worker_id} is gone: {reason}", stage=stage))
+            # The reason holds addresses: it is for the log, where the registry has put it.
+            self._fail(live, WorkerLost(f"worker {worker_id} is gone", stage=stage))
 
     def _reported(self, worker_id: str, report: StepReport) -> None:
         if report.draining:

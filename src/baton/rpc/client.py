@@ -119,7 +119,7 @@ class WorkerLink:
             InvalidRequest: more than `MAX_REQUEST_TOKENS` tokens do not fit a message.
         """
         if self._is_over:
-            raise WorkerLost(f"the worker at {self._address} is gone")
+            raise WorkerLost("the worker is gone")
         if len(request.prompt) + len(request.emitted) > MAX_REQUEST_TOKENS:
             raise InvalidRequest(f"more than {MAX_REQUEST_TOKENS} tokens", param="prompt")
         self._submit.append(request)
