@@ -1,4 +1,4 @@
-"""Garbage for a worker's stream; as a program, sends it to one: prints `clean` if that one lives."""
+"""Garbage for a worker's stream; as a program, throws it at one: prints `clean` if it lives."""
 
 from __future__ import annotations
 
