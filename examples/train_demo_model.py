@@ -2,7 +2,7 @@
 
     python examples/train_demo_model.py --out models/baton-demo
     python examples/train_demo_model.py --out models/baton-demo-mini --size mini \\
-        --like models/baton-demo --steps 5000 --chat-steps 1200 --learning-rate 6e-3
+        --like models/baton-demo --steps 5000 --learning-rate 6e-3
     python examples/train_demo_model.py --check models/baton-demo
 
 The first command makes the questions and the tokenizer from the standard library of the Python
@@ -339,7 +339,7 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="demo")
     parser.add_argument("--like", type=Path, metavar="DIR", help="reuse tokenizer and questions")
     parser.add_argument("--steps", type=int, default=1700, help="length of the first phase")
-    parser.add_argument("--chat-steps", type=int, default=500, help="length of the second phase")
+    parser.add_argument("--chat-steps", type=int, default=1200, help="length of the second phase")
     parser.add_argument("--minutes", type=float, help="length of both phases, in place of steps")
     parser.add_argument("--resume", action="store_true", help="second phase only, from --out")
     parser.add_argument("--learning-rate", type=float, default=4e-3)

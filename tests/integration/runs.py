@@ -14,8 +14,14 @@ from typing import Any
 
 import openai
 from integration.deployment import Deployment
-from numerics.prompts import num_answer_tokens, prompts_of_mixed_lengths
+from numerics.prompts import TINY_POOL_BLOCKS, long_requests, mixed_requests
 
+AT_ONCE = mixed_requests()
+AGAIN = AT_ONCE[:16]
+LONG = long_requests()
+RUN_REQUESTS = [*AT_ONCE, *AGAIN, *LONG]
+"""Prompt and number of tokens to generate of every answer of `run_mixed_prompts`."""
+NUM_AT_A_TIME = 4
 NUM_STREAMS = 200
 STREAM_TOKENS = 24
 COMMON_FLAGS = ("--model.dtype", "float32", "--engine.threads", "1")
@@ -54,9 +60,18 @@ class Run:
 
 
 def run_mixed_prompts(model: Path, layout: str, logs: Path) -> Run:
-    """50 greedy prompts of mixed lengths at once, in chunks, in pools too small for them."""
+    """`RUN_REQUESTS`, greedily, in chunks, in pools too small for them.
+
+    First 50 prompts of mixed lengths at once. Then some of them again, a few at a time: these are
+    placed on workers where others have ended. Then short ones with long answers, all at once.
+    """
     flags = (*COMMON_FLAGS, "--log.decision-log", str(logs))
-    flags += ("--engine.max-num-batched-tokens", "96", "--engine.num-kv-blocks", "120")
+    flags += (
+        "--engine.max-num-batched-tokens",
+        "96",
+        "--engine.num-kv-blocks",
+        str(TINY_POOL_BLOCKS),
+    )
     with Deployment.start(model, layout, *flags) as served:
         answers = asyncio.run(_ask_all(served))
         return _finish(served, answers, logs)
@@ -101,8 +116,15 @@ async def _ask_all(served: Deployment) -> list[Answer]:
             logprobs = choice.logprobs.token_logprobs
             return Answer(choice.token_ids, logprobs, [choice.finish_reason])
 
-        pairs = zip(prompts_of_mixed_lengths(), num_answer_tokens(), strict=True)
-        return await asyncio.gather(*(ask(prompt, count) for prompt, count in pairs))
+        few = asyncio.Semaphore(NUM_AT_A_TIME)
+
+        async def ask_in_turn(prompt: list[int], num_tokens: int) -> Answer:
+            async with few:
+                return await ask(prompt, num_tokens)
+
+        answers = await asyncio.gather(*(ask(*request) for request in AT_ONCE))
+        answers += await asyncio.gather(*(ask_in_turn(*request) for request in AGAIN))
+        return answers + await asyncio.gather(*(ask(*request) for request in LONG))
 
 
 async def _stream_all(served: Deployment, questions: Sequence[str]) -> list[Answer]:

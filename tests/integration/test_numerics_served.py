@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from integration.runs import Run
-from numerics.prompts import MAX_LOGPROB_ERROR, num_answer_tokens, prompts_of_mixed_lengths
+from integration.runs import RUN_REQUESTS, Run
+from numerics.prompts import MAX_LOGPROB_ERROR
 from numerics.tiny_models import reference_logits
 
 
@@ -17,8 +17,8 @@ from numerics.tiny_models import reference_logits
 def test_greedy_answers_equal_transformers(
     layout: str, mixed_run: Callable[[str], Run], tiny_reference: Any
 ) -> None:
-    run, prompts = mixed_run(layout), prompts_of_mixed_lengths()
-    for answer, prompt, length in zip(run.answers, prompts, num_answer_tokens(), strict=True):
+    run = mixed_run(layout)
+    for answer, (prompt, length) in zip(run.answers, RUN_REQUESTS, strict=True):
         assert len(answer.token_ids) == len(answer.logprobs) == length
         logits = reference_logits(tiny_reference, [*prompt, *answer.token_ids[:-1]])
         logits = logits[len(prompt) - 1 :]
@@ -41,6 +41,7 @@ def test_counters_show_which_way_the_answers_went(
     num_workers = int(layout[0])
     assert len([name for name in run.counters if name.startswith("prefill")]) == num_workers
     assert run.total("prefill", "tokens_generated") == len(run.answers)
+    assert run.total("prefill", "prompt_tokens_computed") > 0
     assert run.total("prefill", "prefix_hit_tokens") > 0
     assert run.total("decode", "preemptions") > 0
     assert run.total("decode", "prompt_tokens_computed") == 0

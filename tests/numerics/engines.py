@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import secrets
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
 import msgspec
+from numerics.prompts import greedy
 
 from baton.config import Layout, load_config
 from baton.core.scheduler import Scheduler
@@ -29,7 +31,7 @@ from baton.fabric.arena import Arena
 from baton.fabric.descriptors import DescriptorServer
 from baton.fabric.shm import ShmTransport
 from baton.fabric.thread import FabricThread
-from baton.types import FinishReason, Grant, Request, SampledLogprobs, SamplingParams, TokenDelta
+from baton.types import FinishReason, Grant, Request, SampledLogprobs, TokenDelta
 
 ANSWER_TIMEOUT_S = 100.0
 
@@ -114,6 +116,7 @@ class Engines:
             for role, count in Layout.parse(layout).counts().items()
         }
         self._workers: dict[str, _Worker] = {}
+        self._num_sent = 0
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Engines]:
@@ -130,24 +133,25 @@ class Engines:
         for worker in self._workers.values():
             worker.check_empty()
 
-    def counters(self, role: str) -> dict[str, int]:
+    def counters(self, role: str) -> Counter[str]:
         """Totals over the workers of `role`."""
-        totals: dict[str, int] = {}
+        totals: Counter[str] = Counter()
         for name in self._names[role]:
-            for event, count in self._workers[name].scheduler.counters.items():
-                totals[event] = totals.get(event, 0) + count
+            totals.update(self._workers[name].scheduler.counters)
         return totals
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
+        self, requests: Sequence[tuple[list[int], int]], *, logprobs: int | None = None
     ) -> list[Answer]:
-        """Answer all prompts at once, dealt out to the workers in turn."""
+        """Answer prompts greedily, each with so many tokens; dealt out to the workers in turn."""
         firsts = self._names.get("unified") or self._names["prefill"]
         seconds = self._names.get("unified") or self._names["decode"]
         answers = {}
-        for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+        sampling = greedy(requests, logprobs=logprobs)
+        for i, ((prompt, _), params) in enumerate(zip(requests, sampling, strict=True)):
             hand_off = "unified" not in self._names
-            request = Request(f"request-{i}", tuple(prompt), params, hand_off=hand_off)
+            request = Request(f"request-{self._num_sent}", tuple(prompt), params, hand_off=hand_off)
+            self._num_sent += 1
             prefill = firsts[i % len(firsts)]
             # Not the same pairs all the time, but pairs of the same worker where there is no other.
             decode = seconds[(i // len(firsts)) % len(seconds)] if hand_off else prefill

@@ -15,6 +15,8 @@ ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3"]
 NUM_PROMPTS = 50
 LONGEST = 700
 MAX_LOGPROB_ERROR = 1e-4
+TINY_POOL_BLOCKS = 56
+"""Room for the longest of the requests, and not much more."""
 
 
 def prompts_of_mixed_lengths(seed: int = 0) -> list[list[int]]:
@@ -35,11 +37,29 @@ def num_answer_tokens() -> list[int]:
     return [64 + i % 7 for i in range(NUM_PROMPTS)]
 
 
-def greedy(*, logprobs: int | None = None) -> list[SamplingParams]:
-    """Greedy sampling of each prompt's number of tokens."""
+def mixed_requests(seed: int = 0) -> list[tuple[list[int], int]]:
+    """The prompts of mixed lengths, with the number of tokens to generate."""
+    return list(zip(prompts_of_mixed_lengths(seed), num_answer_tokens(), strict=True))
+
+
+def long_requests() -> list[tuple[list[int], int]]:
+    """8 short prompts with long answers, 2,560 tokens in all.
+
+    Sent at once to one or two workers with pools of `TINY_POOL_BLOCKS`, 896 tokens each, they are
+    admitted together, because answers were short so far, and cannot all stay: whatever the
+    timing, some are preempted.
+    """
+    rng = random.Random(8)
+    return [([rng.randrange(256) for _ in range(20)], 300) for _ in range(8)]
+
+
+def greedy(
+    requests: Sequence[tuple[list[int], int]], *, logprobs: int | None = None
+) -> list[SamplingParams]:
+    """Greedy sampling of each request's number of tokens."""
     return [
         SamplingParams(max_tokens=count, temperature=0.0, logprobs=logprobs)
-        for count in num_answer_tokens()
+        for _, count in requests
     ]
 
 

@@ -3,10 +3,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import pytest
 
+from baton.fabric import thread
 from baton.fabric.arena import Arena, MappedArena
 from baton.fabric.thread import (
     Done,
@@ -32,6 +33,7 @@ class FakeTransport:
         self.gate.set()
         self.error: Exception | None = None
         self.forgotten: list[str] = []
+        self.rests: SimpleQueue[float] = SimpleQueue()
 
     def fetch(self, grant: Grant, wanted: Sequence[Wanted], deadline: float) -> list[ReadResult]:
         assert self.gate.wait(10)
@@ -43,6 +45,9 @@ class FakeTransport:
         if self.error is not None:
             raise self.error
         self.forgotten.append(source)
+
+    def rest(self) -> None:
+        self.rests.put(time.monotonic())
 
     def close(self) -> None: ...
 
@@ -149,6 +154,19 @@ def test_an_idle_thread_sleeps(fabric: Fixture) -> None:
     before = time.process_time()
     time.sleep(0.5)
     assert time.process_time() - before < 0.05
+
+
+def test_after_a_while_without_jobs_the_transport_rests_once(
+    fabric: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thread, "REST_AFTER_S", 0.1)
+    for tag in ("a", "b"):  # it goes on after a rest, and rests again
+        fabric.fetch(tag)
+        assert fabric.answer().tag == tag
+        answered = time.monotonic()
+        assert fabric.transport.rests.get(timeout=5) >= answered + 0.05
+    with pytest.raises(Empty):
+        fabric.transport.rests.get(timeout=0.3)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
 
 import grpc.aio
 
 from baton.rpc.messages import MAX_MESSAGE_BYTES
+
+T = TypeVar("T")
 
 WORKER_SERVICE: Final = "baton.Worker"
 GATEWAY_SERVICE: Final = "baton.Gateway"
@@ -47,3 +51,22 @@ CLIENT_OPTIONS: Final = (
 def connect(address: str) -> grpc.aio.Channel:
     """A channel to `unix:/path` or `host:port`; it connects with its first call."""
     return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+
+
+async def unbroken(operation: Coroutine[Any, Any, T]) -> T:
+    """Await a read or write of a stream so that cancelling the caller does not cancel it.
+
+    grpc.aio frees the buffers of an operation that is cancelled while its core still fills them,
+    which crashes the process or stalls its poller. The operation ends with the stream instead.
+    """
+    task = asyncio.ensure_future(operation)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_forget_outcome)
+        raise
+
+
+def _forget_outcome(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()

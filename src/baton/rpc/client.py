@@ -20,7 +20,7 @@ import msgspec
 
 from baton.errors import InvalidRequest, WorkerLost
 from baton.rpc.auth import credentials
-from baton.rpc.channel import ANNOUNCE_METHOD, STREAM_METHOD, connect
+from baton.rpc.channel import ANNOUNCE_METHOD, STREAM_METHOD, connect, unbroken
 from baton.rpc.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -203,8 +203,8 @@ class WorkerLink:
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 with contextlib.suppress(asyncio.InvalidStateError):  # refused: read() says why
-                    await call.write(encode(opening))
-                data = await call.read()
+                    await unbroken(call.write(encode(opening)))
+                data = await unbroken(call.read())
         except TimeoutError:
             raise _Ended(f"no answer within {HELLO_TIMEOUT_S} s") from None
         if data is grpc.aio.EOF:
@@ -226,7 +226,7 @@ class WorkerLink:
             self._on_hello(hello)
 
     async def _read(self, call: Any) -> None:
-        while (data := await call.read()) is not grpc.aio.EOF:
+        while (data := await unbroken(call.read())) is not grpc.aio.EOF:
             report = decode_to_gateway(data)
             if isinstance(report, Goodbye):
                 raise _Ended("the worker stopped")
@@ -253,7 +253,7 @@ class WorkerLink:
             while batch := self._outbox.after(self._sent):
                 for data in batch:
                     try:
-                        await call.write(data)
+                        await unbroken(call.write(data))
                     except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                         return  # the stream is over: `_read` takes what is left, and tells why
                     self._sent += 1

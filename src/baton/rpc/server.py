@@ -22,7 +22,7 @@ import grpc.aio
 import msgspec
 
 from baton.errors import WireError
-from baton.rpc.channel import GATEWAY_SERVICE, WORKER_SERVICE
+from baton.rpc.channel import GATEWAY_SERVICE, WORKER_SERVICE, unbroken
 from baton.rpc.listener import Code, Listener, Refused, check_token, decoded, version_text
 from baton.rpc.messages import (
     MAX_MESSAGE_BYTES,
@@ -243,7 +243,7 @@ class WorkerServer:
         return peer, stream
 
     async def _read(self, peer: _Peer, context: Any) -> None:
-        while (data := await context.read()) is not grpc.aio.EOF:
+        while (data := await unbroken(context.read())) is not grpc.aio.EOF:
             message = decoded(decode_to_worker, data)
             if not isinstance(message, Instructions):
                 raise Refused(Code.INVALID_ARGUMENT, "a second Open on one stream")
@@ -261,16 +261,16 @@ class WorkerServer:
 
     async def _write(self, peer: _Peer, stream: _Stream, context: Any) -> None:
         hello = msgspec.structs.replace(self._hello_factory(), last_index=peer.received)
-        await context.write(encode(hello))
+        await unbroken(context.write(encode(hello)))
         while True:
             await stream.news.wait()
             stream.news.clear()
             while batch := peer.outbox.after(stream.sent):
                 for data in batch:
-                    await context.write(data)
+                    await unbroken(context.write(data))
                     stream.sent += 1
             if self._stopping:
-                await context.write(encode(Goodbye()))
+                await unbroken(context.write(encode(Goodbye())))
                 await asyncio.Event().wait()  # until the gateway ends the stream
 
     def _end_stream(self, peer: _Peer, why: Refused | None) -> None:
@@ -336,7 +336,7 @@ class RegistryServer:
 
 async def _read_open(context: Any) -> Open:
     try:
-        data = await asyncio.wait_for(context.read(), OPEN_TIMEOUT_S)
+        data = await asyncio.wait_for(unbroken(context.read()), OPEN_TIMEOUT_S)
     except TimeoutError:
         raise Refused(Code.DEADLINE_EXCEEDED, "no Open message came") from None
     if data is grpc.aio.EOF:
