@@ -388,6 +388,6 @@ def cover_twice(patch: pytest.MonkeyPatch) -> None:
 )
 def test_the_machine_finds_a_seeded_bug(seed_bug: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
     seed_bug(monkeypatch)
-    quick = settings(SETTINGS, max_examples=400, derandomize=True, phases=[Phase.generate])
+    quick = settings(SETTINGS, max_examples=5000, derandomize=True, phases=[Phase.generate])
     with pytest.raises((AssertionError, KeyError)):
         run_state_machine_as_test(StoreMachine, settings=quick)
