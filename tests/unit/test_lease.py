@@ -3,7 +3,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from baton.core.lease import LeaseTable, reader_deadline, verify_mac
+from baton.core.lease import LeaseTable, verify_mac
 from baton.core.store_index import StoreIndex
 
 SECRET = bytes(range(32))
@@ -113,7 +113,3 @@ def test_a_changed_grant_is_refused(table: LeaseTable, change: dict[str, object]
 
 def test_another_secret_refuses(table: LeaseTable) -> None:
     assert not verify_mac(b"x" * 32, table.mint("g", "t", 10.0, now=0.0))
-
-
-def test_readers_stop_a_quarter_before_the_end(table: LeaseTable) -> None:
-    assert reader_deadline(table.mint("g", "t", 8.0, now=0.0), received_at=100.0) == 106.0

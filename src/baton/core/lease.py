@@ -5,7 +5,7 @@
 
 A live lease holds its keys in the `StoreIndex`, so none of them is evicted; one that is gone
 holds nothing. The minter's monotonic clock, passed in as `now`, alone judges a lease: over the
-wire goes only a duration, and readers stop a quarter before its end (`reader_deadline`).
+wire goes only a duration, and readers stop a quarter before its end (`imports.READ_WINDOW`).
 
 The engine thread owns the `LeaseTable`. The fabric checks MACs without it (`verify_mac`), with
 the secret that is drawn anew for every epoch and never leaves the process.
@@ -19,8 +19,6 @@ import hmac
 
 from baton.core.store_index import StoreIndex
 from baton.types import Grant
-
-READER_SHARE = 0.75
 
 
 def compute_mac(secret: bytes, grant_id: str, source: str, tenant: str, epoch: int) -> bytes:
@@ -40,11 +38,6 @@ def verify_mac(secret: bytes, grant: Grant) -> bool:
     """
     expected = compute_mac(secret, grant.grant_id, grant.source, grant.tenant, grant.epoch)
     return hmac.compare_digest(expected, grant.mac)
-
-
-def reader_deadline(grant: Grant, received_at: float) -> float:
-    """When a reader must have finished, on the clock that `received_at` was read from."""
-    return received_at + READER_SHARE * grant.ttl_s
 
 
 class _Lease:
