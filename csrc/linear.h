@@ -8,7 +8,9 @@
 
 namespace {
 
-constexpr int64_t kAhead = 16;  // steps (128 bytes each) that weights are prefetched ahead
+// Steps (128 bytes each) that weights are prefetched ahead: what a core gets through in the time of
+// an access to memory, which the hardware's own prefetching does not cover from one row up.
+constexpr int64_t kAhead = 64;
 
 // out[r][column] of R rows of x (`stride` bytes apart) with a panel's 32 columns.
 template <class T, int R>
@@ -90,10 +92,26 @@ inline void rows_by_panel(const Product& p, int64_t row, int64_t rows, int64_t p
     }
 }
 
+// Rows of a tile for m rows in all: of the sizes near kRows the one with the least work, where a
+// tile of few rows takes as long as one of kBusyRows, waiting for its own sums.
+inline int64_t tile_rows(int64_t m) {
+    if (m <= kRows) return m;
+    int64_t best = kRows, least = INT64_MAX;
+    for (int64_t size = kRows; size > 0 && size >= kRows - 2; --size) {
+        int64_t rest = m % size;
+        int64_t work = m - rest + (rest == 0 || rest > kBusyRows ? rest : kBusyRows);
+        if (work < least) {
+            least = work;
+            best = size;
+        }
+    }
+    return best;
+}
+
 template <class T>
 void linear(const Product& p, int64_t m, int32_t threads) {
     int64_t panels = (p.w->n + kPanel - 1) / kPanel;
-    int64_t tiles = (m + kRows - 1) / kRows;
+    int64_t size = tile_rows(m), tiles = (m + size - 1) / size;
     // With many threads the rows are divided too; where the cuts fall changes no result.
     int64_t blocks = (4 * threads + panels - 1) / panels;
     if (blocks > tiles) blocks = tiles;
@@ -103,8 +121,8 @@ void linear(const Product& p, int64_t m, int32_t threads) {
         int64_t block = item / panels, panel = item % panels;
         int64_t last = tiles * (block + 1) / blocks;
         for (int64_t t = tiles * block / blocks; t < last; ++t) {
-            int64_t row = m * t / tiles;
-            rows_by_panel<T>(p, row, m * (t + 1) / tiles - row, panel);
+            int64_t row = t * size;
+            rows_by_panel<T>(p, row, m - row < size ? m - row : size, panel);
         }
     }
 }

@@ -17,7 +17,7 @@ struct W16 {
 };
 
 // Register tiles: rows x (kVectors * 16) columns for products, rows x (kWide * 16) for P V.
-constexpr int kVectors = 1, kRows = 5, kWide = 1, kWideRows = 5;
+constexpr int kVectors = 1, kRows = 5, kBusyRows = 4, kWide = 1, kWideRows = 5;
 
 inline V16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline V16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

@@ -12,11 +12,12 @@ typedef __m512 V16;
 typedef __m512i W16;  // 16 words of 32 bits
 
 // Register tiles: rows x (kVectors * 16) columns for products, rows x (kWide * 16) for P V.
+// Under kBusyRows rows a tile has too few sums to keep the units busy.
 constexpr int kVectors = 2, kWide = 4, kWideRows = 6;
 #ifdef __AVX512BF16__
-constexpr int kRows = 14;
+constexpr int kRows = 14, kBusyRows = 6;
 #else
-constexpr int kRows = 12;
+constexpr int kRows = 12, kBusyRows = 4;
 #endif
 
 inline V16 set1(float x) { return _mm512_set1_ps(x); }

@@ -19,7 +19,7 @@ struct W16 {
 };
 
 // Register tiles: rows x (kVectors * 16) columns for products, rows x (kWide * 16) for P V.
-constexpr int kVectors = 1, kRows = 2, kWide = 1, kWideRows = 2;
+constexpr int kVectors = 1, kRows = 2, kBusyRows = 1, kWide = 1, kWideRows = 2;
 
 #define EACH(expression)                        \
     V16 result;                                 \
