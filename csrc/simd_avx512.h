@@ -44,6 +44,20 @@ inline V16 keep(V16 x, int64_t from, int64_t to, V16 other) {
     return _mm512_mask_mov_ps(other, mask, x);
 }
 
+// The sum of all lanes, as a tree: lane i with i + 8, then + 4, + 2, + 1.
+inline float sum_lanes(V16 x) {
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+inline float max_lanes(V16 x) {
+    __m256 half = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    quarter = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
 inline W16 load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
 inline void store_words(uint32_t* p, W16 x) { _mm512_storeu_si512(p, x); }
 inline V16 as_floats(W16 x) { return _mm512_castsi512_ps(x); }
