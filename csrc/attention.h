@@ -99,16 +99,21 @@ struct Walk {
 
 // Tokens from..count of the context, counted from a multiple of kContext: what an item's rows see
 // of a block. `keys` has K of each under the item's first KV head, and any other place in the pool
-// for the rest of the block; `ahead` is the same of the block that follows, which is asked for
-// little by little while this one is worked on: all at once would be more misses than a core keeps.
+// for the rest of the block; `ahead` is the same of the block that follows.
 struct Context {
     int64_t from;
     int64_t count;
     const void* keys[kContext];
     const void* ahead[kContext];
+    int64_t heads;
+    int64_t inverse;  // of `heads`, times 2^16
+    int64_t dim;
 
     template <class Value>
     void begin(const Walk& w, int64_t block) {
+        heads = w.item.heads;
+        inverse = (65536 + heads - 1) / heads;
+        dim = w.s.head_dim;
         find<Value>(w, block);
         advance<Value>(w, block);
     }
@@ -119,6 +124,14 @@ struct Context {
         from = w.seen > block ? w.seen - block : 0;
         count = w.end - block < kContext ? w.end - block : kContext;
         find<Value>(w, block + kContext);
+    }
+    // Ask memory for a line of the block ahead, while head h works on token i of this one: little
+    // by little, since a core keeps few misses at once, and in order of address, not of heads.
+    // (Always inline: to a compiler, a function that only prefetches does nothing.)
+    template <class Value>
+    __attribute__((always_inline)) void ask(int64_t h, int64_t i, int64_t offset) const {
+        int64_t n = h * kContext + i, token = n * inverse >> 16;
+        __builtin_prefetch((const Value*)ahead[token] + (n - token * heads) * dim + offset);
     }
 
 private:
@@ -153,7 +166,7 @@ inline void score(const Walk& w, const Context& block, int64_t h, Scratch& c) {
     for (int64_t i = 0; i < rounded; i += 16) {
         for (int64_t j = i; j < i + 16; ++j)
             for (int64_t d = 0; d < w.s.head_dim; d += 64 / (int64_t)sizeof(Value))
-                __builtin_prefetch((const Value*)block.ahead[j] + h * w.s.head_dim + d);
+                block.ask<Value>(h, j, d);
         transpose(keys + i, steps, c.keys + i, kContext);
     }
     for (int64_t r = 0; r < w.item.rows; r += kWideRows) {
@@ -210,12 +223,13 @@ struct Widened {
 template <class Value>
 struct InPool {
     const Context& block;
-    int64_t to_value;
+    int64_t h;
+    int64_t to_value;  // from K under head 0 to V under head 0
     V16 get(int64_t j, int64_t at) const {
-        return load((const Value*)block.keys[j] + to_value + at);
+        return load((const Value*)block.keys[j] + to_value + h * block.dim + at);
     }
-    void ask(int64_t j, int64_t at) const {
-        __builtin_prefetch((const Value*)block.ahead[j] + to_value + at);
+    __attribute__((always_inline)) void ask(int64_t j, int64_t at) const {
+        block.ask<Value>(h, j, to_value + at);
     }
 };
 
@@ -271,14 +285,15 @@ inline void weigh_head(const Walk& w, const Values& values, int64_t h, Scratch& 
 template <class T>
 inline void gather(const Walk& w, const Context& block, int64_t h, Scratch& c) {
     typedef typename T::Value Value;
-    int64_t dim = w.s.head_dim, to_value = w.to_value() + h * dim;
+    int64_t dim = w.s.head_dim;
     if (w.item.rows <= kWideRows && dim % 16 == 0)
-        return weigh_head(w, InPool<Value>{block, to_value}, h, c);
+        return weigh_head(w, InPool<Value>{block, h, w.to_value()}, h, c);
     for (int64_t i = block.from; i < block.count; ++i) {
-        const Value* value = (const Value*)block.keys[i] + to_value;
-        __builtin_prefetch((const Value*)block.ahead[i] + to_value);
-        for (int64_t d = 0; d < dim; d += 16)
+        const Value* value = (const Value*)block.keys[i] + w.to_value() + h * dim;
+        for (int64_t d = 0; d < dim; d += 16) {
+            if (d % 32 == 0) block.ask<Value>(h, i, w.to_value() + d);
             store(c.values + i * w.width + d, load_up_to(value + d, dim - d));
+        }
     }
     weigh_head(w, Widened{c.values, w.width}, h, c);
 }
