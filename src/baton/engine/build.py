@@ -20,8 +20,9 @@ from baton.engine.engine import Emitted, Engine
 from baton.engine.runner import TorchRunner
 from baton.errors import ConfigError
 from baton.model.attention import NUMERICS
+from baton.model.checkpoint import Progress
 from baton.model.kv_cache import KvCache, kv_block_bytes
-from baton.model.loader import Progress, load_weights, weights_fingerprint
+from baton.model.loader import load_weights
 from baton.model.native import choose_kernels
 from baton.model.transformer import Transformer
 from baton.model_spec import ModelSpec, load_model_spec
@@ -99,7 +100,7 @@ def build_engine(
         max_num_batched_tokens=config.engine.max_num_batched_tokens,
         max_model_len=limits.max_model_len,
         vocab_size=spec.vocab_size,
-        fingerprint=weights_fingerprint(model_dir),
+        fingerprint=weights.fingerprint,
         numerics=f"{device}-{NUMERICS if kernels is None else kernels.numerics}-{dtype}",
         prefix_cache=config.engine.prefix_cache,
         lease_ttl_s=config.store.lease_ttl_s,

@@ -26,8 +26,8 @@ from baton.fabric.arena import Arena
 from baton.fabric.descriptors import DescriptorServer
 from baton.fabric.shm import ShmTransport
 from baton.fabric.thread import FabricThread
+from baton.model.checkpoint import Progress
 from baton.model.hub import resolve_model
-from baton.model.loader import Progress
 from baton.rpc.auth import read_secret
 from baton.rpc.client import announce
 from baton.rpc.messages import Announce, Hello, Instructions
