@@ -24,6 +24,7 @@ from baton.model.checkpoint import Progress
 from baton.model.kv_cache import KvCache, kv_block_bytes
 from baton.model.loader import load_weights
 from baton.model.native import choose_kernels
+from baton.model.packed import load_packed
 from baton.model.transformer import Transformer
 from baton.model_spec import ModelSpec, load_model_spec
 from baton.types import KvFormat
@@ -66,10 +67,14 @@ def build_engine(
     epoch: int,
     lease_secret: bytes,
     with_store: bool = True,
+    weights_fd: int | None = None,
     progress: Progress | None = None,
     decision_sink: Sink | None = None,
 ) -> Built:
     """Load the model and lay out the KV pool. The fabric is the caller's to attach.
+
+    Args:
+        weights_fd: memfd in which the workers of this host share packed weights.
 
     Raises:
         ModelError: the checkpoint cannot be served.
@@ -81,8 +86,12 @@ def build_engine(
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     kernels = choose_kernels(config.engine.kernels, spec, dtype, device)
-    weights = load_weights(model_dir, spec, dtype, device, progress)
-    model = Transformer(spec, weights, kernels)
+    weights = (
+        load_weights(model_dir, spec, dtype, device, progress)
+        if kernels is None
+        else load_packed(model_dir, spec, dtype, kernels, weights_fd, progress)
+    )
+    model = Transformer(spec, weights)
     limits = resolve_limits(config, spec, device, dtype, with_store)
     kv_format = KvFormat(
         block_size=config.engine.block_size,
