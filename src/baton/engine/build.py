@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from baton.config import Config
+from baton.config import Config, format_cpus
 from baton.core.decision_log import LoggedScheduler, Sink
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
@@ -42,6 +42,7 @@ class EngineLimits(msgspec.Struct, frozen=True):
 
     device: str
     dtype: str
+    cpus: str
     threads: int
     max_model_len: int
     num_blocks: int
@@ -164,6 +165,7 @@ def resolve_limits(
     return EngineLimits(
         device=device,
         dtype=dtype,
+        cpus=format_cpus(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
         max_model_len=max_model_len,
         num_blocks=num_blocks,

@@ -58,6 +58,7 @@ class Worker:
         worker_id: str,
         runtime_dir: Path,
         *,
+        weights_fd: int | None = None,
         progress: Progress | None = None,
         decision_sink: Sink | None = None,
     ) -> None:
@@ -75,6 +76,7 @@ class Worker:
             worker_id=worker_id,
             epoch=self._epoch,
             lease_secret=lease_secret,
+            weights_fd=weights_fd,
             progress=progress,
             decision_sink=decision_sink,
         )
