@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
-import torch
 from torch import Tensor
 
 from baton.model.native import DTYPES, PANEL, Kernels, packed_elements
 from baton.model.weights import Entry
+
+# A piece is packed in half a millisecond, faster than it is read. With more threads every piece
+# would wait for all of them, on busy cores for many times as long.
+_THREADS: Final = 1
 
 
 @dataclass(slots=True)
@@ -84,5 +88,5 @@ class Packer:
             target.memory.data_ptr() + at,
             *rows.shape,
             DTYPES[dtype],
-            torch.get_num_threads(),
+            _THREADS,
         )
