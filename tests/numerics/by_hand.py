@@ -35,6 +35,7 @@ class Handmade:
         device: str = "cpu",
         num_blocks: int = 300,
         kernels: Kernels | None = None,
+        weights_fd: int | None = None,
     ) -> Handmade:
         spec = load_model_spec(path)
         kv = KvCache(spec, num_blocks, BLOCK_SIZE, dtype, device)
@@ -43,7 +44,7 @@ class Handmade:
         weights = (
             load_weights(path, spec, dtype, device)
             if kernels is None
-            else load_packed(path, spec, dtype, kernels)
+            else load_packed(path, spec, dtype, kernels, weights_fd)
         )
         return cls(Transformer(spec, weights), kv, order.tolist())
 

@@ -21,7 +21,7 @@ def parse_cpus(text: str, field: str) -> tuple[int, ...]:
     """
     found: list[int] = []
     for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
         first, last = (int(n or match[1]) for n in match.groups()) if match else (1, 0)
         if not first <= last <= MAX_CPU:
             raise ConfigError(f"{field} {text!r} is not a list of cores: write it as 0-3,8")
