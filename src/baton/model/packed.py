@@ -21,7 +21,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from baton.errors import BatonError
+from baton.errors import BatonError, ConfigError
 from baton.model.checkpoint import Checkpoint, Progress
 from baton.model.fingerprint import checkpoint_stamp, weights_fingerprint
 from baton.model.native import VERSION, Kernels, Packed, packed_elements
@@ -129,10 +129,14 @@ def load_packed(
 
     Raises:
         ModelError: as `Checkpoint`.
-        ConfigError: not on Linux.
+        ConfigError: `shared_fd` is not a memfd, or this is not Linux.
         OSError: no memory.
     """
     if shared_fd is not None:
+        try:
+            is_sealed(shared_fd)
+        except OSError as error:
+            raise ConfigError(f"descriptor {shared_fd} is not a memfd: {error.strerror}") from None
         with locked(shared_fd):
             if not is_sealed(shared_fd):
                 _pack(path, spec, dtype, kernels, shared_fd, progress)
@@ -218,7 +222,8 @@ def _read_header(fd: int) -> tuple[Header, int]:
     prefix = os.pread(fd, _PREFIX_BYTES, 0)
     if prefix[:8] != MAGIC:
         raise PackRefused("the shared memory does not hold weights")
-    text = os.pread(fd, int.from_bytes(prefix[8:], "little"), _PREFIX_BYTES)
+    length = min(int.from_bytes(prefix[8:], "little"), os.fstat(fd).st_size)
+    text = os.pread(fd, length, _PREFIX_BYTES)
     try:
         return msgspec.msgpack.decode(text, type=Header), _data_at(text)
     except msgspec.DecodeError as error:
