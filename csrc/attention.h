@@ -1,10 +1,12 @@
 // Ragged attention over the paged KV pool: one kernel for prefill, chunks and decode.
 //
-// The work is cut into items: up to kTileRows query rows (a row is one head of one token) that
-// share a KV head, of one sequence. An item walks its context in blocks of kContext tokens that
-// begin at multiples of kContext, whatever the pool's block size, and keeps a running softmax a
-// row. Of a block a row takes in what it may see, in order of position, and skips blocks of which
-// it sees nothing; so its result depends on its own position alone, not on its neighbours.
+// The work is cut into items: query rows of one sequence (a row is one head of one token) under a
+// range of KV heads. An item walks its context in blocks of kContext tokens, which begin at
+// multiples of kContext whatever the pool's block size, with a running softmax a row (Dao et al.,
+// FlashAttention, arXiv:2205.14135). The context is cut into segments at multiples of kSegment;
+// each has a softmax of its own, and these are merged in order of position. So what a row comes to
+// depends on its own position alone, and not on its neighbours, nor on how many items share a
+// long context. What a row does not see weighs nothing, and adding nothing changes no bit.
 
 #pragma once
 
@@ -13,202 +15,459 @@
 
 namespace {
 
-constexpr int64_t kContext = 64, kTileRows = 64, kMaxDim = 256;
+constexpr int64_t kContext = 64, kSegment = 512, kTileRows = 64, kMaxDim = 256;
+// Where a running maximum begins. Finite, so that no difference of two is NaN.
+constexpr float kLeast = -1e30f;
 
-// What one item works in; about a third of a megabyte at most.
+// Softmax over a part of the context: maximum, sum of weights, weighted sum of V, of each row.
+struct Running {
+    float most[kTileRows];
+    float total[kTileRows];
+    float sums[kTileRows * kMaxDim];  // [rows][dim, rounded up to 16]
+};
+
+// What one item works in; less than half a megabyte.
 struct alignas(64) Scratch {
-    uint32_t keys[kContext * kMaxDim];  // panels of 32 tokens, as packed weights
+    uint32_t keys[kContext * kMaxDim];  // [words of a key][kContext]
     float values[kContext * kMaxDim];   // [kContext][dim, rounded up to 16]
-    float sums[kTileRows * kMaxDim];    // [rows][dim, rounded up to 16]
     float scores[kTileRows * kContext];
     uint32_t queries[kTileRows * kMaxDim];
     uint32_t zero[kMaxDim];
-    float most[kTileRows];   // the running maximum
-    float total[kTileRows];  // the running sum of weights
-    float shrink[kTileRows];
-    int64_t from[kTileRows];  // what of the block the row sees
+    Running segment;
+    Running whole;
+    float next[kTileRows];    // maximum with this block
+    float shrink[kTileRows];  // what that makes of the weights so far
+    float added[kTileRows];   // sum of this block's weights
+    int64_t from[kTileRows];  // what of this block the row sees
     int64_t to[kTileRows];
 };
 
-// sums = sums * shrink + scores * values over tokens from..to, for R rows and N vectors at `at`.
-template <int R, int N>
-__attribute__((noinline)) void weigh(Scratch& c, int64_t row, int64_t at, int64_t width, int64_t from, int64_t to) {
+struct Item {
+    int64_t sequence;
+    int64_t first_row;  // row = token * group + head within the group
+    int64_t rows;       // under each KV head; heads * rows <= kTileRows
+    int64_t kv_head;
+    int64_t heads;
+    int64_t first_segment;
+    int64_t last_segment;  // exclusive
+    int64_t partial;       // where the softmax of segment 0 goes, if others walk segments too; or -1
+};
+
+// An item with what is the same for all of its blocks.
+struct Walk {
+    const Layer& layer;
+    const Step& s;
+    int64_t index;
+    Item item;
+    int64_t width;  // of V: dim, rounded up to 16
+    int64_t group;
+    int64_t start;   // first token of the sequence in the batch
+    int64_t before;  // tokens of the sequence before this batch
+    int64_t seen;    // first position that any row sees
+    int64_t end;     // behind the last
+
+    Walk(const Layer& layer, const Step& s, int64_t index, const Item& item)
+        : layer(layer), s(s), index(index), item(item), width((s.head_dim + 15) / 16 * 16),
+          group(s.heads / s.kv_heads), start(s.query_starts[item.sequence]) {
+        before = s.context_lens[item.sequence] - (s.query_starts[item.sequence + 1] - start);
+        int64_t first = position(0);
+        seen = layer.window && first >= layer.window ? first - layer.window + 1 : 0;
+        end = position(item.rows - 1) + 1;
+    }
+    int64_t rows() const { return item.rows * item.heads; }
+    int64_t position(int64_t row) const { return before + (item.first_row + row) / group; }
+    // Where row r (of all heads) stands among the query heads of the batch.
+    int64_t query(int64_t r, int64_t* token) const {
+        int64_t row = item.first_row + r % item.rows;
+        *token = start + row / group;
+        return (item.kv_head + r / item.rows) * group + row % group;
+    }
+    // Where K of tokens first..last lies, under the first KV head of the item.
+    template <class Value>
+    void find(int64_t first, int64_t last, const void** keys) const {
+        const int64_t* table = s.tables + item.sequence * s.max_blocks + first / s.block_size;
+        int64_t step = s.kv_heads * s.head_dim, offset = first % s.block_size;
+        while (first < last) {
+            const Value* key = key_at<Value>(s, index, *table++, offset) + item.kv_head * s.head_dim;
+            for (; offset < s.block_size && first < last; ++offset, ++first, key += step)
+                *keys++ = key;
+            offset = 0;
+        }
+    }
+    int64_t to_value() const { return s.block_size * s.kv_heads * s.head_dim; }
+};
+
+// Tokens from..count of the context, counted from a multiple of kContext: what an item's rows see
+// of a block. `keys` has K of each under the item's first KV head, and any other place in the pool
+// for the rest of the block; `ahead` is the same of the block that follows, which is asked for
+// little by little while this one is worked on: all at once would be more misses than a core keeps.
+struct Context {
+    int64_t from;
+    int64_t count;
+    const void* keys[kContext];
+    const void* ahead[kContext];
+
+    template <class Value>
+    void begin(const Walk& w, int64_t block) {
+        find<Value>(w, block);
+        advance<Value>(w, block);
+    }
+    // To `block`, of which `ahead` tells.
+    template <class Value>
+    void advance(const Walk& w, int64_t block) {
+        memcpy(keys, ahead, sizeof(keys));
+        from = w.seen > block ? w.seen - block : 0;
+        count = w.end - block < kContext ? w.end - block : kContext;
+        find<Value>(w, block + kContext);
+    }
+
+private:
+    template <class Value>
+    void find(const Walk& w, int64_t block) {
+        for (const void*& key : ahead) key = w.s.kv;
+        int64_t first = w.seen > block ? w.seen : block;
+        int64_t last = w.end < block + kContext ? w.end : block + kContext;
+        w.find<Value>(first, last, ahead + (first - block));
+    }
+};
+
+inline void clear(Running& x, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r) {
+        x.most[r] = kLeast;
+        x.total[r] = 0;
+    }
+    memset(x.sums, 0, (size_t)(rows * width) * 4);
+}
+
+// Scores of the rows under head h with the block's tokens, not scaled yet.
+template <class T>
+inline void score(const Walk& w, const Context& block, int64_t h, Scratch& c) {
+    typedef typename T::Value Value;
+    int64_t steps = steps_of<T>(w.s.head_dim);
+    int64_t rounded = (block.count + 15) / 16 * 16;
+    const uint32_t* keys[kContext];
+    for (int64_t i = 0; i < rounded; ++i)
+        keys[i] = i < block.from || i >= block.count
+                      ? c.zero
+                      : (const uint32_t*)((const Value*)block.keys[i] + h * w.s.head_dim);
+    for (int64_t i = 0; i < rounded; i += 16) {
+        for (int64_t j = i; j < i + 16; ++j)
+            for (int64_t d = 0; d < w.s.head_dim; d += 64 / (int64_t)sizeof(Value))
+                __builtin_prefetch((const Value*)block.ahead[j] + h * w.s.head_dim + d);
+        transpose(keys + i, steps, c.keys + i, kContext);
+    }
+    for (int64_t r = 0; r < w.item.rows; r += kWideRows) {
+        int64_t row = h * w.item.rows + r;
+        int64_t rows = w.item.rows - r < kWideRows ? w.item.rows - r : kWideRows;
+        products<T, kWideRows, kWide, kContext>(rows, (const char*)(c.queries + row * steps),
+                                                steps * 4, c.keys, w.s.head_dim, rounded,
+                                                c.scores + row * kContext, kContext);
+    }
+}
+
+// Scores to weights, and what they do to the running softmax but for its weighted sums.
+inline void soften(Scratch& c, int64_t rows, int64_t count, float scale) {
+    Running& x = c.segment;
+    for (int64_t r = 0; r < rows; ++r) {
+        float* scores = c.scores + r * kContext;
+        int64_t from = c.from[r], to = c.to[r];
+        V16 most = set1(x.most[r]);
+        for (int64_t i = 0; i < count; i += 16) {
+            V16 scaled = mul(load(scores + i), set1(scale));
+            if (i < from || i + 16 > to)
+                scaled = keep(scaled, within_16(from - i), within_16(to - i), set1(-INFINITY));
+            store(scores + i, scaled);
+            most = max(most, scaled);
+        }
+        c.next[r] = max_lanes(most);
+    }
+    for (int64_t r = 0; r < rows; r += 16) {
+        V16 next = load(c.next + r);
+        store(c.shrink + r, exp16(sub(load(x.most + r), next)));
+        store(x.most + r, next);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        float* scores = c.scores + r * kContext;
+        V16 next = set1(c.next[r]), sum = set1(0);
+        for (int64_t i = 0; i < count; i += 16) {
+            V16 weight = exp16(sub(load(scores + i), next));
+            store(scores + i, weight);
+            sum = add(sum, weight);
+        }
+        c.added[r] = sum_lanes(sum);
+    }
+    for (int64_t r = 0; r < rows; r += 16)
+        store(x.total + r, add(mul(load(x.total + r), load(c.shrink + r)), load(c.added + r)));
+}
+
+// V of token j of a block: widened in c.values, or where it lies in the pool.
+struct Widened {
+    const float* values;
+    int64_t width;
+    V16 get(int64_t j, int64_t at) const { return load(values + j * width + at); }
+    void ask(int64_t, int64_t) const {}
+};
+template <class Value>
+struct InPool {
+    const Context& block;
+    int64_t to_value;
+    V16 get(int64_t j, int64_t at) const {
+        return load((const Value*)block.keys[j] + to_value + at);
+    }
+    void ask(int64_t j, int64_t at) const {
+        __builtin_prefetch((const Value*)block.ahead[j] + to_value + at);
+    }
+};
+
+// sums = sums * shrink + weights * values over tokens from..to, for R rows and N vectors at `at`.
+template <int R, int N, class Values>
+__attribute__((noinline)) void weigh(Scratch& c, const Values& values, int64_t row, int64_t at,
+                                     int64_t width, int64_t from, int64_t to) {
     V16 sum[R][N];
+    float* sums = c.segment.sums + row * width + at;
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < N; ++v)
-            sum[r][v] = mul(load(c.sums + (row + r) * width + at + v * 16),
-                            set1(c.shrink[row + r]));
+            sum[r][v] = mul(load(sums + r * width + v * 16), set1(c.shrink[row + r]));
     for (int64_t j = from; j < to; ++j) {
         V16 value[N];
-        for (int v = 0; v < N; ++v) value[v] = load(c.values + j * width + at + v * 16);
+        for (int v = 0; v < N; ++v) value[v] = values.get(j, at + v * 16);
+        for (int v = 0; v < N; v += 2) values.ask(j, at + v * 16);  // two fill a line, if bf16
         for (int r = 0; r < R; ++r) {
             V16 weight = set1(c.scores[(row + r) * kContext + j]);
             for (int v = 0; v < N; ++v) sum[r][v] = fma(weight, value[v], sum[r][v]);
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < N; ++v) store(c.sums + (row + r) * width + at + v * 16, sum[r][v]);
+        for (int v = 0; v < N; ++v) store(sums + r * width + v * 16, sum[r][v]);
 }
 
-template <int R = kWideRows>
-inline void weigh_rows(int64_t rows, Scratch& c, int64_t row, int64_t width, int64_t from,
-                       int64_t to) {
+template <int R, class Values>
+inline void weigh_rows(int64_t rows, Scratch& c, const Values& values, int64_t row, int64_t width,
+                       int64_t from, int64_t to) {
     if constexpr (R > 0) {
-        if (rows != R) return weigh_rows<R - 1>(rows, c, row, width, from, to);
+        if (rows != R) return weigh_rows<R - 1>(rows, c, values, row, width, from, to);
         int64_t at = 0;
         for (; at + kWide * 16 <= width; at += kWide * 16)
-            weigh<R, kWide>(c, row, at, width, from, to);
-        for (; at < width; at += 16) weigh<R, 1>(c, row, at, width, from, to);
+            weigh<R, kWide>(c, values, row, at, width, from, to);
+        for (; at < width; at += 16) weigh<R, 1>(c, values, row, at, width, from, to);
     }
 }
 
-// Scores to weights; updates the running maximum and sum of a row.
-inline void soften(Scratch& c, int64_t row, float scale) {
-    const float kNone = -INFINITY;
-    float* scores = c.scores + row * kContext;
-    int64_t from = c.from[row], to = c.to[row];
-    V16 most = set1(c.most[row]);
-    for (int64_t i = 0; i < to; i += 16) {
-        V16 scaled = mul(load(scores + i), set1(scale));
-        if (i < from || i + 16 > to)
-            scaled = keep(scaled, from > i ? (from - i < 16 ? from - i : 16) : 0,
-                          to - i < 16 ? to - i : 16, set1(kNone));
-        store(scores + i, scaled);
-        most = max(most, scaled);
+template <class Values>
+inline void weigh_head(const Walk& w, const Values& values, int64_t h, Scratch& c) {
+    for (int64_t r = 0; r < w.item.rows; r += kWideRows) {
+        int64_t row = h * w.item.rows + r;
+        int64_t rows = w.item.rows - r < kWideRows ? w.item.rows - r : kWideRows;
+        int64_t first = kContext, last = 0;
+        for (int64_t i = row; i < row + rows; ++i) {
+            if (c.from[i] < first) first = c.from[i];
+            if (c.to[i] > last) last = c.to[i];
+        }
+        if (first < last) weigh_rows<kWideRows>(rows, c, values, row, w.width, first, last);
     }
-    float next = max_lanes(most);
-    V16 sum = set1(0);
-    for (int64_t i = 0; i < to; i += 16) {
-        V16 weight = exp16(sub(load(scores + i), set1(next)));
-        store(scores + i, weight);
-        sum = add(sum, weight);
-    }
-    c.shrink[row] = exp1(c.most[row] - next);
-    c.total[row] = c.total[row] * c.shrink[row] + sum_lanes(sum);
-    c.most[row] = next;
 }
 
-struct Item {
-    int64_t sequence;
-    int64_t kv_head;
-    int64_t first_row;  // row = token * group + head within the group
-    int64_t rows;
-};
-
-// Bring tokens first..first + count of the context into c.keys and c.values; those before `from`
-// are hidden from every row and stay zero, as what lies behind the last one.
+// Weighted sums of the rows under head h. V is widened once if it will be read more than once.
 template <class T>
-inline void fetch(const Step& s, int64_t index, const Item& item, int64_t first, int64_t from,
-                  int64_t count, Scratch& c) {
+inline void gather(const Walk& w, const Context& block, int64_t h, Scratch& c) {
     typedef typename T::Value Value;
-    int64_t dim = s.head_dim, steps = steps_of<T>(dim), width = (dim + 15) / 16 * 16;
-    int64_t to_value = s.block_size * s.kv_heads * dim;
-    const int64_t* table = s.tables + item.sequence * s.max_blocks;
-    const uint32_t* keys[kContext];
-    for (int64_t i = 0; i < kContext; ++i) {
-        keys[i] = c.zero;
-        if (i < from || i >= count) continue;
-        int64_t position = first + i;
-        const Value* key = key_at<Value>(s, index, table[position / s.block_size],
-                                         position % s.block_size) +
-                           item.kv_head * dim;
-        keys[i] = (const uint32_t*)key;
+    int64_t dim = w.s.head_dim, to_value = w.to_value() + h * dim;
+    if (w.item.rows <= kWideRows && dim % 16 == 0)
+        return weigh_head(w, InPool<Value>{block, to_value}, h, c);
+    for (int64_t i = block.from; i < block.count; ++i) {
+        const Value* value = (const Value*)block.keys[i] + to_value;
+        __builtin_prefetch((const Value*)block.ahead[i] + to_value);
         for (int64_t d = 0; d < dim; d += 16)
-            store(c.values + i * width + d, load_up_to(key + to_value + d, dim - d));
+            store(c.values + i * w.width + d, load_up_to(value + d, dim - d));
     }
-    for (int64_t i = 0; i < (count + kPanel - 1) / kPanel * kPanel; i += 16)
-        transpose(keys + i, steps, c.keys + i / kPanel * steps * kPanel + i % kPanel, kPanel);
+    weigh_head(w, Widened{c.values, w.width}, h, c);
+}
+
+// The softmax over one segment, to c.segment.
+template <class T>
+void walk_segment(const Walk& w, int64_t segment, Scratch& c) {
+    typedef typename T::Value Value;
+    clear(c.segment, w.rows(), w.width);
+    int64_t first = segment * kSegment, limit = first + kSegment;
+    if (first < w.seen) first = w.seen / kContext * kContext;
+    if (limit > w.end) limit = w.end;
+    Context block;
+    block.begin<Value>(w, first);
+    for (int64_t at = first; at < limit; at += kContext) {
+        if (at > first) block.advance<Value>(w, at);
+        for (int64_t r = 0; r < w.rows(); ++r) {
+            int64_t position = w.position(r % w.item.rows);
+            int64_t from = w.layer.window ? position - w.layer.window + 1 - at : 0;
+            int64_t to = position + 1 - at;
+            bool none = to <= 0 || from >= kContext;
+            c.from[r] = none ? kContext : from > 0 ? from : 0;
+            c.to[r] = none ? 0 : to < kContext ? to : kContext;
+        }
+        for (int64_t h = 0; h < w.item.heads; ++h) score<T>(w, block, h, c);
+        soften(c, w.rows(), block.count, w.s.scale);
+        for (int64_t h = 0; h < w.item.heads; ++h) gather<T>(w, block, h, c);
+    }
+}
+
+// c.whole and c.segment, which comes behind it, to c.whole.
+inline void merge(Scratch& c, int64_t rows, int64_t width) {
+    Running &x = c.whole, &y = c.segment;
+    float old_share[kTileRows], new_share[kTileRows];
+    for (int64_t r = 0; r < rows; r += 16) {
+        V16 a = load(x.most + r), b = load(y.most + r), most = max(a, b);
+        V16 old = exp16(sub(a, most)), fresh = exp16(sub(b, most));
+        store(old_share + r, old);
+        store(new_share + r, fresh);
+        store(x.most + r, most);
+        store(x.total + r, add(mul(load(x.total + r), old), mul(load(y.total + r), fresh)));
+    }
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t d = r * width; d < (r + 1) * width; d += 16)
+            store(x.sums + d, add(mul(load(x.sums + d), set1(old_share[r])),
+                                  mul(load(y.sums + d), set1(new_share[r]))));
 }
 
 template <class T>
-void attend_item(const Layer& layer, const Step& s, int64_t index, const Item& item, Scratch& c) {
+void finish(const Walk& w, Scratch& c) {
     typedef typename T::Value Value;
-    int64_t dim = s.head_dim, steps = steps_of<T>(dim), width = (dim + 15) / 16 * 16;
-    int64_t group = s.heads / s.kv_heads, row_width = (s.heads + 2 * s.kv_heads) * dim;
-    int64_t start = s.query_starts[item.sequence];
-    int64_t before = s.context_lens[item.sequence] - (s.query_starts[item.sequence + 1] - start);
-    for (int64_t r = 0; r < item.rows; ++r) {
-        int64_t token = (item.first_row + r) / group, head = (item.first_row + r) % group;
-        const Value* q = (const Value*)s.qkv + (start + token) * row_width +
-                         (item.kv_head * group + head) * dim;
+    int64_t dim = w.s.head_dim, token;
+    for (int64_t r = 0; r < w.rows(); ++r) {
+        int64_t head = w.query(r, &token);
+        Value* out = (Value*)w.s.attended + (token * w.s.heads + head) * dim;
+        V16 total = set1(c.whole.total[r]);
+        for (int64_t d = 0; d < dim; d += 16)
+            store_up_to(out + d, div(load(c.whole.sums + r * w.width + d), total), dim - d);
+    }
+}
+
+// Floats that the softmax of one segment takes among the partial ones.
+inline int64_t partial_size(const Walk& w) { return w.rows() * (w.width + 2); }
+
+template <class T>
+void attend_item(const Walk& w, float* partials, Scratch& c) {
+    typedef typename T::Value Value;
+    int64_t dim = w.s.head_dim, steps = steps_of<T>(dim), rows = w.rows(), token;
+    int64_t row_width = (w.s.heads + 2 * w.s.kv_heads) * dim;
+    for (int64_t r = 0; r < rows; ++r) {
+        int64_t head = w.query(r, &token);
+        const Value* q = (const Value*)w.s.qkv + token * row_width + head * dim;
         memcpy(c.queries + r * steps, q, (size_t)steps * 4);
-        c.most[r] = -INFINITY;
-        c.total[r] = 0;
     }
-    memset(c.sums, 0, (size_t)(item.rows * width) * 4);
-    int64_t first_position = before + item.first_row / group;
-    int64_t last_position = before + (item.first_row + item.rows - 1) / group;
-    int64_t seen = layer.window && first_position >= layer.window
-                       ? first_position - layer.window + 1
-                       : 0;
-    for (int64_t block = seen / kContext * kContext; block <= last_position; block += kContext) {
-        int64_t count = last_position + 1 - block < kContext ? last_position + 1 - block : kContext;
-        fetch<T>(s, index, item, block, seen - block, count, c);
-        for (int64_t panel = 0; panel * kPanel < count; ++panel)
-            for (int64_t r = 0; r < item.rows; r += kRows) {
-                int64_t rows = item.rows - r < kRows ? item.rows - r : kRows;
-                products<T>(rows, (const char*)(c.queries + r * steps), steps * 4,
-                            c.keys + panel * steps * kPanel, dim,
-                            c.scores + r * kContext + panel * kPanel, kContext);
-            }
-        for (int64_t r = 0; r < item.rows; ++r) {
-            int64_t position = before + (item.first_row + r) / group;
-            int64_t to = position + 1 - block, from = 0;
-            if (layer.window) from = position - layer.window + 1 - block;
-            c.from[r] = from > 0 ? from : 0;
-            c.to[r] = to < kContext ? to : kContext;
-            if (c.from[r] < c.to[r]) soften(c, r, s.scale);
-        }
-        for (int64_t r = 0, rows = 1; r < item.rows; r += rows, rows = 1) {
-            while (r + rows < item.rows && rows < kWideRows && c.from[r + rows] == c.from[r] &&
-                   c.to[r + rows] == c.to[r])
-                ++rows;
-            if (c.from[r] < c.to[r])
-                weigh_rows(rows, c, r, width, c.from[r], c.to[r]);
+    bool shared = w.item.partial >= 0;
+    clear(c.whole, rows, w.width);
+    for (int64_t i = w.item.first_segment; i < w.item.last_segment; ++i) {
+        walk_segment<T>(w, i, c);
+        if (shared) {
+            float* to = partials + w.item.partial + i * partial_size(w);
+            memcpy(to, c.segment.most, (size_t)rows * 4);
+            memcpy(to + rows, c.segment.total, (size_t)rows * 4);
+            memcpy(to + 2 * rows, c.segment.sums, (size_t)(rows * w.width) * 4);
+        } else {
+            merge(c, rows, w.width);
         }
     }
-    for (int64_t r = 0; r < item.rows; ++r) {
-        int64_t token = (item.first_row + r) / group, head = (item.first_row + r) % group;
-        Value* out = (Value*)s.attended + (start + token) * s.heads * dim +
-                     (item.kv_head * group + head) * dim;
-        for (int64_t d = 0; d < dim; d += 16)
-            store_up_to(out + d, div(load(c.sums + r * width + d), set1(c.total[r])), dim - d);
-    }
+    if (!shared) finish<T>(w, c);
 }
+
+// Bring together what the items of a shared context left.
+template <class T>
+void join(const Walk& w, const float* partials, Scratch& c) {
+    int64_t rows = w.rows();
+    clear(c.whole, rows, w.width);
+    for (int64_t i = w.item.first_segment; i < w.item.last_segment; ++i) {
+        const float* from = partials + w.item.partial + i * partial_size(w);
+        memcpy(c.segment.most, from, (size_t)rows * 4);
+        memcpy(c.segment.total, from + rows, (size_t)rows * 4);
+        memcpy(c.segment.sums, from + 2 * rows, (size_t)(rows * w.width) * 4);
+        merge(c, rows, w.width);
+    }
+    finish<T>(w, c);
+}
+
+// How a step's attention is cut into items: about twice as many as threads, if there is so much to
+// do; no more than needed, since KV heads that lie side by side are best read together.
+struct Items {
+    Item* items;
+    int64_t count = 0;
+    Item* joins;  // a context that several items share, with all its segments
+    int64_t num_joins = 0;
+    int64_t num_partials = 0;  // floats
+
+    Items(const Layer& layer, const Step& s, int64_t index, int64_t wanted) {
+        int64_t group = s.heads / s.kv_heads, tiles = 0;
+        double work = 0;
+        for (int64_t b = 0; b < s.sequences; ++b) {
+            int64_t rows = (s.query_starts[b + 1] - s.query_starts[b]) * group;
+            tiles += (rows + kTileRows - 1) / kTileRows;
+            work += (double)(rows * s.context_lens[b]);
+        }
+        items = new Item[(size_t)(tiles * (s.kv_heads + 1) + wanted)];
+        joins = new Item[(size_t)(tiles * s.kv_heads)];
+        for (int64_t b = 0; b < s.sequences; ++b) {
+            int64_t all = (s.query_starts[b + 1] - s.query_starts[b]) * group;
+            for (int64_t row = 0; row < all; row += kTileRows) {
+                int64_t rows = all - row < kTileRows ? all - row : kTileRows;
+                double share = (double)(rows * s.context_lens[b]) / work;
+                cut(Walk(layer, s, index, {b, row, rows, 0, s.kv_heads, 0, 0, -1}),
+                    (int64_t)ceil((double)wanted * share));
+            }
+        }
+    }
+    ~Items() {
+        delete[] items;
+        delete[] joins;
+    }
+
+private:
+    // In about `pieces` parts: by KV heads first, then by segments.
+    void cut(const Walk& all, int64_t pieces) {
+        int64_t kv_heads = all.s.kv_heads, rows = all.item.rows;
+        int64_t by_head = pieces < kv_heads ? pieces : kv_heads, fit = kTileRows / rows;
+        if (by_head * fit < kv_heads) by_head = (kv_heads + fit - 1) / fit;
+        int64_t first = all.seen / kSegment, last = (all.end + kSegment - 1) / kSegment;
+        int64_t by_segment = pieces / by_head < last - first ? pieces / by_head : last - first;
+        for (int64_t i = 0; i < by_head; ++i) {
+            Item item = all.item;
+            item.kv_head = kv_heads * i / by_head;
+            item.heads = kv_heads * (i + 1) / by_head - item.kv_head;
+            item.first_segment = first;
+            item.last_segment = last;
+            if (by_segment <= 1) {
+                items[count++] = item;
+                continue;
+            }
+            item.partial = num_partials;
+            num_partials += last * item.heads * rows * (all.width + 2);
+            joins[num_joins++] = item;
+            for (int64_t j = 0; j < by_segment; ++j) {
+                item.first_segment = first + (last - first) * j / by_segment;
+                item.last_segment = first + (last - first) * (j + 1) / by_segment;
+                items[count++] = item;
+            }
+        }
+    }
+};
 
 template <class T>
 void attend(const Layer& layer, const Step& s, int64_t index) {
-    int64_t group = s.heads / s.kv_heads;
-    // tiles[b]: row tiles of the sequences before b
-    int64_t* tiles = new int64_t[s.sequences + 1];
-    tiles[0] = 0;
-    for (int64_t b = 0; b < s.sequences; ++b) {
-        int64_t rows = (s.query_starts[b + 1] - s.query_starts[b]) * group;
-        tiles[b + 1] = tiles[b] + (rows + kTileRows - 1) / kTileRows;
-    }
-    int64_t items = tiles[s.sequences] * s.kv_heads;
-#pragma omp parallel num_threads(s.threads) if (items > 1)
+    int64_t positions = 0;
+    for (int64_t b = 0; b < s.sequences; ++b)
+        positions += (s.query_starts[b + 1] - s.query_starts[b]) * s.context_lens[b];
+    bool large = s.threads > 1 && positions * s.heads * s.head_dim > 4 * kSerialWork;
+    Items cut(layer, s, index, large ? 2 * s.threads : 1);
+    float* partials = cut.num_partials ? new float[(size_t)cut.num_partials] : nullptr;
+#pragma omp parallel num_threads(s.threads) if (large)
     {
-        Scratch scratch;
-        memset(scratch.zero, 0, sizeof(scratch.zero));
+        Scratch c;
+        memset(c.zero, 0, sizeof(c.zero));
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < items; ++i) {
-            int64_t tile = i / s.kv_heads, low = 0, high = s.sequences;
-            while (high - low > 1) {
-                int64_t middle = (low + high) / 2;
-                if (tiles[middle] <= tile)
-                    low = middle;
-                else
-                    high = middle;
-            }
-            int64_t rows = (s.query_starts[low + 1] - s.query_starts[low]) * group;
-            int64_t first = (tile - tiles[low]) * kTileRows;
-            Item item = {low, i % s.kv_heads, first,
-                         rows - first < kTileRows ? rows - first : kTileRows};
-            attend_item<T>(layer, s, index, item, scratch);
-        }
+        for (int64_t i = 0; i < cut.count; ++i)
+            attend_item<T>(Walk(layer, s, index, cut.items[i]), partials, c);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < cut.num_joins; ++i)
+            join<T>(Walk(layer, s, index, cut.joins[i]), partials, c);
     }
-    delete[] tiles;
+    delete[] partials;
 }
 
 void attend_any(const Layer* layer, const Step* step, int64_t index) {

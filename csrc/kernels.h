@@ -73,7 +73,7 @@ struct Step {
 
 // Raised with every change of this header or of any result's bits. It is part of the name of the
 // numerics, so that blocks of KV computed before and after do not answer for each other.
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 struct Kernels {
     int64_t version;

@@ -8,53 +8,55 @@
 
 namespace {
 
-constexpr int64_t kAhead = 16;  // steps (128 bytes each) that weights are prefetched ahead
+// Steps (128 bytes each) that weights are prefetched ahead: what a core gets through in the time of
+// an access to memory, which the hardware's own prefetching does not cover from one row up.
+constexpr int64_t kAhead = 64;
 
-// out[r][column] of R rows of x (`stride` bytes apart) with a panel's 32 columns.
-template <class T, int R>
+// out[r][column] of R rows of x (`stride` bytes apart) with `columns` columns of a panel of `Width`,
+// N vectors at a time; what the last of these has beyond `columns` is written too.
+template <class T, int R, int N, int64_t Width>
 __attribute__((noinline)) void tile(const char* x, int64_t stride, const uint32_t* panel,
-                                    int64_t k, float* out, int64_t out_stride) {
+                                    int64_t k, int64_t columns, float* out, int64_t out_stride) {
     int64_t words = k / T::kPack;
-    for (int64_t part = 0; part < kPanel; part += kVectors * 16) {
+    for (int64_t part = 0; part < columns; part += N * 16) {
         const uint32_t* w = panel + part;
-        V16 sum[R][kVectors];
+        V16 sum[R][N];
         for (int r = 0; r < R; ++r)
-            for (int v = 0; v < kVectors; ++v) sum[r][v] = set1(0);
+            for (int v = 0; v < N; ++v) sum[r][v] = set1(0);
         for (int64_t step = 0; step < words; ++step) {
-            W16 columns[kVectors];
-            for (int v = 0; v < kVectors; ++v) {
-                columns[v] = load_words(w + step * kPanel + v * 16);
-                __builtin_prefetch(w + (step + kAhead) * kPanel + v * 16);
+            W16 weights[N];
+            for (int v = 0; v < N; ++v) {
+                weights[v] = load_words(w + step * Width + v * 16);
+                __builtin_prefetch(w + (step + kAhead) * Width + v * 16);
             }
             for (int r = 0; r < R; ++r) {
                 uint32_t word;
                 memcpy(&word, x + r * stride + step * 4, 4);
-                for (int v = 0; v < kVectors; ++v) sum[r][v] = T::dot(sum[r][v], word, columns[v]);
+                for (int v = 0; v < N; ++v) sum[r][v] = T::dot(sum[r][v], word, weights[v]);
             }
         }
         if (T::kPack == 2 && k % 2) {  // the last pair has no second half, and x may end here
             for (int r = 0; r < R; ++r) {
                 uint16_t half;
                 memcpy(&half, x + r * stride + words * 4, 2);
-                for (int v = 0; v < kVectors; ++v)
-                    sum[r][v] = T::dot(sum[r][v], half, load_words(w + words * kPanel + v * 16));
+                for (int v = 0; v < N; ++v)
+                    sum[r][v] = T::dot(sum[r][v], half, load_words(w + words * Width + v * 16));
             }
         }
         for (int r = 0; r < R; ++r)
-            for (int v = 0; v < kVectors; ++v)
-                store(out + r * out_stride + part + v * 16, sum[r][v]);
+            for (int v = 0; v < N; ++v) store(out + r * out_stride + part + v * 16, sum[r][v]);
     }
 }
 
-// `tile` for a number of rows up to kRows that is known at run time only.
-template <class T, int R = kRows>
+// `tile` for a number of rows up to R that is known at run time only.
+template <class T, int R, int N, int64_t Width>
 inline void products(int64_t rows, const char* x, int64_t stride, const uint32_t* panel, int64_t k,
-                     float* out, int64_t out_stride) {
+                     int64_t columns, float* out, int64_t out_stride) {
     if constexpr (R > 0) {
         if (rows == R)
-            tile<T, R>(x, stride, panel, k, out, out_stride);
+            tile<T, R, N, Width>(x, stride, panel, k, columns, out, out_stride);
         else
-            products<T, R - 1>(rows, x, stride, panel, k, out, out_stride);
+            products<T, R - 1, N, Width>(rows, x, stride, panel, k, columns, out, out_stride);
     }
 }
 
@@ -71,8 +73,9 @@ inline void rows_by_panel(const Product& p, int64_t row, int64_t rows, int64_t p
     typedef typename T::Value Value;
     int64_t n = p.w->n, k = p.w->k, bytes = k * (int64_t)sizeof(Value);
     float sums[kRows * kPanel];
-    products<T>(rows, p.x + row * bytes, bytes,
-                (const uint32_t*)p.w->weight + panel * steps_of<T>(k) * kPanel, k, sums, kPanel);
+    const uint32_t* weight = (const uint32_t*)p.w->weight + panel * steps_of<T>(k) * kPanel;
+    products<T, kRows, kVectors, kPanel>(rows, p.x + row * bytes, bytes, weight, k, kPanel, sums,
+                                         kPanel);
     for (int64_t part = 0; part < kPanel; part += 16) {
         int64_t column = panel * kPanel + part, count = n - column;
         if (count <= 0) return;
@@ -90,10 +93,26 @@ inline void rows_by_panel(const Product& p, int64_t row, int64_t rows, int64_t p
     }
 }
 
+// Rows of a tile for m rows in all: of the sizes near kRows the one with the least work, where a
+// tile of few rows takes as long as one of kBusyRows, waiting for its own sums.
+inline int64_t tile_rows(int64_t m) {
+    if (m <= kRows) return m;
+    int64_t best = kRows, least = INT64_MAX;
+    for (int64_t size = kRows; size > 0 && size >= kRows - 2; --size) {
+        int64_t rest = m % size;
+        int64_t work = m - rest + (rest == 0 || rest > kBusyRows ? rest : kBusyRows);
+        if (work < least) {
+            least = work;
+            best = size;
+        }
+    }
+    return best;
+}
+
 template <class T>
 void linear(const Product& p, int64_t m, int32_t threads) {
     int64_t panels = (p.w->n + kPanel - 1) / kPanel;
-    int64_t tiles = (m + kRows - 1) / kRows;
+    int64_t size = tile_rows(m), tiles = (m + size - 1) / size;
     // With many threads the rows are divided too; where the cuts fall changes no result.
     int64_t blocks = (4 * threads + panels - 1) / panels;
     if (blocks > tiles) blocks = tiles;
@@ -103,8 +122,8 @@ void linear(const Product& p, int64_t m, int32_t threads) {
         int64_t block = item / panels, panel = item % panels;
         int64_t last = tiles * (block + 1) / blocks;
         for (int64_t t = tiles * block / blocks; t < last; ++t) {
-            int64_t row = m * t / tiles;
-            rows_by_panel<T>(p, row, m * (t + 1) / tiles - row, panel);
+            int64_t row = t * size;
+            rows_by_panel<T>(p, row, m - row < size ? m - row : size, panel);
         }
     }
 }

@@ -17,7 +17,7 @@ struct W16 {
 };
 
 // Register tiles: rows x (kVectors * 16) columns for products, rows x (kWide * 16) for P V.
-constexpr int kVectors = 1, kRows = 5, kWide = 1, kWideRows = 5;
+constexpr int kVectors = 1, kRows = 5, kBusyRows = 4, kWide = 1, kWideRows = 5;
 
 inline V16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline V16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -58,6 +58,20 @@ inline V16 keep(V16 x, int64_t from, int64_t to, V16 other) {
     for (int64_t i = 0; i < 16; ++i)
         if (i < from || i >= to) lanes[i] = rest[i];
     return load(lanes);
+}
+
+// The sum of all lanes, as a tree: lane i with i + 8, then + 4, + 2, + 1.
+inline float sum_lanes(V16 x) {
+    __m256 half = _mm256_add_ps(x.a, x.b);
+    __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+inline float max_lanes(V16 x) {
+    __m256 half = _mm256_max_ps(x.a, x.b);
+    __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    quarter = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 
 inline W16 load_words(const uint32_t* p) {

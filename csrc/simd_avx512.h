@@ -12,11 +12,12 @@ typedef __m512 V16;
 typedef __m512i W16;  // 16 words of 32 bits
 
 // Register tiles: rows x (kVectors * 16) columns for products, rows x (kWide * 16) for P V.
+// Under kBusyRows rows a tile has too few sums to keep the units busy.
 constexpr int kVectors = 2, kWide = 4, kWideRows = 6;
 #ifdef __AVX512BF16__
-constexpr int kRows = 14;
+constexpr int kRows = 14, kBusyRows = 6;
 #else
-constexpr int kRows = 12;
+constexpr int kRows = 12, kBusyRows = 4;
 #endif
 
 inline V16 set1(float x) { return _mm512_set1_ps(x); }
@@ -41,6 +42,20 @@ inline V16 zero_below(V16 limit, V16 x, V16 y) {
 inline V16 keep(V16 x, int64_t from, int64_t to, V16 other) {
     __mmask16 mask = (__mmask16)(((1u << to) - 1) & ~((1u << from) - 1));
     return _mm512_mask_mov_ps(other, mask, x);
+}
+
+// The sum of all lanes, as a tree: lane i with i + 8, then + 4, + 2, + 1.
+inline float sum_lanes(V16 x) {
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+inline float max_lanes(V16 x) {
+    __m256 half = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    quarter = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 
 inline W16 load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }

@@ -19,7 +19,7 @@ struct W16 {
 };
 
 // Register tiles: rows x (kVectors * 16) columns for products, rows x (kWide * 16) for P V.
-constexpr int kVectors = 1, kRows = 2, kWide = 1, kWideRows = 2;
+constexpr int kVectors = 1, kRows = 2, kBusyRows = 1, kWide = 1, kWideRows = 2;
 
 #define EACH(expression)                        \
     V16 result;                                 \
@@ -64,6 +64,19 @@ inline V16 keep(V16 x, int64_t from, int64_t to, V16 other) {
     for (int64_t i = 0; i < 16; ++i)
         if (i < from || i >= to) lanes[i] = rest[i];
     return load(lanes);
+}
+
+// The sum of all lanes, as a tree: lane i with i + 8, then + 4, + 2, + 1.
+inline float sum_lanes(V16 x) {
+    F4 quarter = (x.part[0] + x.part[2]) + (x.part[1] + x.part[3]);
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+inline float max_lanes(V16 x) {
+    float lanes[16], most;
+    store(lanes, x);
+    most = lanes[0];
+    for (int i = 1; i < 16; ++i) most = lanes[i] > most ? lanes[i] : most;
+    return most;
 }
 
 inline W16 load_words(const uint32_t* p) {

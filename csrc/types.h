@@ -47,23 +47,8 @@ inline void store_up_to(Value* p, V16 x, int64_t n) {
         store_some(p, x, n);
 }
 
-// The sum of all lanes, as a tree: lane i with i + 8, then + 4, + 2, + 1.
-inline float sum_lanes(V16 x) {
-    float lanes[16];
-    store(lanes, x);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    return lanes[0];
-}
-
-inline float max_lanes(V16 x) {
-    float lanes[16];
-    store(lanes, x);
-    float most = lanes[0];
-    for (int i = 1; i < 16; ++i)
-        if (!(lanes[i] <= most)) most = lanes[i];  // so that NaN stays
-    return most;
-}
+// i as a number of lanes.
+inline int64_t within_16(int64_t i) { return i < 0 ? 0 : i > 16 ? 16 : i; }
 
 // e^x to 2 ulp for -86 <= x <= 88; 0 below, e^88 above; NaN stays NaN. The coefficients are those
 // of the Cephes library's expf.
@@ -81,13 +66,6 @@ inline V16 exp16(V16 x) {
     sum = fma(sum, r, set1(5.0000001201e-1f));
     sum = add(fma(sum, mul(r, r), r), set1(1.0f));
     return zero_below(set1(-86.0f), x, mul(sum, power_of_two(shifted)));
-}
-
-// e^x of one number: the same bits.
-inline float exp1(float x) {
-    float lanes[16];
-    store(lanes, exp16(set1(x)));
-    return lanes[0];
 }
 
 // to[word * stride + i] = rows[i][word] for 16 rows.

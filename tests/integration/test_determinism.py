@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from integration.deployment import Deployment
 from integration.runs import COMMON_FLAGS, EXTRA
+from numerics.native_kernels import kernels_named
 
 NUM_TOKENS = 64
 NUM_OTHERS = 30
@@ -21,21 +22,26 @@ def prompt_of(length: int, seed: int) -> list[int]:
     return [rng.randrange(256) for _ in range(length)]
 
 
-async def draw(served: Deployment) -> dict[str, list[list[int]]]:
-    """The 64 tokens of each prompt, alone and then among 30 others, at temperature 1."""
+Drawn = tuple[list[int], list[float]]
+"""64 tokens and their log-probabilities."""
+
+
+async def draw(served: Deployment) -> dict[str, list[Drawn]]:
+    """What each prompt gets, alone and then among 30 others, at temperature 1."""
     async with served.async_client() as client:
 
-        async def ask(prompt: list[int], seed: int, max_tokens: int = NUM_TOKENS) -> list[int]:
+        async def ask(prompt: list[int], seed: int, max_tokens: int = NUM_TOKENS) -> Drawn:
             reply = await client.completions.create(
                 model=served.model,
                 prompt=prompt,
                 max_tokens=max_tokens,
                 temperature=1,
                 seed=seed,
+                logprobs=0,
                 extra_body=EXTRA,
             )
-            tokens: list[int] = reply.choices[0].token_ids
-            return tokens
+            choice = reply.choices[0]
+            return choice.token_ids, choice.logprobs.token_logprobs
 
         probes = [(prompt_of(length, seed), seed) for length, seed in SEEDS.items()]
         alone = [await ask(prompt, seed) for prompt, seed in probes]
@@ -54,19 +60,22 @@ async def draw(served: Deployment) -> dict[str, list[list[int]]]:
 
 
 @pytest.mark.timeout(300)
-def test_a_seed_draws_the_same_tokens_everywhere(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_seed_draws_the_same_tokens_everywhere(tiny_llama: Path, dtype: str) -> None:
+    """And the same log-probabilities, to the last bit: the kernels are exact."""
+    kernels_named("native")
     drawn = {}
-    for layout in ("1U", "1P2D"):
-        flags = (*COMMON_FLAGS, "--engine.num-kv-blocks", "200")
+    for layout in ("1U", "2P2D"):
+        flags = (*COMMON_FLAGS, "--model.dtype", dtype, "--engine.num-kv-blocks", "200")
         with Deployment.start(tiny_llama, layout, *flags) as served:
             drawn[layout] = asyncio.run(draw(served))
             counters = served.counters()
-        if layout == "1P2D":  # both were used
+        if layout == "2P2D":  # both were used
             assert all(counters[f"decode-{i}"]["imported_blocks"] > 0 for i in range(2))
     expected = drawn["1U"]["alone"]
-    assert all(len(tokens) == NUM_TOKENS for tokens in expected)
+    assert all(len(tokens) == len(logprobs) == NUM_TOKENS for tokens, logprobs in expected)
     for layout, found in drawn.items():
         for company in ("alone", "again", "crowded"):
             assert found[company] == expected, (layout, company)
-        for tokens, others in zip(found["other seed"], expected, strict=True):
+        for (tokens, _), (others, _) in zip(found["other seed"], expected, strict=True):
             assert tokens != others

@@ -1,7 +1,8 @@
 """On the CPU kernels a sequence's logits have the same bits however they came about.
 
 Alone or among others, in chunks of any size, prefilled or decoded, before and after preemption,
-with any number of threads and any block size: every test demands equality, never closeness.
+with any number of threads and any block size, in any layout: every test demands equality, never
+closeness.
 """
 
 from __future__ import annotations
@@ -13,8 +14,14 @@ import pytest
 import torch
 from numerics.by_hand import Handmade, Sequence_, random_prompt
 from numerics.checkpoints import make_served_checkpoint
+from numerics.engines import Engines
 from numerics.native_kernels import kernels_named
-from numerics.prompts import prompts_of_mixed_lengths
+from numerics.prompts import (
+    TINY_POOL_BLOCKS,
+    long_requests,
+    mixed_requests,
+    prompts_of_mixed_lengths,
+)
 from torch import Tensor
 
 import baton
@@ -157,6 +164,33 @@ def test_the_engine_gives_the_same_bits_with_any_budget_and_after_preemption(
     assert recorder.num_again >= 2 * first
 
 
+@pytest.mark.parametrize("variant", ["llama", "qwen3-biases-windowed"])
+def test_every_layout_gives_the_same_bits(tmp_path: Path, variant: str) -> None:
+    """In bf16: tokens and log-probabilities, which depend on every bit of a row of logits."""
+    kernels_named("native")
+    path = make_served_checkpoint(tmp_path / "model", variant, dtype="bfloat16")
+    found = {}
+    for layout, blocks, budget in (
+        ("1U", 2500, 512),
+        ("1U", TINY_POOL_BLOCKS, 96),
+        ("1P1D", TINY_POOL_BLOCKS, 96),
+        ("2P2D", TINY_POOL_BLOCKS, 70),
+    ):
+        options = {"engine.num_kv_blocks": blocks, "engine.max_num_batched_tokens": budget}
+        with Engines(path, layout, **options, **{"engine.kernels": "native"}).running() as engines:
+            answers = engines.generate(mixed_requests(), logprobs=5)
+            answers += engines.generate(long_requests(), logprobs=5)
+        found[layout, blocks] = [(a.token_ids, a.logprobs) for a in answers]
+        if blocks == TINY_POOL_BLOCKS:
+            decode = engines.counters("unified" if layout == "1U" else "decode")
+            assert decode["preemptions"] > 0
+            assert layout == "1U" or decode["imported_blocks"] > 0
+    expected = found.pop(("1U", 2500))
+    assert sum(len(tokens) for tokens, _ in expected) > 5000
+    for which, answers in found.items():
+        assert answers == expected, which
+
+
 def test_decoding_equals_prefilling_what_was_decoded(checkpoint: Path, dtype: str) -> None:
     """Teacher-forced: the answer is handed back as a prompt, and its logits come out again."""
     prompt = random_prompt(50, VOCAB, seed=6)
@@ -178,5 +212,5 @@ def test_numerics_name_the_kernels(checkpoint: Path, dtype: str) -> None:
         llm = baton.LLM(checkpoint, model={"dtype": dtype}, engine={"kernels": kernels})
         return llm.engine.scheduler.config.numerics
 
-    assert numerics("auto") == f"cpu-exact-v1-{native.isa}-{dtype}"
+    assert numerics("auto") == f"cpu-exact-v2-{native.isa}-{dtype}"
     assert numerics("torch") == f"cpu-torch-{dtype}"

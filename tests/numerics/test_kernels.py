@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -290,6 +291,26 @@ def test_a_token_attends_alike_in_any_chunk_and_company(
         assert torch.equal(torch.cat(found), whole), sizes[:4]
 
 
+@pytest.mark.parametrize("window", [None, 700])
+def test_a_long_context_comes_out_alike_however_it_is_shared_out(
+    kernels: Kernels, dtype: torch.dtype, window: int | None
+) -> None:
+    """Over several segments, which many threads take apart, by KV heads and along the context."""
+    length = 1100
+    pool = Pool(dtype, [length, 300], 32, block_size=16)
+    torch.set_num_threads(2)
+    (whole,) = pool.attend(kernels, [(0, 0, length)], window)
+    assert error(whole, pool.expected(0, window)) < ROUNDED[dtype]
+    for end in (511, 512, 513, 1024, 1025, length):
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            (alone,) = pool.attend(kernels, [(0, end - 1, end)], window)
+            assert torch.equal(alone, whole[end - 1 : end]), (end, threads)
+            parts = [(1, 299, 300), (0, end - 5, end), (1, 0, 40)]
+            _, several, _ = pool.attend(kernels, parts, window)
+            assert torch.equal(several, whole[end - 5 : end]), (end, threads)
+
+
 def test_attention_does_not_depend_on_block_size(kernels: Kernels, dtype: torch.dtype) -> None:
     found = []
     for block_size in (1, 8, 16, 100):
@@ -373,13 +394,20 @@ def spec(**fields: object) -> ModelSpec:
     return ModelSpec(**(usual | fields))  # type: ignore[arg-type]
 
 
+def test_kernels_are_here_where_they_can_be_built() -> None:
+    """So that a broken build is a failure, and not a suite that skips itself."""
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler here")
+    assert "portable" in available()
+
+
 def test_the_best_instruction_set_is_chosen() -> None:
     if not available():
         pytest.skip("no kernels here")
     found = choose_kernels("auto", spec(), "bfloat16", "cpu")
     assert found is not None
     assert found.isa == available()[0]
-    assert found.numerics == f"exact-v1-{found.isa}"
+    assert found.numerics == f"exact-v2-{found.isa}"
     assert choose_kernels("torch", spec(), "bfloat16", "cpu") is None
 
 

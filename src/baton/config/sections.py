@@ -79,7 +79,7 @@ class EngineConfig(Section, frozen=True):
     kernels: Annotated[
         Literal["auto", "native", "torch"],
         Meta(description="CPU arithmetic: native is fast and exact; auto takes it if it can."),
-    ] = "torch"
+    ] = "auto"
     prefix_cache: Annotated[bool, Meta(description="Reuse KV of prompts that begin alike.")] = True
 
 

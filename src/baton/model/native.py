@@ -18,7 +18,7 @@ from torch import Tensor
 from baton.errors import ConfigError
 from baton.model_spec import ModelSpec
 
-VERSION = 1
+VERSION = 2
 """Of the binary interface and of the results' bits; equal to kVersion in kernels.h."""
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 """Instruction sets, best first."""
