@@ -21,8 +21,8 @@ NUM_SHORT = 32
 class Peaks(msgspec.Struct, frozen=True):
     """One worker, in bytes.
 
-    What shows that pool and store were filled: `shared_bytes` is the shared memory that it holds
-    at the end (stores), `grown_bytes` by how much its own memory has grown since it was ready.
+    What shows that pool and store were filled: `shared_bytes` is what it has touched of block
+    stores at the end, `grown_bytes` by how much its own memory has grown since it was ready.
     """
 
     worker: str
@@ -58,6 +58,7 @@ def measure(model: Path, spec: ModelSpec, kv_bytes: int, store_bytes: int) -> li
         with ThreadPoolExecutor(NUM_SHORT) as clients:
             list(clients.map(lambda prompt: _ask(port, model.name, prompt), longs + shorts))
         end = {name: _status(pid) for name, pid in workers.items()}
+        stores = {name: _store_bytes(pid) for name, pid in workers.items()}
     if process.returncode != 0:
         raise RuntimeError(f"baton serve ended with code {process.returncode}")
     weight_bytes = 2 * spec.num_parameters()
@@ -68,7 +69,7 @@ def measure(model: Path, spec: ModelSpec, kv_bytes: int, store_bytes: int) -> li
             weight_bytes=weight_bytes,
             kv_bytes=kv_bytes,
             store_bytes=store_bytes,
-            shared_bytes=end[name]["RssShmem"],
+            shared_bytes=stores[name],
             grown_bytes=end[name]["RssAnon"] - start[name]["RssAnon"],
         )
         for name in sorted(workers)
@@ -109,6 +110,17 @@ def _status(pid: int) -> dict[str, int]:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     words = [line.split() for line in lines if line.endswith(" kB")]
     return {name.rstrip(":"): int(size) * 1024 for name, size, _ in words}
+
+
+def _store_bytes(pid: int) -> int:
+    """Resident bytes of block stores: its own and those that it reads."""
+    total, inside = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            inside = "/memfd:baton-store" in line
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 def _is_ready(port: int) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from baton.config import load_config
@@ -57,7 +58,7 @@ def main() -> int:
         json.loads(sys.argv[3]),
     )
 
-    def command(name: str, role: Role | None, runtime: Path) -> list[str]:
+    def command(name: str, role: Role | None, runtime: Path, flags: Sequence[str]) -> list[str]:
         mode = modes.get(name, "steady")
         return [sys.executable, "-c", CHILD, name, mode, str(directory), str(runtime)]
 

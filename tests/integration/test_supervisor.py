@@ -124,7 +124,6 @@ def test_drains_the_gateway_first_and_leaves_nothing(start: Start) -> None:
     assert runtime.parent == deployment.directory / "run"
     assert runtime.stat().st_mode & 0o777 == 0o700
     assert (runtime / "secret").stat().st_mode & 0o777 == 0o600
-    assert "threads: 1" in (runtime / "config.yaml").read_text() or (os.cpu_count() or 1) >= 4
     for _, _, pid, session, _ in deployment.events():
         assert pid == session  # a terminal's Ctrl-C does not reach it
     deployment.process.send_signal(signal.SIGINT)

@@ -12,6 +12,7 @@ from baton.model.attention import Batch
 from baton.model.kv_cache import KvCache
 from baton.model.loader import load_weights
 from baton.model.native import Kernels
+from baton.model.packed import load_packed
 from baton.model.transformer import Transformer
 from baton.model_spec import load_model_spec
 
@@ -34,13 +35,18 @@ class Handmade:
         device: str = "cpu",
         num_blocks: int = 300,
         kernels: Kernels | None = None,
+        weights_fd: int | None = None,
     ) -> Handmade:
         spec = load_model_spec(path)
         kv = KvCache(spec, num_blocks, BLOCK_SIZE, dtype, device)
         kv.data.fill_(float("nan"))
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))
-        weights = load_weights(path, spec, dtype, device)
-        return cls(Transformer(spec, weights, kernels), kv, order.tolist())
+        weights = (
+            load_weights(path, spec, dtype, device)
+            if kernels is None
+            else load_packed(path, spec, dtype, kernels, weights_fd)
+        )
+        return cls(Transformer(spec, weights), kv, order.tolist())
 
     def step(self, chunks: Sequence[tuple[Sequence_, int]], every: bool = False) -> torch.Tensor:
         """Compute the next n tokens of each sequence together; logits of the last token of each.

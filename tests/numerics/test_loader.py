@@ -14,8 +14,9 @@ from numerics.tiny_models import VOCAB_SIZE, make_checkpoint, reference_logits, 
 from safetensors.torch import load_file, save_file
 
 from baton.errors import ConfigError, ModelError
+from baton.model.fingerprint import weight_files, weights_fingerprint
 from baton.model.hub import resolve_model
-from baton.model.loader import load_weights, weight_files, weights_fingerprint
+from baton.model.loader import load_weights
 from baton.model_spec import load_model_spec
 
 INDEX = "model.safetensors.index.json"
@@ -77,7 +78,7 @@ def test_sharded_equals_single(llama):
 
 def test_large_tensors_arrive_in_pieces(llama, monkeypatch):
     whole = tensors_of(load(llama))
-    monkeypatch.setattr("baton.model.loader._PIECE_BYTES", 1000)
+    monkeypatch.setattr("baton.model.checkpoint._PIECE_BYTES", 1000)
     steps = []
     spec = load_model_spec(llama)
     pieces = load_weights(llama, spec, "float32", "cpu", lambda *at: steps.append(at))

@@ -154,11 +154,12 @@ def test_processes_get_their_arguments(calls: list[tuple[Any, ...]], tmp_path: P
     config = load_config(file)
     assert main(["serve", "--config", str(file)]) == 7
     argv = ["worker", "--role", "decode", "--id", "d0", "--runtime-dir", run]
-    assert main([*argv, "--gateway", "a:1", "--gateway", "b:2", "--config", str(file)]) == 7
+    argv += ["--gateway", "a:1", "--gateway", "b:2", "--weights-fd", "9"]
+    assert main([*argv, "--config", str(file)]) == 7
     assert main(["gateway", "--runtime-dir", run, "--config", str(file)]) == 7
     assert calls == [
         (config,),
-        (config, Role.DECODE, "d0", tmp_path, ["a:1", "b:2"]),
+        (config, Role.DECODE, "d0", tmp_path, ["a:1", "b:2"], 9),
         (config, tmp_path),
     ]
 

@@ -58,6 +58,8 @@ def test_every_flag_sets_its_own_field_and_has_help() -> None:
             text = "localhost"
         elif flag.path == "engine.prefix_cache":
             text = "false"
+        elif flag.field.endswith("cpus"):
+            text = "0-3,8"
         elif flag.path.startswith("gateway.tls"):
             continue  # needs its pair: tested below
         else:
@@ -91,6 +93,9 @@ def test_every_flag_sets_its_own_field_and_has_help() -> None:
         ("log: {}\nlog: {}", r"log stands twice.*line 2"),
         ("gateway: {port: 1, port: 2}", r"port stands twice"),
         ("gateway: {port: 8001}", r"give the admin listener a port"),
+        ("engine: {cpus: 0-}", r"engine.cpus '0-' is not a list of cores: write it as 0-3,8"),
+        ("launch: {prefill_cpus: '1,0-1'}", r"launch.prefill_cpus '1,0-1' names a core twice"),
+        ("launch: {decode_cpus: shared}", r"launch.decode_cpus 'shared' is not a list"),
         ("launch: {restart_backoff_s: 60}", r"restart_backoff_max_s is less"),
         ("gateway: {tls_cert_file: a}", r"tls_cert_file is set without gateway.tls_key_file"),
         ("gateway: {tls_key_file: a}", r"tls_key_file is set without gateway.tls_cert_file"),

@@ -25,7 +25,7 @@ from baton.errors import ConfigError
 from baton.launch import pdeathsig, runtime_dir
 from baton.launch.backoff import Backoff
 from baton.launch.console import Console
-from baton.launch.cores import threads_per_worker, usable_cores
+from baton.launch.cores import usable_cores
 from baton.launch.local import baton_command, check_ports, curl_line, resolve, worker_names
 from baton.launch.process import Child, describe_exit
 from baton.launch.ready import ReadyProbe, base_url
@@ -53,19 +53,13 @@ def test_cores(tmp_path: Path) -> None:
     ):  # fmt: skip
         cpu_max.write_text(text)
         assert usable_cores(cpu_max) == cores
-    assert [threads_per_worker(n, 8) for n in (1, 2, 3, 9)] == [8, 4, 2, 1]
 
 
-def test_resolve_fills_threads_and_port() -> None:
+def test_resolve_fills_ports() -> None:
     config = load_config(None, {"gateway.port": "0", "launch.layout": "99U"})
     resolved = resolve(config)
-    assert resolved.engine.threads == 1
     assert resolved.gateway.port > 0
-    assert resolved == msgspec.structs.replace(
-        config, engine=resolved.engine, gateway=resolved.gateway
-    )
-    for overrides, threads in (({"engine.threads": 7}, 7), ({"engine.device": "cuda"}, None)):
-        assert resolve(load_config(None, overrides)).engine.threads == threads
+    assert resolved == msgspec.structs.replace(config, gateway=resolved.gateway)
     with pytest.raises(ConfigError, match=r"203\.0\.113\.1"):
         resolve(Config(gateway=GatewayConfig(host="203.0.113.1", port=0)))
 
@@ -91,9 +85,9 @@ def test_commands(tmp_path: Path) -> None:
     here = ["--runtime-dir", str(tmp_path), "--config", f"{tmp_path}/config.yaml"]
     baton = [sys.executable, "-m", "baton"]
     assert baton_command("gateway", None, tmp_path) == [*baton, "gateway", *here]
-    assert baton_command("decode-0", Role.DECODE, tmp_path) == [
+    assert baton_command("decode-0", Role.DECODE, tmp_path, ["--engine.cpus", "1"]) == [
         *baton, "worker", "--role", "decode", "--id", "decode-0", *here,
-        "--gateway", f"unix:{tmp_path}/gateway.sock",
+        "--gateway", f"unix:{tmp_path}/gateway.sock", "--engine.cpus", "1",
     ]  # fmt: skip
 
 

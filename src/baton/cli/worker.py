@@ -30,6 +30,9 @@ def add_arguments(parser: Parser) -> None:
         metavar="ADDR",
         help="Address of a gateway to announce itself to; repeat for several.",
     )
+    parser.add_argument(
+        "--weights-fd", type=int, metavar="FD", help="Descriptor of the host's packed weights."
+    )
     add_config_flags(parser, only=("model", "engine", "store", "launch", "log"))
 
 
@@ -38,6 +41,11 @@ def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     if not config.model.path:
         raise ConfigError("no model to serve: give --model DIR, or model.path in --config FILE")
-    from baton.worker.main import run as run_worker
+    from baton.launch.cores import pinned
 
-    return run_worker(config, Role(args.role), args.id, Path(args.runtime_dir), args.gateway)
+    config = pinned(config)
+    from baton.worker.main import run as run_worker  # only now torch, and OpenMP with it
+
+    return run_worker(
+        config, Role(args.role), args.id, Path(args.runtime_dir), args.gateway, args.weights_fd
+    )

@@ -7,6 +7,7 @@ a struct of the engine's, not a field here. Fields whose name ends in `_bytes` t
 a string such as `512MiB`.
 """
 
+from baton.config.cpus import SHARED, format_cpus, parse_cpus
 from baton.config.flags import Flag, flags, format_size, format_value, parse_size, sections
 from baton.config.layout import Layout
 from baton.config.load import Overrides, load_config, to_yaml
@@ -23,6 +24,7 @@ from baton.config.sections import (
 )
 
 __all__ = [
+    "SHARED",
     "Config",
     "EngineConfig",
     "Flag",
@@ -35,10 +37,12 @@ __all__ = [
     "Section",
     "StoreConfig",
     "flags",
+    "format_cpus",
     "format_size",
     "format_value",
     "is_loopback",
     "load_config",
+    "parse_cpus",
     "parse_size",
     "sections",
     "to_yaml",

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from baton.config.cpus import SHARED, parse_cpus
 from baton.config.layout import Layout
 from baton.errors import ConfigError
 
@@ -65,9 +66,15 @@ class EngineConfig(Section, frozen=True):
     max_num_batched_tokens: Annotated[
         Count, Meta(description="Token budget of one step; longer prompts are chunked.")
     ] = 512
+    cpus: Annotated[
+        str | None,
+        Meta(
+            description="Cores such as 0-3,8, shared out among the workers; by default all that "
+            "may be used. shared: every worker on all of them."
+        ),
+    ] = None
     threads: Annotated[
-        Count | None,
-        Meta(description="CPU threads of a worker; by default the cores shared out evenly."),
+        Count | None, Meta(description="CPU threads of a worker; by default one on each core.")
     ] = None
     kernels: Annotated[
         Literal["auto", "native", "torch"],
@@ -128,6 +135,12 @@ class LaunchConfig(Section, frozen=True):
     layout: Annotated[
         str, Meta(description="Workers by role: 1P1D, 2P3D, 1U (prefill, decode, unified).")
     ] = "1P1D"
+    prefill_cpus: Annotated[
+        str | None, Meta(description="Cores of the prefill workers, instead of engine.cpus.")
+    ] = None
+    decode_cpus: Annotated[
+        str | None, Meta(description="Cores of the decode workers, instead of engine.cpus.")
+    ] = None
     restart_backoff_s: Annotated[
         Seconds, Meta(description="Pause before the first restart; doubles each time.")
     ] = 0.5
@@ -168,13 +181,18 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log: LogConfig = LogConfig()
 
     def validate(self) -> None:
-        """Check what no single field can: listeners, TLS files, layout, back-off.
+        """Check what no type can: listeners, TLS files, layout, lists of cores, back-off.
 
         Raises:
             ConfigError: it names the fields and what to change.
         """
         gateway = self.gateway
         Layout.parse(self.launch.layout)
+        if self.engine.cpus not in (None, SHARED):
+            parse_cpus(self.engine.cpus, "engine.cpus")
+        for name in ("prefill_cpus", "decode_cpus"):
+            if (cpus := getattr(self.launch, name)) is not None:
+                parse_cpus(cpus, f"launch.{name}")
         for have, lack in (("cert", "key"), ("key", "cert")):
             if getattr(gateway, f"tls_{have}_file") and not getattr(gateway, f"tls_{lack}_file"):
                 raise ConfigError(

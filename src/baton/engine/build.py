@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from baton.config import Config
+from baton.config import Config, format_cpus
 from baton.core.decision_log import LoggedScheduler, Sink
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
@@ -20,9 +20,11 @@ from baton.engine.engine import Emitted, Engine
 from baton.engine.runner import TorchRunner
 from baton.errors import ConfigError
 from baton.model.attention import NUMERICS
+from baton.model.checkpoint import Progress
 from baton.model.kv_cache import KvCache, kv_block_bytes
-from baton.model.loader import Progress, load_weights, weights_fingerprint
+from baton.model.loader import load_weights
 from baton.model.native import choose_kernels
+from baton.model.packed import load_packed
 from baton.model.transformer import Transformer
 from baton.model_spec import ModelSpec, load_model_spec
 from baton.types import KvFormat
@@ -40,6 +42,7 @@ class EngineLimits(msgspec.Struct, frozen=True):
 
     device: str
     dtype: str
+    cpus: str
     threads: int
     max_model_len: int
     num_blocks: int
@@ -65,10 +68,14 @@ def build_engine(
     epoch: int,
     lease_secret: bytes,
     with_store: bool = True,
+    weights_fd: int | None = None,
     progress: Progress | None = None,
     decision_sink: Sink | None = None,
 ) -> Built:
     """Load the model and lay out the KV pool. The fabric is the caller's to attach.
+
+    Args:
+        weights_fd: memfd in which the workers of this host share packed weights.
 
     Raises:
         ModelError: the checkpoint cannot be served.
@@ -80,8 +87,12 @@ def build_engine(
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     kernels = choose_kernels(config.engine.kernels, spec, dtype, device)
-    weights = load_weights(model_dir, spec, dtype, device, progress)
-    model = Transformer(spec, weights, kernels)
+    weights = (
+        load_weights(model_dir, spec, dtype, device, progress)
+        if kernels is None
+        else load_packed(model_dir, spec, dtype, kernels, weights_fd, progress)
+    )
+    model = Transformer(spec, weights)
     limits = resolve_limits(config, spec, device, dtype, with_store)
     kv_format = KvFormat(
         block_size=config.engine.block_size,
@@ -99,7 +110,7 @@ def build_engine(
         max_num_batched_tokens=config.engine.max_num_batched_tokens,
         max_model_len=limits.max_model_len,
         vocab_size=spec.vocab_size,
-        fingerprint=weights_fingerprint(model_dir),
+        fingerprint=weights.fingerprint,
         numerics=f"{device}-{NUMERICS if kernels is None else kernels.numerics}-{dtype}",
         prefix_cache=config.engine.prefix_cache,
         lease_ttl_s=config.store.lease_ttl_s,
@@ -154,6 +165,7 @@ def resolve_limits(
     return EngineLimits(
         device=device,
         dtype=dtype,
+        cpus=format_cpus(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
         max_model_len=max_model_len,
         num_blocks=num_blocks,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,19 +17,25 @@ import msgspec
 from baton.config import Config, Layout, to_yaml
 from baton.errors import ConfigError
 from baton.launch.console import Console
-from baton.launch.cores import threads_per_worker, usable_cores
+from baton.launch.cores import share_out, usable_cores, waiting
 from baton.launch.process import Child
 from baton.launch.ready import ReadyProbe, base_url
 from baton.launch.runtime_dir import runtime_dir
 from baton.launch.supervisor import Probe, Supervisor
+from baton.model.region import create_memfd
 from baton.rpc.auth import create_secret
 from baton.types import Role
 
-Command = Callable[[str, Role | None, Path], list[str]]
-"""(name, role, runtime directory) → the command line of a child; the gateway has no role."""
+Command = Callable[[str, Role | None, Path, Sequence[str]], list[str]]
+"""(name, role, runtime directory, flags of its own) → the command line of a child.
+
+The gateway has no role.
+"""
 
 
-def baton_command(name: str, role: Role | None, directory: Path) -> list[str]:
+def baton_command(
+    name: str, role: Role | None, directory: Path, flags: Sequence[str] = ()
+) -> list[str]:
     """`python -m baton gateway …` or `python -m baton worker --role … --id … …`."""
     command = [sys.executable, "-m", "baton", "gateway" if role is None else "worker"]
     if role is not None:
@@ -36,7 +43,7 @@ def baton_command(name: str, role: Role | None, directory: Path) -> list[str]:
     command += ["--runtime-dir", str(directory), "--config", str(directory / "config.yaml")]
     if role is not None:
         command += ["--gateway", f"unix:{directory / 'gateway.sock'}"]
-    return command
+    return [*command, *flags]
 
 
 def worker_names(layout: Layout) -> dict[str, Role]:
@@ -47,17 +54,13 @@ def worker_names(layout: Layout) -> dict[str, Role]:
 
 
 def resolve(config: Config) -> Config:
-    """Fill in what only the supervisor knows: threads of each CPU worker, and free ports for 0."""
-    engine, gateway = config.engine, config.gateway
-    if engine.threads is None and engine.device != "cuda":
-        num_workers = Layout.parse(config.launch.layout).num_workers
-        threads = threads_per_worker(num_workers, usable_cores())
-        engine = msgspec.structs.replace(engine, threads=threads)
+    """Fill in what only the supervisor knows: free ports for 0."""
+    gateway = config.gateway
     if gateway.port == 0:
         gateway = msgspec.structs.replace(gateway, port=_free_port(gateway.host))
     while gateway.admin_port in (0, gateway.port):
         gateway = msgspec.structs.replace(gateway, admin_port=_free_port(gateway.admin_host))
-    return msgspec.structs.replace(config, engine=engine, gateway=gateway)
+    return msgspec.structs.replace(config, gateway=gateway)
 
 
 def serve(config: Config, *, command: Command = baton_command, probe: Probe | None = None) -> int:
@@ -70,18 +73,28 @@ def serve(config: Config, *, command: Command = baton_command, probe: Probe | No
     """
     config = resolve(config)
     check_ports(config)
+    workers = worker_names(Layout.parse(config.launch.layout))
+    shares = share_out(config, workers, sorted(os.sched_getaffinity(0)), usable_cores())
     console = Console()
-    with runtime_dir() as directory:
+    with runtime_dir() as directory, _weights_memfd(config) as descriptors:
         create_secret(directory)
         (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
+        def worker(name: str, role: Role) -> Child:
+            share = shares[name]
+            flags = [*share.flags(), *(f"--weights-fd={fd}" for fd in descriptors)]
+            return Child(
+                name,
+                command(name, role, directory, flags),
+                console,
+                environment=waiting(share),
+                descriptors=descriptors,
+            )
+
         async def run() -> int:
             supervisor = Supervisor(
-                Child("gateway", command("gateway", None, directory), console),
-                [
-                    Child(name, command(name, role, directory), console)
-                    for name, role in worker_names(Layout.parse(config.launch.layout)).items()
-                ],
+                Child("gateway", command("gateway", None, directory, ()), console),
+                [worker(name, role) for name, role in workers.items()],
                 config.launch,
                 probe or ReadyProbe(config.gateway),
                 lambda seconds: _announce(config, seconds),
@@ -90,6 +103,22 @@ def serve(config: Config, *, command: Command = baton_command, probe: Probe | No
             return await supervisor.run()
 
         return asyncio.run(run())
+
+
+@contextlib.contextmanager
+def _weights_memfd(config: Config) -> Iterator[tuple[int, ...]]:
+    """The memory in which the workers share packed weights, if they may come to pack any.
+
+    It outlives them, so that a worker which starts again has its weights at once.
+    """
+    if config.engine.kernels == "torch" or config.engine.device == "cuda":
+        yield ()
+        return
+    fd = create_memfd("baton-weights")
+    try:
+        yield (fd,)
+    finally:
+        os.close(fd)
 
 
 def _announce(config: Config, seconds: float) -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,13 +25,27 @@ class Child:
 
     A session of its own keeps a terminal's Ctrl-C from it: the supervisor alone decides in which
     order processes stop. The kernel kills it if the supervisor dies.
+
+    Args:
+        environment: variables in addition to ours.
+        descriptors: of ours, which the program finds open under the same numbers.
     """
 
-    def __init__(self, name: str, command: Sequence[str], console: Console) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        console: Console,
+        *,
+        environment: Mapping[str, str] | None = None,
+        descriptors: Collection[int] = (),
+    ) -> None:
         self.name = name
         self.last_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._command = command
         self._console = console
+        self._environment = environment or {}
+        self._descriptors = descriptors
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self) -> int:
@@ -59,6 +73,8 @@ class Child:
                 stdout=write_end,
                 stderr=write_end,
                 start_new_session=True,
+                env={**os.environ, **self._environment},
+                pass_fds=tuple(self._descriptors),
             )
             os.close(write_end)
             write_end = -1

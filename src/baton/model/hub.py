@@ -5,16 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-
 from baton.errors import ConfigError
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -39,10 +29,25 @@ def resolve_model(name_or_path: str) -> Path:
             f"model {name_or_path!r} is neither a directory nor a Hugging Face name "
             "like 'Qwen/Qwen3-0.6B'"
         )
+    return _fetched(name_or_path)
+
+
+def _fetched(name: str) -> Path:
+    # Its import takes as long as a small model's weights, and a directory needs none of it.
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
     try:
         return Path(
             snapshot_download(
-                name_or_path,
+                name,
                 allow_patterns=["*.json", "*.safetensors", "*.jinja"],
                 # Copies of the weights in other formats lie in folders or under these names.
                 ignore_patterns=["*/*", "consolidated*"],
@@ -50,17 +55,16 @@ def resolve_model(name_or_path: str) -> Path:
         )
     except GatedRepoError as error:
         raise ConfigError(
-            f"model {name_or_path!r} needs its licence accepted on huggingface.co and a token "
+            f"model {name!r} needs its licence accepted on huggingface.co and a token "
             "(`hf auth login`)"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ConfigError(
-            f"model {name_or_path!r} is neither a directory here nor a public model on "
-            "huggingface.co"
+            f"model {name!r} is neither a directory here nor a public model on huggingface.co"
         ) from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ConfigError(
-            f"model {name_or_path!r} is not a directory here, not in the cache "
+            f"model {name!r} is not a directory here, not in the cache "
             f"({constants.HF_HUB_CACHE}), and huggingface.co cannot be reached; "
             "give a directory, or fetch it where there is a network"
         ) from error

@@ -106,15 +106,30 @@ class Packed:
         assert weight.is_contiguous()
         n, k = weight.shape
         dtype = DTYPES[weight.dtype]
-        unit = PANEL * (2 if weight.dtype == torch.bfloat16 else 1)
-        num_elements = -(-n // PANEL) * -(-k * PANEL // unit) * unit
+        num_elements = packed_elements(n, k, weight.dtype)
         target = weight if num_elements == n * k else weight.new_empty(num_elements)
         threads = torch.get_num_threads()
         kernels.table.pack(weight.data_ptr(), target.data_ptr(), n, k, dtype, threads)
-        self.memory = target
+        self._set(target, n, k, bias)
+
+    @classmethod
+    def of_packed(cls, memory: Tensor, n: int, k: int, bias: Tensor | None) -> Packed:
+        """What lies packed in flat `memory` already."""
+        packed = cls.__new__(cls)
+        packed._set(memory, n, k, bias)
+        return packed
+
+    def _set(self, memory: Tensor, n: int, k: int, bias: Tensor | None) -> None:
+        self.memory = memory
         self.bias = bias
-        self.dtype = weight.dtype
-        self.args = LinearArgs(target.data_ptr(), bias.data_ptr() if bias is not None else 0, n, k)
+        self.dtype = memory.dtype
+        self.args = LinearArgs(memory.data_ptr(), bias.data_ptr() if bias is not None else 0, n, k)
+
+
+def packed_elements(n: int, k: int, dtype: torch.dtype) -> int:
+    """Elements that a matrix [n, k] takes when it is packed."""
+    unit = PANEL * (2 if dtype == torch.bfloat16 else 1)
+    return -(-n // PANEL) * -(-k * PANEL // unit) * unit
 
 
 class Kernels:

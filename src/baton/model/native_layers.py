@@ -11,31 +11,31 @@ from torch import Tensor
 
 from baton.model.batch import Batch
 from baton.model.kv_cache import KvCache
-from baton.model.native import DTYPES, Kernels, LayerArgs, LinearArgs, Packed, StepArgs
+from baton.model.native import DTYPES, LayerArgs, StepArgs
+from baton.model.packed import PackedWeights
 from baton.model.rope import inverse_frequencies
-from baton.model.weights import LayerWeights, Weights
 from baton.model_spec import ModelSpec
+
+_NORMS = ("input_norm", "q_norm", "k_norm", "post_norm")
+_MATRICES = ("qkv", "o", "gate_up", "down")
 
 
 class NativeLayers:
-    """`weights` packed for `kernels`. They are consumed: their matrices lie packed from now on."""
+    """The layers of `spec` on packed `weights`, which are only read."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, kernels: Kernels) -> None:
+    def __init__(self, spec: ModelSpec, weights: PackedWeights) -> None:
         self._spec = spec
-        self._kernels = kernels
-        self._dtype = weights.embed.dtype
-        self._layers: list[LayerArgs] = []
-        self._packed: list[Packed] = []
-        self._norms: list[Tensor] = []
-        for layer, window in zip(weights.layers, spec.sliding_window, strict=True):
-            self._layers.append(self._layer_args(layer, window))
-        tied = weights.lm_head is weights.embed
-        self._lm_head = Packed(kernels, weights.lm_head)
-        weights.lm_head = self._lm_head.memory
-        self._embed = None if tied else weights.embed
-        if tied:
-            weights.embed = weights.lm_head
-        self._norm = weights.norm
+        self._weights = weights  # the layers point into them
+        self._kernels = weights.kernels
+        self._dtype = weights.dtype
+        self._layers = [
+            _layer_args(weights, index, window) for index, window in enumerate(spec.sliding_window)
+        ]
+        self._lm_head = weights.matrix("lm_head")
+        self._embed = weights.tensor("embed")  # None when it is tied
+        norm = weights.tensor("norm")
+        assert norm is not None
+        self._norm = norm
         self._frequencies = inverse_frequencies(spec.rope, spec.head_dim)
         self._room: dict[str, Tensor] = {}
 
@@ -81,31 +81,6 @@ class NativeLayers:
         last = kernels.rms_norm(x.index_select(0, batch.sample_rows), self._norm, spec.rms_norm_eps)
         return kernels.linear(last, self._lm_head, wide=True)
 
-    def _layer_args(self, layer: LayerWeights, window: int | None) -> LayerArgs:
-        def norm(weight: Tensor | None) -> int:
-            if weight is None:
-                return 0
-            self._norms.append(weight)
-            return weight.data_ptr()
-
-        def matrix(name: str) -> LinearArgs:
-            packed = Packed(self._kernels, getattr(layer, name), getattr(layer, f"{name}_bias"))
-            self._packed.append(packed)
-            setattr(layer, name, packed.memory)  # lets go of the unpacked one
-            return packed.args
-
-        return LayerArgs(
-            input_norm=norm(layer.input_norm),
-            qkv=matrix("qkv"),
-            q_norm=norm(layer.q_norm),
-            k_norm=norm(layer.k_norm),
-            o=matrix("o"),
-            post_norm=norm(layer.post_norm),
-            gate_up=matrix("gate_up"),
-            down=matrix("down"),
-            window=window or 0,
-        )
-
     def _make_room(self, num_tokens: int) -> dict[str, Tensor]:
         """What the layers compute in, large enough for `num_tokens`; kept for the next step."""
         if not self._room or self._room["normed"].shape[0] < num_tokens:
@@ -122,3 +97,11 @@ class NativeLayers:
                 for name, width in widths.items()
             }
         return self._room
+
+
+def _layer_args(weights: PackedWeights, index: int, window: int | None) -> LayerArgs:
+    return LayerArgs(
+        **{name: weights.address(f"{index}.{name}") for name in _NORMS},
+        **{name: weights.matrix(f"{index}.{name}").args for name in _MATRICES},
+        window=window or 0,
+    )

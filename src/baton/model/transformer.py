@@ -12,8 +12,8 @@ from torch import Tensor
 from baton.model.attention import BACKENDS, Batch
 from baton.model.kv_cache import KvCache
 from baton.model.layers import gated_mlp, rms_norm
-from baton.model.native import Kernels
 from baton.model.native_layers import NativeLayers
+from baton.model.packed import PackedWeights
 from baton.model.rope import cos_sin, inverse_frequencies, rotate
 from baton.model.weights import LayerWeights, Weights
 from baton.model_spec import ModelSpec
@@ -22,23 +22,25 @@ from baton.model_spec import ModelSpec
 class Transformer:
     """`spec` with its `weights`, on whatever device and in whatever type they are.
 
-    With `kernels` it runs on those, and packs the weights for them where they lie.
+    With packed weights it runs on the kernels that they were packed for.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
-        weights: Weights,
-        kernels: Kernels | None = None,
+        weights: Weights | PackedWeights,
         attention: str = "torch",
     ) -> None:
         self.spec = spec
-        self.weights = weights
         self._attend = BACKENDS[attention]
         self._scale = spec.head_dim**-0.5
+        self._native: NativeLayers | None = None
+        if isinstance(weights, PackedWeights):
+            self._native = NativeLayers(spec, weights)
+            return
+        self.weights = weights
         frequencies = inverse_frequencies(spec.rope, spec.head_dim)
         self._frequencies = frequencies.to(weights.embed.device)
-        self._native = None if kernels is None else NativeLayers(spec, weights, kernels)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KvCache) -> Tensor:

@@ -5,6 +5,8 @@ Q, K and V are one matrix, and so are gate and up: one product each instead of t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -33,12 +35,16 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class Weights:
-    """All weights; `lm_head` is `embed` itself when the two are tied."""
+    """All weights; `lm_head` is `embed` itself when the two are tied.
+
+    `fingerprint` tells checkpoints apart (`loader.weights_fingerprint`); empty if there was none.
+    """
 
     embed: Tensor
     layers: list[LayerWeights]
     norm: Tensor
     lm_head: Tensor
+    fingerprint: bytes = b""
 
     def nbytes(self) -> int:
         """Bytes on the device, tied tensors counted once."""
@@ -49,49 +55,88 @@ class Weights:
         return sum(tensor.nbytes for tensor in tensors)
 
 
+@dataclass(slots=True, frozen=True)
+class Entry:
+    """One tensor of a model: the checkpoint's tensors that are its rows, one after the other.
+
+    `name` is the field's, after the number of its layer if it is in one: `3.qkv`. `parts` are
+    names in the checkpoint and their numbers of rows. A vector has no `width`.
+    """
+
+    name: str
+    parts: dict[str, int]
+    width: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.part_shape(sum(self.parts.values()))
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    def part_shape(self, rows: int) -> tuple[int, ...]:
+        """Of a part, or any other run of rows."""
+        return (rows,) if self.width is None else (rows, self.width)
+
+
+def entries(spec: ModelSpec) -> Iterator[Entry]:
+    """What `spec` has, in the order of use; without `lm_head` when it is tied."""
+    hidden, inner, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
+    q, kv = spec.num_heads * dim, spec.num_kv_heads * dim
+    matrices = {
+        "qkv": ("self_attn", {"q_proj": q, "k_proj": kv, "v_proj": kv}, hidden, spec.qkv_bias),
+        "o": ("self_attn", {"o_proj": hidden}, q, spec.o_bias),
+        "gate_up": ("mlp", {"gate_proj": inner, "up_proj": inner}, hidden, spec.mlp_bias),
+        "down": ("mlp", {"down_proj": hidden}, inner, spec.mlp_bias),
+    }
+
+    def layer(index: int) -> Iterator[Entry]:
+        at = f"model.layers.{index}"
+
+        def vector(name: str, tensor: str, size: int) -> Entry:
+            return Entry(f"{index}.{name}", {f"{at}.{tensor}.weight": size})
+
+        def matrix(name: str) -> Iterator[Entry]:
+            block, rows, width, has_bias = matrices[name]
+            for suffix, field, columns in (("weight", name, width), ("bias", f"{name}_bias", None)):
+                if suffix == "weight" or has_bias:
+                    parts = {f"{at}.{block}.{part}.{suffix}": n for part, n in rows.items()}
+                    yield Entry(f"{index}.{field}", parts, columns)
+
+        yield vector("input_norm", "input_layernorm", hidden)
+        yield from matrix("qkv")
+        if spec.qk_norm:
+            yield vector("q_norm", "self_attn.q_norm", dim)
+            yield vector("k_norm", "self_attn.k_norm", dim)
+        yield from matrix("o")
+        yield vector("post_norm", "post_attention_layernorm", hidden)
+        yield from matrix("gate_up")
+        yield from matrix("down")
+
+    yield Entry("embed", {"model.embed_tokens.weight": spec.vocab_size}, hidden)
+    for index in range(spec.num_layers):
+        yield from layer(index)
+    yield Entry("norm", {"model.norm.weight": hidden})
+    if not spec.tie_word_embeddings:
+        yield Entry("lm_head", {"lm_head.weight": spec.vocab_size}, hidden)
+
+
 def allocate(spec: ModelSpec, dtype: torch.dtype, device: str) -> tuple[Weights, dict[str, Tensor]]:
     """Uninitialised weights, and for each tensor of a checkpoint the view it belongs into.
 
-    The parts of a fused matrix are views of it, so that filling them fuses without a copy.
+    The parts of a fused tensor are views of it, so that filling them fuses without a copy.
     """
+    found: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
-
-    def empty(name: str, *shape: int) -> Tensor:
-        targets[name] = torch.empty(shape, dtype=dtype, device=device)
-        return targets[name]
-
-    def fused(prefix: str, parts: dict[str, int], suffix: str, *rest: int) -> Tensor:
-        whole = torch.empty((sum(parts.values()), *rest), dtype=dtype, device=device)
-        for part, view in zip(parts, torch.split(whole, list(parts.values())), strict=True):
-            targets[f"{prefix}.{part}.{suffix}"] = view
-        return whole
-
-    hidden, inner, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
-    q, kv = spec.num_heads * dim, spec.num_kv_heads * dim
-    qkv = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-    gate_up = {"gate_proj": inner, "up_proj": inner}
-
-    def layer(index: int) -> LayerWeights:
-        at = f"model.layers.{index}"
-        attn, mlp = f"{at}.self_attn", f"{at}.mlp"
-        return LayerWeights(
-            input_norm=empty(f"{at}.input_layernorm.weight", hidden),
-            qkv=fused(attn, qkv, "weight", hidden),
-            qkv_bias=fused(attn, qkv, "bias") if spec.qkv_bias else None,
-            q_norm=empty(f"{attn}.q_norm.weight", dim) if spec.qk_norm else None,
-            k_norm=empty(f"{attn}.k_norm.weight", dim) if spec.qk_norm else None,
-            o=empty(f"{attn}.o_proj.weight", hidden, q),
-            o_bias=empty(f"{attn}.o_proj.bias", hidden) if spec.o_bias else None,
-            post_norm=empty(f"{at}.post_attention_layernorm.weight", hidden),
-            gate_up=fused(mlp, gate_up, "weight", hidden),
-            gate_up_bias=fused(mlp, gate_up, "bias") if spec.mlp_bias else None,
-            down=empty(f"{mlp}.down_proj.weight", hidden, inner),
-            down_bias=empty(f"{mlp}.down_proj.bias", hidden) if spec.mlp_bias else None,
-        )
-
-    embed = empty("model.embed_tokens.weight", spec.vocab_size, hidden)
-    layers = [layer(index) for index in range(spec.num_layers)]
-    norm = empty("model.norm.weight", hidden)
-    tied = spec.tie_word_embeddings
-    lm_head = embed if tied else empty("lm_head.weight", spec.vocab_size, hidden)
-    return Weights(embed, layers, norm, lm_head), targets
+    for entry in entries(spec):
+        found[entry.name] = torch.empty(entry.shape, dtype=dtype, device=device)
+        views = torch.split(found[entry.name], list(entry.parts.values()))
+        targets.update(zip(entry.parts, views, strict=True))
+    layers = [
+        LayerWeights(**{f.name: found.get(f"{index}.{f.name}") for f in fields(LayerWeights)})  # type: ignore[arg-type]
+        for index in range(spec.num_layers)
+    ]
+    head = found.get("lm_head", found["embed"])
+    return Weights(found["embed"], layers, found["norm"], head), targets

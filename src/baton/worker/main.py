@@ -24,8 +24,17 @@ from baton.worker.worker import Worker
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config, role: Role, worker_id: str, runtime_dir: Path, gateways: list[str]) -> int:
+def run(
+    config: Config,
+    role: Role,
+    worker_id: str,
+    runtime_dir: Path,
+    gateways: list[str],
+    weights_fd: int | None = None,
+) -> int:
     """Run one worker until it is drained or fails; returns the exit code.
+
+    `weights_fd`, the memfd in which this host's workers share packed weights, is closed.
 
     Raises:
         ConfigError, ModelError: it cannot start.
@@ -34,7 +43,17 @@ def run(config: Config, role: Role, worker_id: str, runtime_dir: Path, gateways:
     decisions = open_decision_log(config.log.decision_log, worker_id)
     sink = decisions.write if decisions else None
     with loading_progress(f"{worker_id}: loading weights") as progress:
-        worker = Worker(config, role, worker_id, runtime_dir, progress=progress, decision_sink=sink)
+        worker = Worker(
+            config,
+            role,
+            worker_id,
+            runtime_dir,
+            weights_fd=weights_fd,
+            progress=progress,
+            decision_sink=sink,
+        )
+    if weights_fd is not None:
+        os.close(weights_fd)  # what it holds stays mapped
     code = uvloop.run(_serve(worker, gateways))
     if code == 0:
         worker.close()

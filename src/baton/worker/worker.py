@@ -26,8 +26,8 @@ from baton.fabric.arena import Arena
 from baton.fabric.descriptors import DescriptorServer
 from baton.fabric.shm import ShmTransport
 from baton.fabric.thread import FabricThread
+from baton.model.checkpoint import Progress
 from baton.model.hub import resolve_model
-from baton.model.loader import Progress
 from baton.rpc.auth import read_secret
 from baton.rpc.client import announce
 from baton.rpc.messages import Announce, Hello, Instructions
@@ -58,6 +58,7 @@ class Worker:
         worker_id: str,
         runtime_dir: Path,
         *,
+        weights_fd: int | None = None,
         progress: Progress | None = None,
         decision_sink: Sink | None = None,
     ) -> None:
@@ -75,6 +76,7 @@ class Worker:
             worker_id=worker_id,
             epoch=self._epoch,
             lease_secret=lease_secret,
+            weights_fd=weights_fd,
             progress=progress,
             decision_sink=decision_sink,
         )
