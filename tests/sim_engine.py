@@ -18,8 +18,10 @@ from typing import Any
 from baton.core.lease import LeaseTable, verify_mac
 from baton.core.limits import SchedulerConfig
 from baton.core.plan import ExportOrder, ImportOrder, StepOutput, StepPlan, Update
+from baton.core.prompt_order import PASSING, rank
 from baton.core.scheduler import Scheduler
-from baton.core.sequence import Status
+from baton.core.sequence import Sequence as CoreSequence
+from baton.core.sequence import SequenceId, Status
 from baton.core.store_index import StoreIndex
 from baton.types import FinishReason, Handoff, KvFormat, Request, SamplingParams, TokenDelta
 
@@ -240,16 +242,20 @@ class SimWorker:
         self.exports: list[ExportOrder] = []
         self.imports: list[ImportOrder] = []
         self._check = check
+        self._came: dict[SequenceId, int] = {}  # tokens admitted when a sequence came
+        self._num_admitted = 0
 
     def step(self, now: float) -> Update:
         """One turn of the engine's loop, depth 1."""
         running = list(self.scheduler._running.values())
+        waiting = list(self.scheduler._waiting)
         decodes = [seq for seq in running if seq.num_remaining == 1]
         plan = self.scheduler.schedule(now)
         planned = {chunk.seq.id for chunk in plan.chunks}
         for seq in decodes:
             assert seq.status is not Status.RUNNING or seq.id in planned, "a decode was starved"
-        self._check_oldest(running, planned)
+        self._check_oldest(running, plan)
+        self._check_turns(waiting, plan)
         self.imports += plan.imports
         self.poison_free()
         if plan.chunks:
@@ -257,8 +263,12 @@ class SimWorker:
             self.scheduler.update(plan, self.runner.collect(), now)
         return self.settle()
 
-    def _check_oldest(self, running: list[Any], planned: set[Any]) -> None:
-        """Whoever runs longest goes on, unless blocks in transfer leave it no room."""
+    def _check_oldest(self, running: list[Any], plan: StepPlan) -> None:
+        """Whoever runs longest goes on, unless blocks in transfer leave it no room.
+
+        A prompt may also be passed, by one that ranks before it.
+        """
+        planned = {chunk.seq.id for chunk in plan.chunks}
         alive = [seq for seq in running if seq.status is not Status.FINISHED]
         if alive and alive[0].status is Status.WAITING:
             assert not planned & {seq.id for seq in alive}, "the oldest was preempted by another"
@@ -266,8 +276,30 @@ class SimWorker:
             sched = self.scheduler
             elsewhere = [s for s in sched._sequences.values() if s.status is Status.EXPORTING]
             assert elsewhere or sched.num_transfers, "nothing else held blocks"
+        elif alive and alive[0].num_remaining > 1:
+            passing = [c.seq for c in plan.chunks if c.seq.num_remaining > 1]
+            passed = any(rank(seq) < rank(alive[0]) for seq in passing)
+            assert alive[0].id in planned or passed, "the oldest did not progress"
         elif alive:
             assert alive[0].id in planned, "the oldest did not progress"
+
+    def _check_turns(self, waiting: list[CoreSequence], plan: StepPlan) -> None:
+        """No prompt, waiting or begun, is passed by one that came later than it has to bear."""
+        for seq in waiting:
+            self._came.setdefault(seq.id, self._num_admitted)
+        admitted = [s for s in waiting if s.status in (Status.RUNNING, Status.IMPORTING)]
+        self._num_admitted += sum(seq.num_tokens for seq in admitted)
+        chunks = {chunk.seq.id: chunk.seq for chunk in plan.chunks if chunk.seq.num_remaining > 1}
+        running = self.scheduler._running.values()
+        passed = [seq for seq in waiting if seq.status is Status.WAITING]
+        passed += [s for s in running if s.num_remaining > 1 and s.id not in chunks]
+        for seq in (*admitted, *chunks.values()):
+            for other in passed:
+                bound = self._came[other.id] + PASSING * other.num_tokens
+                assert seq.num_preemptions or self._came[seq.id] < bound, "passed for too long"
+        for seq in admitted:
+            before = [s for s in passed if s.num_preemptions and s.status is Status.WAITING]
+            assert seq.num_preemptions or not before, "a new one passed one that was preempted"
 
     def settle(self) -> Update:
         """Collect what happened, poison what was freed, verify."""

@@ -299,7 +299,7 @@ def _worker_key(worker: SimWorker, now: float) -> Hashable:
             )
             for seq in scheduler._sequences.values()
         ),
-        tuple(scheduler._waiting),
+        tuple(seq.id for seq in scheduler._waiting),
         tuple(scheduler._running),
         tuple(scheduler._attempts._latest.values()),
         tuple(

@@ -16,7 +16,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from serving_machine import ServingMachine
 from sim_engine import make_config
 
-from baton.core import keys, lease
+from baton.core import keys, lease, prompt_order, scheduler
 from baton.core.attempts import AttemptMemory
 from baton.core.block_pool import BlockPool
 from baton.core.exports import ExportState, ExportTable
@@ -322,6 +322,27 @@ def prompt_starves_decodes(patch: Patch) -> None:
     patch.setattr(Scheduler, "_grow", grow)
 
 
+def no_ageing(patch: Patch) -> None:
+    """Less work left goes first, however long another has waited."""
+
+    def by_work_alone(seq: Sequence) -> prompt_order.Rank:
+        return (seq.num_preemptions == 0, seq.num_remaining, seq.order)
+
+    patch.setattr(prompt_order, "rank", by_work_alone)
+    patch.setattr(scheduler, "rank", by_work_alone)
+
+
+def preempted_ranks_like_a_new_one(patch: Patch) -> None:
+    """A sequence that gave back its blocks queues among those that never ran."""
+
+    def anew(seq: Sequence) -> prompt_order.Rank:
+        value = prompt_order.PASSING * seq.num_remaining + seq.admitted_before
+        return (True, value, seq.order)
+
+    patch.setattr(prompt_order, "rank", anew)
+    patch.setattr(scheduler, "rank", anew)
+
+
 BUGS: dict[Callable[[Patch], None], type[ServingMachine]] = {
     stale_hash: BlindMachine,
     unchained_hash: BlindMachine,
@@ -343,6 +364,8 @@ BUGS: dict[Callable[[Patch], None], type[ServingMachine]] = {
     lease_holds_nothing: BlindMachine,
     credit_leaked: BlindMachine,
     prompt_starves_decodes: BlindMachine,
+    no_ageing: SmallBudget,
+    preempted_ranks_like_a_new_one: BlindMachine,
 }
 
 

@@ -1,11 +1,11 @@
 """What runs in the next step, and what its outcome means.
 
 One rule: `num_computed` catches up with `num_tokens`. A step has a token budget. Sequences that
-need one token go first, so a prompt never starves a running answer; prompts already begun come
-next, in order of admission; then new ones are admitted while blocks and budget last. When blocks
-run out the newest sequence is preempted: it keeps its tokens, gives back its blocks and comes
-back through admission, where the prefix cache may spare it most of the work. The oldest one is
-never preempted by another, so something always progresses.
+need one token go first, so a prompt never starves a running answer. Prompts share what is left,
+in the order of `prompt_order`: those already begun, and new ones, which are admitted in their turn
+while blocks last. When blocks run out the newest sequence is preempted: it keeps its tokens, gives
+back its blocks and comes back through admission, where the prefix cache may spare it most of the
+work. The oldest one is never preempted by another, so something always progresses.
 
 `Scheduler` owns the sequences, the block pool, the exports and the imports. Methods take the
 time as an argument; what they bring for the outside is collected by `take`. (Over the
@@ -15,7 +15,7 @@ usual length of a file: one rule, told in one place.)
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict
+from collections import Counter
 
 from baton.core.admission import OutputLengths
 from baton.core.attempts import AttemptMemory
@@ -26,6 +26,7 @@ from baton.core.keys import root_key
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
 from baton.core.plan import Chunk, ImportOrder, StepOutput, StepPlan, Update, error_delta
+from baton.core.prompt_order import PromptQueue, rank
 from baton.core.sequence import Sequence, SequenceId, Status
 from baton.core.store_index import StoreIndex
 from baton.errors import DeadlineExceeded, ServeError, TransferFailed, Unavailable
@@ -67,11 +68,13 @@ class Scheduler:
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._attempts = AttemptMemory()
-        self._waiting: OrderedDict[SequenceId, Sequence] = OrderedDict()
+        self._waiting = PromptQueue()
         self._running: dict[SequenceId, Sequence] = {}
         self._chunks: dict[SequenceId, Chunk] = {}
         self._budget = 0
         self._deadlines: list[tuple[float, SequenceId]] = []
+        self._num_added = 0
+        self._num_admitted_tokens = 0
         self._lengths = OutputLengths()
         self._step = 0
         self._draining = False
@@ -99,8 +102,11 @@ class Scheduler:
             return
         root = root_key(self.config.fingerprint, self.config.numerics, request.salt)
         seq = Sequence(request, root, self.config.kv_format.block_size, now)
+        self._num_added += 1
+        seq.order = self._num_added
+        seq.admitted_before = self._num_admitted_tokens
         self._sequences[seq.id] = seq
-        self._waiting[seq.id] = seq
+        self._waiting.add(seq)
         if seq.deadline is not None:
             heapq.heappush(self._deadlines, (seq.deadline, seq.id))
 
@@ -164,28 +170,13 @@ class Scheduler:
         prompts: list[Sequence] = []
         for seq in self._running.values():
             (decodes if len(seq.token_ids) - seq.num_computed == 1 else prompts).append(seq)
-        for seq in decodes + prompts:
-            if self._budget <= 0:
-                break
+        for seq in decodes:
             if seq.status is _RUNNING and self._grow(seq):
                 self._plan(seq)
         imports: list[ImportOrder] = []
-        promised = 0
-        if self._waiting and self._num_active() < self._max_running:
-            promised = sum(map(self._growth, self._running.values()))
         # Whoever was preempted in this step must not take the blocks back in the same step.
-        while (
-            self._waiting
-            and self._budget > 0
-            and self._num_active() < self._max_running
-            and self.counters["preemptions"] == num_preempted
-        ):
-            seq = next(iter(self._waiting.values()))
-            if not self._admit(seq, promised, imports, now):
-                break
-            promised += self._growth(seq)
-            if seq.status is Status.RUNNING:
-                self._plan(seq)
+        admits = self.counters["preemptions"] == num_preempted
+        self._plan_prompts(prompts, admits, imports, now)
         return StepPlan(self._step, tuple(self._chunks.values()), tuple(imports))
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> None:
@@ -246,7 +237,7 @@ class Scheduler:
             num_free_blocks=self.pool.num_free,
             num_running=self._num_active(),
             num_waiting=len(self._waiting),
-            num_waiting_tokens=sum(seq.num_remaining for seq in self._waiting.values())
+            num_waiting_tokens=sum(seq.num_remaining for seq in self._waiting)
             + sum(seq.num_remaining for seq in self._running.values() if seq.num_remaining > 1),
         )
 
@@ -270,6 +261,29 @@ class Scheduler:
 
     def _num_active(self) -> int:
         return len(self._running) + len(self.imports)
+
+    def _plan_prompts(
+        self, prompts: list[Sequence], admits: bool, imports: list[ImportOrder], now: float
+    ) -> None:
+        """Share the rest of the budget among prompts, and admit those whose turn it is."""
+        promised = 0
+        if admits and self._waiting and self._num_active() < self._max_running:
+            promised = sum(map(self._growth, self._running.values()))
+        begun = [seq for seq in prompts if seq.status is _RUNNING]
+        begun.sort(key=rank, reverse=True)
+        while self._budget > 0:
+            admits = admits and bool(self._waiting) and self._num_active() < self._max_running
+            if admits and not (begun and rank(begun[-1]) < rank(self._waiting.head)):
+                seq = self._waiting.head
+                admits = self._admit(seq, promised, imports, now)
+                if admits:
+                    promised += self._growth(seq)
+                    if seq.status is _RUNNING:
+                        self._plan(seq)
+            elif begun:
+                self._plan(begun.pop())  # it has had room for all its tokens since admission
+            else:
+                break
 
     def _plan(self, seq: Sequence) -> None:
         remaining = len(seq.token_ids) - seq.num_computed
@@ -300,8 +314,7 @@ class Scheduler:
         seq.reset()
         del self._running[seq.id]
         seq.status = Status.WAITING
-        self._waiting[seq.id] = seq
-        self._waiting.move_to_end(seq.id, last=False)
+        self._waiting.add(seq)
 
     def _growth(self, seq: Sequence) -> int:
         """Blocks that `seq` is predicted to want beyond those for the tokens it has."""
@@ -326,7 +339,8 @@ class Scheduler:
         if seq.request.hand_off and not self.exports.open(seq):
             self.counters["store_full_waits"] += 1
             return False
-        del self._waiting[seq.id]
+        self._waiting.discard(seq.id)
+        self._num_admitted_tokens += seq.num_tokens
         self.pool.acquire(hits)
         seq.blocks = hits + self.pool.allocate(needed)
         seq.num_published = len(hits)
@@ -424,7 +438,7 @@ class Scheduler:
         seq.status = Status.FINISHED
         del self._sequences[seq.id]
         self._attempts.end(seq.id)
-        self._waiting.pop(seq.id, None)
+        self._waiting.discard(seq.id)
         self._running.pop(seq.id, None)
         self.exports.abandon(seq.id)
         self.pool.release(seq.blocks)

@@ -31,11 +31,13 @@ class Sequence:
     """Mutable; owned by the scheduler and never leaves its process.
 
     `token_ids` is prompt, emitted and generated tokens; `blocks` the block table; `keys` the
-    content keys of the full blocks as far as they have been worked out. Times are the caller's
-    monotonic seconds, 0.0 until known.
+    content keys of the full blocks as far as they have been worked out. `order` counts the
+    sequences in the order in which they came, and `admitted_before` is what `prompt_order` makes
+    of their age. Times are the caller's monotonic seconds, 0.0 until known.
     """
 
     __slots__ = (
+        "admitted_before",
         "arrived",
         "block_size",
         "blocks",
@@ -78,6 +80,7 @@ class Sequence:
         self.num_preemptions = 0
         self.status = Status.WAITING
         self.order = 0
+        self.admitted_before = 0
         self.deadline = None if request.deadline_s is None else now + request.deadline_s
         self.arrived = now
         self.first_scheduled = 0.0
