@@ -30,10 +30,11 @@ class Status(enum.Enum):
 class Sequence:
     """Mutable; owned by the scheduler and never leaves its process.
 
-    `token_ids` is prompt, emitted and generated tokens; `blocks` the block table; `keys` the
-    content keys of the full blocks as far as they have been worked out. `order` counts the
-    sequences in the order in which they came, and `admitted_before` is what `prompt_order` makes
-    of their age. Times are the caller's monotonic seconds, 0.0 until known.
+    `token_ids` is prompt, emitted and generated tokens; `blocks` the block table, which grows in
+    place: a table that differs otherwise is another list; `keys` the content keys of the full
+    blocks as far as they have been worked out. `order` counts sequences as they come, and
+    `admitted_before` is the age that `prompt_order` knows. Times are the caller's monotonic
+    seconds, 0.0 until known.
     """
 
     __slots__ = (
