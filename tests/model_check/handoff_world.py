@@ -63,7 +63,7 @@ class World:
         for worker in (copied.prefill, copied.decode):
             worker.runner = copy.copy(worker.runner)
             worker.runner.kv = worker.kv
-            worker.runner._outputs = []
+            worker.runner._work = []
         return copied
 
     # What can happen ---------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 
 from baton.errors import Internal
 from baton.model import sampler
-from baton.model.sampler import SampleRow, is_greedy, reads_output, sample, uniform
+from baton.model.sampler import SampleRow, is_greedy, sample, uniform
 from baton.types import SamplingParams
 
 WORD = (1 << 64) - 1
@@ -93,7 +93,7 @@ def test_running_sums_are_added_one_after_the_other() -> None:
 
 
 def test_output_matters_only_where_it_is_said_to() -> None:
-    assert not reads_output(SamplingParams(max_tokens=9, logit_bias={1: 2.0}, top_k=3))
+    assert not SamplingParams(max_tokens=9, logit_bias={1: 2.0}, top_k=3).reads_output
     for field in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-        assert reads_output(SamplingParams(max_tokens=9, **{field: 0.5}))
-    assert reads_output(SamplingParams(max_tokens=9, min_tokens=1))
+        assert SamplingParams(max_tokens=9, **{field: 0.5}).reads_output
+    assert SamplingParams(max_tokens=9, min_tokens=1).reads_output

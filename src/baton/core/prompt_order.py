@@ -41,7 +41,7 @@ def rank(seq: Sequence) -> Rank:
     if seq.num_preemptions:
         return (False, 0, seq.order)
     fetched = not seq.blocks and seq.request.handoff is not None
-    remaining = 1 if fetched else seq.num_remaining
+    remaining = 1 if fetched else seq.num_unscheduled
     return (True, PASSING * remaining + seq.admitted_before, seq.order)
 
 

@@ -22,6 +22,7 @@ from baton.core.attempts import AttemptMemory
 from baton.core.block_pool import BlockPool
 from baton.core.exports import ExportTable
 from baton.core.imports import ImportTable
+from baton.core.in_flight import MAX_DEPTH, InFlight, may_run_ahead
 from baton.core.keys import root_key
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
@@ -64,6 +65,7 @@ class Scheduler:
         self.exports = ExportTable(config, self.pool, index, leases)
         self.imports = ImportTable(config, self.pool, self.counters)
         self._leases = leases
+        self._in_flight = InFlight(self.pool)
         # A decode takes one token of the budget, so no more of them may run than it has.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._sequences: dict[SequenceId, Sequence] = {}
@@ -141,7 +143,7 @@ class Scheduler:
         assert handoff is not None
         if num_verified:
             computed = seq.num_computed + num_verified * seq.block_size
-            seq.num_computed = min(computed, handoff.num_tokens)
+            seq.num_computed = seq.num_scheduled = min(computed, handoff.num_tokens)
             seq.num_imported_blocks = num_verified
             self._publish(seq)
         seq.import_done = now
@@ -161,6 +163,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan:
         """Choose the next step. A plan without chunks means: nothing can run until news comes."""
+        assert len(self._in_flight) < MAX_DEPTH, "too many steps in flight"
         self._expire(now)
         self._step += 1
         self._chunks = {}
@@ -169,7 +172,9 @@ class Scheduler:
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
         for seq in self._running.values():
-            (decodes if len(seq.token_ids) - seq.num_computed == 1 else prompts).append(seq)
+            (decodes if seq.num_expected - seq.num_scheduled == 1 else prompts).append(seq)
+        if self._in_flight:
+            decodes = [seq for seq in decodes if self._is_ready(seq)]
         for seq in decodes:
             if seq.status is _RUNNING and self._grow(seq):
                 self._plan(seq)
@@ -177,17 +182,20 @@ class Scheduler:
         # Whoever was preempted in this step must not take the blocks back in the same step.
         admits = self.counters["preemptions"] == num_preempted
         self._plan_prompts(prompts, admits, imports, now)
+        if self._chunks:
+            self._in_flight.begin(self._step, self._chunks)
         return StepPlan(self._step, tuple(self._chunks.values()), tuple(imports))
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> None:
-        """Take in what a step computed."""
+        """Take in what a step computed. Steps end in the order in which they were planned."""
         num_generated = 0
+        counting = self._in_flight.end(plan.step)
         for chunk, tokens, logprobs in zip(
             plan.chunks, output.token_ids, output.logprobs, strict=True
         ):
             seq = chunk.seq
-            if seq.status is not _RUNNING:
-                continue  # ended while the step ran
+            if seq.id not in counting:
+                continue  # ended or preempted while the step ran
             if chunk.start < len(seq.request.prompt):
                 self._count_prompt(seq, chunk)
             seq.num_computed = chunk.start + chunk.num_tokens
@@ -221,7 +229,7 @@ class Scheduler:
 
     def is_drained(self) -> bool:
         """Nothing is accepted, nothing is left, and nobody may still read from the store."""
-        left = self._sequences or self.num_transfers or len(self._leases)
+        left = self._sequences or self.num_transfers or len(self._leases) or self._in_flight
         return self._draining and not left
 
     def next_deadline(self) -> float | None:
@@ -252,7 +260,11 @@ class Scheduler:
         for seq in self._sequences.values():
             for block in seq.blocks:
                 wanted[block] += 1
-        for block in (*self.exports.blocks_in_transfer(), *self.imports.blocks_in_transfer()):
+            if not self._in_flight:
+                assert seq.num_scheduled == seq.num_computed, f"{seq.id} awaits no step"
+                assert seq.num_expected == seq.num_tokens, f"{seq.id} awaits no token"
+        transfers = (*self.exports.blocks_in_transfer(), *self.imports.blocks_in_transfer())
+        for block in (*transfers, *self._in_flight.held_blocks()):
             wanted[block] += 1
         for block, refs in enumerate(wanted):
             assert self.pool.refs(block) == refs, f"block {block}: {refs} owners"
@@ -286,17 +298,33 @@ class Scheduler:
                 break
 
     def _plan(self, seq: Sequence) -> None:
-        remaining = len(seq.token_ids) - seq.num_computed
-        num_tokens = remaining if remaining < self._budget else self._budget
-        self._chunks[seq.id] = Chunk(seq, seq.num_computed, num_tokens, num_tokens == remaining)
+        start = seq.num_scheduled
+        num_tokens = remaining = seq.num_expected - start
+        if remaining > self._budget:
+            num_tokens = self._budget
+        samples = num_tokens == remaining
+        self._chunks[seq.id] = Chunk(seq, start, num_tokens, samples)
         self._budget -= num_tokens
+        seq.num_scheduled = start + num_tokens
+        if samples:
+            seq.num_expected += 1
+
+    def _is_ready(self, seq: Sequence) -> bool:
+        """Whether `seq` may have a chunk before what is in flight is collected."""
+        return seq.num_expected == seq.num_tokens or may_run_ahead(seq, self.config)
 
     def _grow(self, seq: Sequence) -> bool:
-        """Make room for all tokens of `seq`; False if that took preempting `seq` itself."""
-        if len(seq.token_ids) <= len(seq.blocks) * seq.block_size:
+        """Make room for all tokens of `seq`.
+
+        False if there is none in this step: `seq` itself was preempted for it, or the blocks of
+        one that was preempted, or that ended, are still in use by the step in flight.
+        """
+        if seq.num_expected <= len(seq.blocks) * seq.block_size:
             return True
-        missing = self.config.num_blocks_for(seq.num_tokens) - len(seq.blocks)
+        missing = self.config.num_blocks_for(seq.num_expected) - len(seq.blocks)
         while missing > self.pool.num_free:
+            if missing <= self.pool.num_free + self._in_flight.num_returning():
+                return False
             victim = next(reversed(self._running.values()))
             planned = self._chunks.pop(victim.id, None)
             if planned is not None:
@@ -310,6 +338,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self.counters["preemptions"] += 1
         seq.num_preemptions += 1
+        self._in_flight.drop(seq)
         self.pool.release(seq.blocks)
         seq.reset()
         del self._running[seq.id]
@@ -344,7 +373,7 @@ class Scheduler:
         self.pool.acquire(hits)
         seq.blocks = hits + self.pool.allocate(needed)
         seq.num_published = len(hits)
-        seq.num_computed = len(hits) * seq.block_size
+        seq.num_computed = seq.num_scheduled = len(hits) * seq.block_size
         if not seq.first_scheduled:
             seq.first_scheduled = now
             seq.num_cached = seq.num_computed
@@ -441,5 +470,6 @@ class Scheduler:
         self._waiting.discard(seq.id)
         self._running.pop(seq.id, None)
         self.exports.abandon(seq.id)
+        self._in_flight.drop(seq)
         self.pool.release(seq.blocks)
         seq.blocks = []

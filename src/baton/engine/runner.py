@@ -10,7 +10,7 @@ import torch
 from baton.core.plan import Chunk, StepOutput, StepPlan
 from baton.engine.inputs import Inputs
 from baton.model.kv_cache import KvCache
-from baton.model.sampler import SampleRow, is_greedy, reads_output, sample
+from baton.model.sampler import SampleRow, is_greedy, sample
 from baton.model.transformer import Transformer
 
 
@@ -57,5 +57,5 @@ def _row(chunk: Chunk) -> SampleRow | None:
         choice=seq.request.choice,
         position=chunk.end,
         prompt=seq.request.prompt,
-        output=seq.token_ids[seq.num_prompt :] if reads_output(params) else (),
+        output=seq.token_ids[seq.num_prompt :] if params.reads_output else (),
     )

@@ -41,7 +41,7 @@ class SampleRow(msgspec.Struct, frozen=True):
     """What one draw depends on besides its logits.
 
     `position` is the index in the sequence of the token to draw; `prompt` and `output` are the
-    token ids before it. `output` may be empty unless `reads_output(params)`.
+    token ids before it. `output` may be empty unless `params.reads_output`.
     """
 
     params: SamplingParams
@@ -54,16 +54,6 @@ class SampleRow(msgspec.Struct, frozen=True):
 class Sampled(msgspec.Struct, frozen=True):
     token_id: int
     logprobs: SampledLogprobs | None = None
-
-
-def reads_output(params: SamplingParams) -> bool:
-    """Whether a draw depends on the tokens that were drawn before it, or on how many they are."""
-    return (
-        params.min_tokens > 0
-        or params.repetition_penalty != 1
-        or params.presence_penalty != 0
-        or params.frequency_penalty != 0
-    )
 
 
 def is_greedy(params: SamplingParams) -> bool:
