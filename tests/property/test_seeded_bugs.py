@@ -360,19 +360,6 @@ def block_freed_under_a_step(patch: Patch) -> None:
     )
 
 
-def held_until_the_step_before(patch: Patch) -> None:
-    """Blocks are held for the first step in flight and not for the last."""
-    original = InFlight.drop
-
-    def drop(self: InFlight, seq: Sequence) -> None:
-        original(self, seq)
-        first = next(iter(self._steps), None)
-        for step in [step for step in self._held if step != first]:
-            self._pool.release(self._held.pop(step))
-
-    patch.setattr(InFlight, "drop", drop)
-
-
 def token_after_the_end(patch: Patch) -> None:
     """What a step drew for a sequence that ended meanwhile is taken in."""
     original = InFlight.end
@@ -393,17 +380,18 @@ def runs_past_a_foreseen_end(patch: Patch) -> None:
     patch.setattr(scheduler, "may_run_ahead", lambda seq, config: True)
 
 
-def counted_before_collected(patch: Patch) -> None:
-    """A block counts as computed when the step that fills it is planned."""
-    original = Scheduler._plan
+def exported_before_collected(patch: Patch) -> None:
+    """A block is given to the store when the step that fills it is planned."""
+    original = ExportTable.export_full_blocks
 
-    def plan(self: Scheduler, seq: Sequence) -> None:
-        original(self, seq)
+    def export(self: ExportTable, seq: Sequence) -> object:
         computed, seq.num_computed = seq.num_computed, min(seq.num_scheduled, seq.num_tokens)
-        self._publish(seq)
-        seq.num_computed = computed
+        try:
+            return original(self, seq)
+        finally:
+            seq.num_computed = computed
 
-    patch.setattr(Scheduler, "_plan", plan)
+    patch.setattr(ExportTable, "export_full_blocks", export)
 
 
 BUGS: dict[Callable[[Patch], None], type[ServingMachine]] = {
@@ -430,10 +418,9 @@ BUGS: dict[Callable[[Patch], None], type[ServingMachine]] = {
     no_ageing: SmallBudget,
     preempted_ranks_like_a_new_one: BlindMachine,
     block_freed_under_a_step: Deep,
-    held_until_the_step_before: Deep,
     token_after_the_end: Deep,
     runs_past_a_foreseen_end: Deep,
-    counted_before_collected: Deep,
+    exported_before_collected: Deep,
 }
 
 

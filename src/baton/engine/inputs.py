@@ -30,6 +30,14 @@ class _Row:
     num_copied: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens that a step draws, [S] int64 on the device; `rows` by id of the sequence."""
+
+    token_ids: Tensor
+    rows: dict[int, int]
+
+
 class BlockTables:
     """Block tables as one array [capacity, width] int64; both grow as they have to."""
 
@@ -90,19 +98,30 @@ class Inputs:
         self._device = device
         self._tables = BlockTables()
 
-    def batch(self, plan: StepPlan) -> Batch:
-        """The model's input for `plan`. A chunk without tokens is our own mistake."""
+    def batch(self, plan: StepPlan, ahead: Drawn | None = None) -> Batch:
+        """The model's input for `plan`. A chunk without tokens is our own mistake.
+
+        A token that a sequence does not have yet is taken from `ahead`.
+        """
         chunks, size = plan.chunks, self._block_size
         tables = self._tables.take(chunks)
         token_ids: list[int] = []
         starts, ends, query_starts, sample_rows = [], [], [0], []
+        unknown: list[int] = []  # where in token_ids, and in which row of `ahead` it will be found
+        found: list[int] = []
         for chunk in chunks:
             start, num_tokens = chunk.start, chunk.num_tokens
             assert num_tokens > 0
-            if num_tokens == 1:
-                token_ids.append(chunk.seq.token_ids[start])
+            known = chunk.seq.token_ids
+            if num_tokens > 1:
+                token_ids += known[start : start + num_tokens]
+            elif start < len(known):
+                token_ids.append(known[start])
             else:
-                token_ids += chunk.seq.token_ids[start : start + num_tokens]
+                assert ahead is not None, "a token is wanted that no step draws"
+                unknown.append(len(token_ids))
+                found.append(ahead.rows[id(chunk.seq)])
+                token_ids.append(0)
             starts.append(start)
             ends.append(start + num_tokens)
             query_starts.append(len(token_ids))
@@ -115,8 +134,12 @@ class Inputs:
             positions = np.arange(len(token_ids)) + np.repeat(shifts, counts)
             rows = np.repeat(rows, counts)
         blocks, offsets = np.divmod(positions, size)
+        tokens = self._tensor(np.array(token_ids))
+        if ahead is not None and unknown:
+            at, of = self._tensor(np.array(unknown)), self._tensor(np.array(found))
+            tokens.index_copy_(0, at, ahead.token_ids.index_select(0, of))
         return Batch(
-            token_ids=self._tensor(np.array(token_ids)),
+            token_ids=tokens,
             positions=self._tensor(positions),
             slots=self._tensor(tables[rows, blocks] * size + offsets),
             query_starts=query_starts,
@@ -126,4 +149,7 @@ class Inputs:
         )
 
     def _tensor(self, array: _Ints) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cuda":  # else the copy would wait for the device
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
