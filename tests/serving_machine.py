@@ -66,13 +66,14 @@ class ServingMachine(RuleBasedStateMachine):
         num_blocks=10, num_frames=1, max_num_seqs=4, max_num_batched_tokens=7
     )
     check = True
+    depth = 1
     max_settle_steps = 600
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.prefill = SimWorker(self.prefill_config, "prefill", check=self.check)
-        self.decode = SimWorker(self.decode_config, "decode", check=self.check)
+        self.prefill = SimWorker(self.prefill_config, "prefill", check=self.check, depth=self.depth)
+        self.decode = SimWorker(self.decode_config, "decode", check=self.check, depth=self.depth)
         self.clients: dict[str, Client] = {}
         self.home: dict[str, SimWorker] = {}
         self.grants: dict[str, list[str]] = {}
@@ -350,6 +351,7 @@ class ServingMachine(RuleBasedStateMachine):
             while worker.imports:
                 self.absorb(worker, worker.finish_import(0, self.prefill, self.now))
             self.absorb(worker, worker.step(self.now))
+            self.absorb(worker, worker.finish_steps(self.now))
         for grants in self.grants.values():
             self.prefill.scheduler.release(tuple(grants))
         for worker in (self.prefill, self.decode):

@@ -15,11 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from baton.core.in_flight import may_run_ahead
 from baton.core.lease import LeaseTable, verify_mac
 from baton.core.limits import SchedulerConfig
-from baton.core.plan import ExportOrder, ImportOrder, StepOutput, StepPlan, Update
+from baton.core.plan import Chunk, ExportOrder, ImportOrder, StepOutput, StepPlan, Update
+from baton.core.prompt_order import PASSING, rank
 from baton.core.scheduler import Scheduler
-from baton.core.sequence import Status
+from baton.core.sequence import SequenceId, Status
 from baton.core.store_index import StoreIndex
 from baton.types import FinishReason, Handoff, KvFormat, Request, SamplingParams, TokenDelta
 
@@ -122,50 +124,74 @@ class FakeKv:
 
 
 class FakeRunner:
-    """Carries out a plan when it is submitted. Implements `core.plan.Runner`."""
+    """Implements `core.plan.Runner`, as a device would: what a plan needs is taken over when it is
+    submitted, but it is carried out as late as can be. With depth 1 that is no difference."""
 
-    def __init__(self, kv: FakeKv, limits: SchedulerConfig) -> None:
+    def __init__(self, kv: FakeKv, limits: SchedulerConfig, depth: int = 1) -> None:
         self.kv = kv
+        self.depth = depth
         self.num_computed = 0
+        self.num_unknown = 0
         self._limits = limits
-        self._outputs: list[StepOutput] = []
+        self._work: list[tuple[StepPlan, list[tuple[list[int], list[int]]]]] = []
+        self._drawn: dict[int, int] = {}  # by id of the sequence, of the step before
 
     @property
     def pending(self) -> int:
-        return len(self._outputs)
+        return len(self._work)
 
     def submit(self, plan: StepPlan) -> None:
+        assert self.pending < self.depth
         assert plan.num_tokens <= self._limits.max_num_batched_tokens, "over the token budget"
         assert len(plan.chunks) <= self._limits.max_num_seqs, "over the number of sequences"
         assert len({chunk.seq.id for chunk in plan.chunks}) == len(plan.chunks)
-        written = [
-            seq.blocks[position // self.kv.block_size]
-            for seq, positions in ((c.seq, range(c.start, c.end)) for c in plan.chunks)
-            for position in positions[:: self.kv.block_size]
-        ]
+        flying = {id(chunk.seq): chunk for before, _ in self._work for chunk in before.chunks}
+        written = [block for chunk in plan.chunks for block in self._written(chunk)]
         assert len(set(written)) == len(written), "two chunks write into one block"
-        drawn: list[list[int]] = []
+        for before, taken in self._work:
+            for used, (table, _) in zip(before.chunks, taken, strict=True):
+                for chunk in plan.chunks:
+                    shared = chunk.seq is not used.seq and set(table) & set(self._written(chunk))
+                    assert not shared, "a block that a step in flight uses is written"
+        taken = []
         for chunk in plan.chunks:
-            seq, table = chunk.seq, chunk.seq.blocks
+            seq, last = chunk.seq, flying.get(id(chunk.seq))
             assert chunk.num_tokens > 0, "a chunk without tokens"
-            assert chunk.start == seq.num_computed
-            assert chunk.end <= seq.num_tokens
-            assert chunk.end <= len(table) * self.kv.block_size, "a slot outside the block table"
-            assert chunk.samples == (chunk.end == seq.num_tokens)
-            for position in range(chunk.start, chunk.end):
-                first = before_first(seq.request.salt)
+            assert chunk.start == (seq.num_computed if last is None else last.end)
+            num_tokens = seq.num_tokens + (last is not None and last.samples)
+            assert chunk.end <= num_tokens
+            assert chunk.end <= len(seq.blocks) * self.kv.block_size, "outside the block table"
+            assert chunk.samples == (chunk.end == num_tokens)
+            taken.append((list(seq.blocks), seq.token_ids[chunk.start : chunk.end]))
+        self._work.append((plan, taken))
+
+    def _written(self, chunk: Chunk) -> list[int]:
+        size = self.kv.block_size
+        return chunk.seq.blocks[chunk.start // size : -(-chunk.end // size)]
+
+    def collect(self) -> StepOutput:
+        plan, taken = self._work.pop(0)
+        drawn: list[list[int]] = []
+        for chunk, (table, tokens) in zip(plan.chunks, taken, strict=True):
+            if not tokens:
+                self.num_unknown += 1
+                tokens = [self._drawn[id(chunk.seq)]]
+            for position, token in enumerate(tokens, chunk.start):
+                first = before_first(chunk.seq.request.salt)
                 before = self.kv.read(table, position - 1) if position else first
-                slot = write_slot(seq.token_ids[position], position, before)
-                self.kv.write(table, position, slot)
+                self.kv.write(table, position, write_slot(token, position, before))
             self.num_computed += chunk.num_tokens
             drawn.append([])
             if chunk.samples:
                 context = [self.kv.read(table, position) for position in range(chunk.end)]
+                assert POISON not in context, "a block was freed while a step needed it"
                 drawn[-1].append(next_token(context))
-        self._outputs.append(StepOutput(drawn, [None] * len(drawn), 0.0))
-
-    def collect(self) -> StepOutput:
-        return self._outputs.pop(0)
+        self._drawn = {
+            id(chunk.seq): token
+            for chunk, tokens in zip(plan.chunks, drawn, strict=True)
+            for token in tokens
+        }
+        return StepOutput(drawn, [None] * len(drawn), 0.0)
 
 
 @dataclass
@@ -214,9 +240,22 @@ def digests_match(frame: Frame, digest: bytes) -> bool:
     return frame.digest == digest
 
 
+class Before:
+    """What a scheduler had before it planned a step; `ranks` are those of prompts."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.running = list(scheduler._running.values())
+        self.waiting = list(scheduler._waiting)
+        self.decodes = [seq for seq in self.running if seq.num_unscheduled == 1]
+        self.awaited = {seq.id for seq in self.running if seq.num_expected > seq.num_tokens}
+        prompts = [seq for seq in self.running if seq.num_unscheduled > 1]
+        self.ranks = {seq.id: rank(seq) for seq in (*prompts, *self.waiting)}
+
+
 class SimWorker:
     """One worker: the real scheduler over fake KV, a fake store, and copies that take their time.
 
+    With depth 2 a step is planned and submitted before the one before it is collected.
     `exports` and `imports` are under way until `finish_export` and `finish_import` are called.
     With `check`, every invariant is verified after every call.
     """
@@ -228,6 +267,7 @@ class SimWorker:
         epoch: int = 1,
         *,
         check: bool = True,
+        depth: int = 1,
         make_scheduler: Callable[..., Scheduler] = Scheduler,
     ) -> None:
         self.config = config
@@ -235,39 +275,85 @@ class SimWorker:
         self.leases = LeaseTable(name, epoch, SECRET, self.index)
         self.scheduler = make_scheduler(config, self.leases, self.index)
         self.kv = FakeKv(config)
-        self.runner = FakeRunner(self.kv, config)
+        self.runner = FakeRunner(self.kv, config, depth)
         self.store = FakeFabric(config, epoch)
         self.exports: list[ExportOrder] = []
         self.imports: list[ImportOrder] = []
+        self._plans: list[StepPlan] = []
         self._check = check
+        self._came: dict[SequenceId, int] = {}  # tokens admitted when a sequence came
+        self._num_admitted = 0
 
     def step(self, now: float) -> Update:
-        """One turn of the engine's loop, depth 1."""
-        running = list(self.scheduler._running.values())
-        decodes = [seq for seq in running if seq.num_remaining == 1]
+        """One turn of the engine's loop."""
+        before = Before(self.scheduler)
         plan = self.scheduler.schedule(now)
-        planned = {chunk.seq.id for chunk in plan.chunks}
-        for seq in decodes:
-            assert seq.status is not Status.RUNNING or seq.id in planned, "a decode was starved"
-        self._check_oldest(running, planned)
+        self._check_plan(before, plan)
         self.imports += plan.imports
         self.poison_free()
         if plan.chunks:
             self.runner.submit(plan)
-            self.scheduler.update(plan, self.runner.collect(), now)
+            self._plans.append(plan)
+        if self.runner.pending == self.runner.depth or (self.runner.pending and not plan.chunks):
+            self.scheduler.update(self._plans.pop(0), self.runner.collect(), now)
         return self.settle()
 
-    def _check_oldest(self, running: list[Any], planned: set[Any]) -> None:
-        """Whoever runs longest goes on, unless blocks in transfer leave it no room."""
-        alive = [seq for seq in running if seq.status is not Status.FINISHED]
+    def finish_steps(self, now: float) -> Update:
+        """Collect what is in flight, without beginning anything."""
+        while self.runner.pending:
+            self.scheduler.update(self._plans.pop(0), self.runner.collect(), now)
+        return self.settle()
+
+    def _check_plan(self, before: Before, plan: StepPlan) -> None:
+        scheduler = self.scheduler
+        planned = {chunk.seq.id for chunk in plan.chunks}
+        returning = scheduler._in_flight.num_returning()
+        for seq in before.decodes:
+            known = seq.id not in before.awaited or may_run_ahead(seq, self.config)
+            starved = known and seq.status is Status.RUNNING and seq.id not in planned
+            assert not starved or returning, "a decode was starved"
+        if not self.runner.pending:
+            self._check_oldest(before, planned)
+        self._check_turns(before, plan)
+
+    def _check_oldest(self, before: Before, planned: set[SequenceId]) -> None:
+        """Whoever runs longest goes on, unless blocks in transfer leave it no room.
+
+        A prompt may also be passed, by one that ranks before it.
+        """
+        alive = [seq for seq in before.running if seq.status is not Status.FINISHED]
         if alive and alive[0].status is Status.WAITING:
             assert not planned & {seq.id for seq in alive}, "the oldest was preempted by another"
             assert not any(seq.status is Status.RUNNING for seq in alive)
             sched = self.scheduler
             elsewhere = [s for s in sched._sequences.values() if s.status is Status.EXPORTING]
             assert elsewhere or sched.num_transfers, "nothing else held blocks"
-        elif alive:
-            assert alive[0].id in planned, "the oldest did not progress"
+        elif alive and alive[0].id not in planned:
+            passing = [before.ranks[seq_id] for seq_id in planned & set(before.ranks)]
+            first = before.ranks.get(alive[0].id)
+            assert first is not None, "the oldest did not progress"
+            assert any(other < first for other in passing), "the oldest did not progress"
+
+    def _check_turns(self, before: Before, plan: StepPlan) -> None:
+        """No prompt, waiting or begun, is passed by one that came later than it has to bear."""
+        for seq in before.waiting:
+            self._came.setdefault(seq.id, self._num_admitted)
+        admitted = [s for s in before.waiting if s.status in (Status.RUNNING, Status.IMPORTING)]
+        self._num_admitted += sum(seq.num_tokens for seq in admitted)
+        chunks = [chunk.seq for chunk in plan.chunks if chunk.seq.id in before.ranks]
+        waiting = [seq for seq in before.waiting if seq.status is Status.WAITING]
+        paused = [
+            seq
+            for seq in before.running
+            if seq.status is Status.RUNNING and seq.id in before.ranks and seq not in chunks
+        ]
+        for seq in (*admitted, *chunks):
+            for other in (*waiting, *paused):
+                bound = self._came[other.id] + PASSING * other.num_tokens
+                assert seq.num_preemptions or self._came[seq.id] < bound, "passed for too long"
+        for seq in admitted:
+            preempted = any(other.num_preemptions for other in waiting)
+            assert seq.num_preemptions or not preempted, "a new one passed one that was preempted"
 
     def settle(self) -> Update:
         """Collect what happened, poison what was freed, verify."""

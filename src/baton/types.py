@@ -58,6 +58,16 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
 
+    @property
+    def reads_output(self) -> bool:
+        """Whether a draw depends on the tokens drawn before it, or on how many they are."""
+        return (
+            self.min_tokens > 0
+            or self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
     def validate(self, vocab_size: int) -> None:
         """Check every bound. Runs at the gateway and again at the worker.
 

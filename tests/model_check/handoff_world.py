@@ -63,7 +63,7 @@ class World:
         for worker in (copied.prefill, copied.decode):
             worker.runner = copy.copy(worker.runner)
             worker.runner.kv = worker.kv
-            worker.runner._outputs = []
+            worker.runner._work = []
         return copied
 
     # What can happen ---------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def _worker_key(worker: SimWorker, now: float) -> Hashable:
             )
             for seq in scheduler._sequences.values()
         ),
-        tuple(scheduler._waiting),
+        tuple(seq.id for seq in scheduler._waiting),
         tuple(scheduler._running),
         tuple(scheduler._attempts._latest.values()),
         tuple(

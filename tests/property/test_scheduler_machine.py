@@ -29,13 +29,14 @@ def _run(machine: type[ServingMachine], max_examples: int) -> Counter[str]:
             for worker in (self.prefill, self.decode):
                 total.update(worker.scheduler.counters)
                 total["evictions"] += worker.scheduler.pool.num_evictions
+                total["unknown_tokens"] += worker.runner.num_unknown
 
     run_state_machine_as_test(Counting, settings=settings(COMMON, max_examples=max_examples))
     return total
 
 
 def test_small_pools() -> None:
-    total = _run(ServingMachine, 120)
+    total = _run(ServingMachine, 160)
     # The paths that this is about were taken.
     for name in (
         "preemptions",
@@ -47,6 +48,15 @@ def test_small_pools() -> None:
         "fallback_import_corrupt",
         "store_full_waits",
     ):
+        assert total[name], f"no {name} in all examples"
+
+
+def test_small_pools_at_depth_2() -> None:
+    class Machine(ServingMachine):
+        depth = 2
+
+    total = _run(Machine, 120)
+    for name in ("preemptions", "imported_blocks", "evictions", "aborts", "unknown_tokens"):
         assert total[name], f"no {name} in all examples"
 
 

@@ -16,11 +16,12 @@ from hypothesis.stateful import run_state_machine_as_test
 from serving_machine import ServingMachine
 from sim_engine import make_config
 
-from baton.core import keys, lease
+from baton.core import keys, lease, prompt_order, scheduler
 from baton.core.attempts import AttemptMemory
 from baton.core.block_pool import BlockPool
 from baton.core.exports import ExportState, ExportTable
 from baton.core.imports import ImportTable
+from baton.core.in_flight import InFlight
 from baton.core.plan import Chunk
 from baton.core.scheduler import Scheduler
 from baton.core.sequence import Sequence
@@ -63,6 +64,12 @@ class SmallBudget(BlindMachine):
     """Prompts take many steps."""
 
     prefill_config = make_config(num_blocks=24, num_frames=24, max_num_batched_tokens=3)
+
+
+class Deep(BlindMachine):
+    """A step is planned while another one runs."""
+
+    depth = 2
 
 
 def stale_hash(patch: Patch) -> None:
@@ -120,7 +127,7 @@ def no_recompute(patch: Patch) -> None:
         computed = seq.num_computed
         admitted = original(self, seq, *rest)  # type: ignore[arg-type]
         if admitted:
-            seq.num_computed = max(seq.num_computed, computed)
+            seq.num_computed = seq.num_scheduled = max(seq.num_computed, computed)
         return admitted
 
     patch.setattr(Sequence, "reset", reset)
@@ -138,6 +145,7 @@ def zero_token_chunk(patch: Patch) -> None:
             excess = chunk.end % seq.block_size
             self._chunks[seq.id] = Chunk(seq, chunk.start, chunk.num_tokens - excess, False)
             self._budget += excess
+            seq.num_scheduled -= excess
 
     patch.setattr(Scheduler, "_plan", plan)
 
@@ -322,6 +330,70 @@ def prompt_starves_decodes(patch: Patch) -> None:
     patch.setattr(Scheduler, "_grow", grow)
 
 
+def no_ageing(patch: Patch) -> None:
+    """Less work left goes first, however long another has waited."""
+
+    def by_work_alone(seq: Sequence) -> prompt_order.Rank:
+        return (seq.num_preemptions == 0, seq.num_remaining, seq.order)
+
+    patch.setattr(prompt_order, "rank", by_work_alone)
+    patch.setattr(scheduler, "rank", by_work_alone)
+
+
+def preempted_ranks_like_a_new_one(patch: Patch) -> None:
+    """A sequence that gave back its blocks queues among those that never ran."""
+
+    def anew(seq: Sequence) -> prompt_order.Rank:
+        value = prompt_order.PASSING * seq.num_remaining + seq.admitted_before
+        return (True, value, seq.order)
+
+    patch.setattr(prompt_order, "rank", anew)
+    patch.setattr(scheduler, "rank", anew)
+
+
+def block_freed_under_a_step(patch: Patch) -> None:
+    """Blocks go back at once, although a step in flight uses them."""
+    patch.setattr(
+        InFlight,
+        "drop",
+        lambda self, seq: [chunks.pop(seq.id, None) for chunks in self._steps.values()],
+    )
+
+
+def token_after_the_end(patch: Patch) -> None:
+    """What a step drew for a sequence that ended meanwhile is taken in."""
+    original = InFlight.end
+
+    def end(self: InFlight, step: int) -> object:
+        original(self, step)
+        return _Everything()
+
+    class _Everything:
+        def __contains__(self, seq_id: object) -> bool:
+            return True
+
+    patch.setattr(InFlight, "end", end)
+
+
+def runs_past_a_foreseen_end(patch: Patch) -> None:
+    """A sequence whose last token is being drawn is given another chunk."""
+    patch.setattr(scheduler, "may_run_ahead", lambda seq, config: True)
+
+
+def exported_before_collected(patch: Patch) -> None:
+    """A block is given to the store when the step that fills it is planned."""
+    original = ExportTable.export_full_blocks
+
+    def export(self: ExportTable, seq: Sequence) -> object:
+        computed, seq.num_computed = seq.num_computed, min(seq.num_scheduled, seq.num_tokens)
+        try:
+            return original(self, seq)
+        finally:
+            seq.num_computed = computed
+
+    patch.setattr(ExportTable, "export_full_blocks", export)
+
+
 BUGS: dict[Callable[[Patch], None], type[ServingMachine]] = {
     stale_hash: BlindMachine,
     unchained_hash: BlindMachine,
@@ -343,6 +415,12 @@ BUGS: dict[Callable[[Patch], None], type[ServingMachine]] = {
     lease_holds_nothing: BlindMachine,
     credit_leaked: BlindMachine,
     prompt_starves_decodes: BlindMachine,
+    no_ageing: SmallBudget,
+    preempted_ranks_like_a_new_one: BlindMachine,
+    block_freed_under_a_step: Deep,
+    token_after_the_end: Deep,
+    runs_past_a_foreseen_end: Deep,
+    exported_before_collected: Deep,
 }
 
 
@@ -353,6 +431,6 @@ def test_machine_finds(bug: Callable[[Patch], None], monkeypatch: Patch) -> None
         run_state_machine_as_test(BUGS[bug], settings=SETTINGS)
 
 
-@pytest.mark.parametrize("machine", [BlindMachine, Uncached, Roomy, SmallBudget])
+@pytest.mark.parametrize("machine", [BlindMachine, Uncached, Roomy, SmallBudget, Deep])
 def test_machine_finds_nothing_without_a_bug(machine: type[ServingMachine]) -> None:
     run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=25))

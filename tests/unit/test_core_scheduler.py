@@ -15,6 +15,7 @@ from sim_engine import (
     run_alone,
 )
 
+from baton.core import prompt_order
 from baton.core.plan import StepPlan, Update
 from baton.types import FinishReason
 
@@ -74,14 +75,69 @@ def test_first_come_first_served() -> None:
     assert _chunks(_plan(worker)) == [("a", 6, 1), ("b", 2, 4), ("c", 0, 3)]
 
 
-def test_a_big_head_of_the_queue_is_not_overtaken() -> None:
+def test_a_short_prompt_passes_a_long_one_between_chunks() -> None:
+    worker = SimWorker(make_config(max_num_batched_tokens=4))
+    _add(worker, "long", 12, 1)
+    assert _chunks(_plan(worker)) == [("long", 0, 4)]
+    blocks = list(worker.scheduler._sequences["long", 0, 0].blocks)
+    _add(worker, "short", 3, 1)
+    assert _chunks(_plan(worker)) == [("short", 0, 3), ("long", 4, 1)]
+    assert worker.scheduler._sequences["long", 0, 0].blocks == blocks
+    _add(worker, "longer", 13, 1)
+    assert _chunks(_plan(worker)) == [("long", 5, 4)]
+    assert _chunks(_plan(worker)) == [("long", 9, 3), ("longer", 0, 1)]
+
+
+def _steps_among_short_ones(monkeypatch: pytest.MonkeyPatch, passing: int, **limits: int) -> int:
+    """Steps until a prompt of 12 tokens has its first, while one of 2 comes with every step."""
+    monkeypatch.setattr(prompt_order, "PASSING", passing)
+    worker = SimWorker(make_config(**limits))
+    _add(worker, "x", 2, 3)
+    _add(worker, "y", 2, 3)
+    _plan(worker)
+    _add(worker, "big", 12, 1)
+    for step in range(200):
+        _add(worker, f"small-{step}", 2, 3)
+        _plan(worker)
+        if any(delta.request_id == "big" for delta in worker.settle().deltas):
+            return step
+    return 200
+
+
+@pytest.mark.parametrize("limits", [{"num_blocks": 8}, {"max_num_batched_tokens": 4}])
+def test_a_long_prompt_is_not_starved(
+    monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
+) -> None:
+    """Neither where blocks are scarce nor where the budget is."""
+    assert _steps_among_short_ones(monkeypatch, 0, **limits) < 15  # first come, first served
+    assert _steps_among_short_ones(monkeypatch, 4, **limits) < 60
+    assert _steps_among_short_ones(monkeypatch, 1 << 20, **limits) == 200  # no ageing
+
+
+def test_an_aged_head_of_the_queue_is_not_overtaken() -> None:
     worker = SimWorker(make_config(num_blocks=8))
     _add(worker, "a", 6, 4)  # 3 blocks, and 5 in the end
     _plan(worker)
     _add(worker, "big", 12, 4)
+    worker.scheduler._num_admitted_tokens += 4 * 12  # others were admitted since it came
     _add(worker, "small", 1, 1)
     assert {name for name, _, _ in _chunks(_plan(worker))} == {"a"}
     assert worker.scheduler.load().num_waiting == 2
+
+
+def test_what_was_preempted_goes_before_new_ones() -> None:
+    worker = SimWorker(make_config(num_blocks=7, max_num_batched_tokens=32))
+    for name in "ab":
+        _add(worker, name, 5, 6)
+    while not worker.scheduler.counters["preemptions"]:
+        _plan(worker)
+    _add(worker, "c", 1, 1)
+    waiting = []
+    while worker.scheduler._waiting:
+        waiting.append([seq.request.id for seq in worker.scheduler._waiting])
+        _plan(worker)
+    assert waiting[0] == ["b", "c"]
+    assert ["b"] not in waiting
 
 
 def test_max_num_seqs_and_budget_bound_the_running() -> None:
@@ -103,7 +159,7 @@ def test_the_newest_is_preempted_and_goes_to_the_front() -> None:
     while not worker.scheduler.counters["preemptions"]:
         _plan(worker)
     assert [s.request.id for s in worker.scheduler._running.values()] == ["a", "b"]
-    assert [s.request.id for s in worker.scheduler._waiting.values()] == ["c"]
+    assert [s.request.id for s in worker.scheduler._waiting] == ["c"]
     _add(worker, "d", 1, 8)
     seen = []
     while worker.scheduler.num_sequences:
@@ -315,12 +371,12 @@ def test_drain_finishes_what_runs() -> None:
 
 def test_load_counts() -> None:
     worker = SimWorker(make_config(max_num_batched_tokens=4, max_num_seqs=1))
-    _add(worker, "a", 10)
-    _add(worker, "b", 7)
+    _add(worker, "a", 7)
+    _add(worker, "b", 10)
     _plan(worker)
     load = worker.scheduler.load()
-    assert (load.num_running, load.num_waiting, load.num_waiting_tokens) == (1, 1, 6 + 7)
-    assert (load.num_total_blocks, load.num_free_blocks) == (16, 11)
+    assert (load.num_running, load.num_waiting, load.num_waiting_tokens) == (1, 1, 3 + 10)
+    assert (load.num_total_blocks, load.num_free_blocks) == (16, 12)
 
 
 def test_stage_times() -> None:

@@ -13,7 +13,11 @@ from baton.types import FinishReason, Grant, Handoff, SampledLogprobs, StageTime
 
 
 class Chunk(msgspec.Struct, frozen=True, eq=False):
-    """Compute KV for tokens [start, start + num_tokens) of `seq`; `samples` draws the next one."""
+    """Compute KV for tokens [start, start + num_tokens) of `seq`; `samples` draws the next one.
+
+    If the sequence has no token at `start` yet, it is the one that the step before draws for it;
+    such a chunk has that token only.
+    """
 
     seq: Sequence
     start: int
@@ -94,10 +98,15 @@ class Runner(Protocol):
     """Carries out step plans: the torch runner, the simulator's cost model, or a test's fake."""
 
     @property
+    def depth(self) -> int:
+        """Plans that may be submitted before the first of them is collected: 1 or 2."""
+
+    @property
     def pending(self) -> int:
         """Plans submitted and not yet collected."""
 
-    def submit(self, plan: StepPlan) -> None: ...
+    def submit(self, plan: StepPlan) -> None:
+        """Begin to carry out `plan`. Its sequences are read now, and not later."""
 
     def collect(self) -> StepOutput:
         """Wait for the oldest submitted plan and return what it drew."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from baton.core import decision_log as log
+from baton.core.in_flight import MAX_DEPTH
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
 from baton.core.plan import StepOutput, StepPlan
@@ -140,13 +141,17 @@ def _drive(
             case log.Released(grant_ids):
                 scheduler.release(grant_ids)
             case log.Scheduled(now, decision):
+                if len(plans) == MAX_DEPTH:
+                    raise _Parted(f"step {next(iter(plans))} did not end")
                 plan = scheduler.schedule(now)
                 if plan.chunks:
                     plans[plan.step] = plan
                 decided = (decision, log.plan_hash(plan))
             case log.Updated(step, token_ids, elapsed_s, now):
-                done = plans.pop(step, None)
-                if done is None or [c.samples for c in done.chunks] != [bool(t) for t in token_ids]:
+                if step != next(iter(plans), None):
+                    raise _Parted(f"step {step} is not the next to end")
+                done = plans.pop(step)
+                if [c.samples for c in done.chunks] != [bool(t) for t in token_ids]:
                     raise _Parted(f"step {step} drew tokens for other sequences")
                 output = StepOutput(token_ids, [None] * len(token_ids), elapsed_s)
                 scheduler.update(done, output, now)

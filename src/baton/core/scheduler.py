@@ -1,11 +1,11 @@
 """What runs in the next step, and what its outcome means.
 
 One rule: `num_computed` catches up with `num_tokens`. A step has a token budget. Sequences that
-need one token go first, so a prompt never starves a running answer; prompts already begun come
-next, in order of admission; then new ones are admitted while blocks and budget last. When blocks
-run out the newest sequence is preempted: it keeps its tokens, gives back its blocks and comes
-back through admission, where the prefix cache may spare it most of the work. The oldest one is
-never preempted by another, so something always progresses.
+need one token go first, so a prompt never starves a running answer. Prompts share what is left,
+in the order of `prompt_order`: those already begun, and new ones, which are admitted in their turn
+while blocks last. When blocks run out the newest sequence is preempted: it keeps its tokens, gives
+back its blocks and comes back through admission, where the prefix cache may spare it most of the
+work. The oldest one is never preempted by another, so something always progresses.
 
 `Scheduler` owns the sequences, the block pool, the exports and the imports. Methods take the
 time as an argument; what they bring for the outside is collected by `take`. (Over the
@@ -15,17 +15,19 @@ usual length of a file: one rule, told in one place.)
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict
+from collections import Counter
 
 from baton.core.admission import OutputLengths
 from baton.core.attempts import AttemptMemory
 from baton.core.block_pool import BlockPool
 from baton.core.exports import ExportTable
 from baton.core.imports import ImportTable
+from baton.core.in_flight import MAX_DEPTH, InFlight, may_run_ahead
 from baton.core.keys import root_key
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
 from baton.core.plan import Chunk, ImportOrder, StepOutput, StepPlan, Update, error_delta
+from baton.core.prompt_order import PromptQueue, rank
 from baton.core.sequence import Sequence, SequenceId, Status
 from baton.core.store_index import StoreIndex
 from baton.errors import DeadlineExceeded, ServeError, TransferFailed, Unavailable
@@ -63,15 +65,18 @@ class Scheduler:
         self.exports = ExportTable(config, self.pool, index, leases)
         self.imports = ImportTable(config, self.pool, self.counters)
         self._leases = leases
+        self._in_flight = InFlight(self.pool)
         # A decode takes one token of the budget, so no more of them may run than it has.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._attempts = AttemptMemory()
-        self._waiting: OrderedDict[SequenceId, Sequence] = OrderedDict()
+        self._waiting = PromptQueue()
         self._running: dict[SequenceId, Sequence] = {}
         self._chunks: dict[SequenceId, Chunk] = {}
         self._budget = 0
         self._deadlines: list[tuple[float, SequenceId]] = []
+        self._num_added = 0
+        self._num_admitted_tokens = 0
         self._lengths = OutputLengths()
         self._step = 0
         self._draining = False
@@ -99,8 +104,11 @@ class Scheduler:
             return
         root = root_key(self.config.fingerprint, self.config.numerics, request.salt)
         seq = Sequence(request, root, self.config.kv_format.block_size, now)
+        self._num_added += 1
+        seq.order = self._num_added
+        seq.admitted_before = self._num_admitted_tokens
         self._sequences[seq.id] = seq
-        self._waiting[seq.id] = seq
+        self._waiting.add(seq)
         if seq.deadline is not None:
             heapq.heappush(self._deadlines, (seq.deadline, seq.id))
 
@@ -135,7 +143,7 @@ class Scheduler:
         assert handoff is not None
         if num_verified:
             computed = seq.num_computed + num_verified * seq.block_size
-            seq.num_computed = min(computed, handoff.num_tokens)
+            seq.num_computed = seq.num_scheduled = min(computed, handoff.num_tokens)
             seq.num_imported_blocks = num_verified
             self._publish(seq)
         seq.import_done = now
@@ -155,6 +163,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan:
         """Choose the next step. A plan without chunks means: nothing can run until news comes."""
+        assert len(self._in_flight) < MAX_DEPTH, "too many steps in flight"
         self._expire(now)
         self._step += 1
         self._chunks = {}
@@ -163,40 +172,30 @@ class Scheduler:
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
         for seq in self._running.values():
-            (decodes if len(seq.token_ids) - seq.num_computed == 1 else prompts).append(seq)
-        for seq in decodes + prompts:
-            if self._budget <= 0:
-                break
+            (decodes if seq.num_expected - seq.num_scheduled == 1 else prompts).append(seq)
+        if self._in_flight:
+            decodes = [seq for seq in decodes if self._is_ready(seq)]
+        for seq in decodes:
             if seq.status is _RUNNING and self._grow(seq):
                 self._plan(seq)
         imports: list[ImportOrder] = []
-        promised = 0
-        if self._waiting and self._num_active() < self._max_running:
-            promised = sum(map(self._growth, self._running.values()))
         # Whoever was preempted in this step must not take the blocks back in the same step.
-        while (
-            self._waiting
-            and self._budget > 0
-            and self._num_active() < self._max_running
-            and self.counters["preemptions"] == num_preempted
-        ):
-            seq = next(iter(self._waiting.values()))
-            if not self._admit(seq, promised, imports, now):
-                break
-            promised += self._growth(seq)
-            if seq.status is Status.RUNNING:
-                self._plan(seq)
+        admits = self.counters["preemptions"] == num_preempted
+        self._plan_prompts(prompts, admits, imports, now)
+        if self._chunks:
+            self._in_flight.begin(self._step, self._chunks)
         return StepPlan(self._step, tuple(self._chunks.values()), tuple(imports))
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> None:
-        """Take in what a step computed."""
+        """Take in what a step computed. Steps end in the order in which they were planned."""
         num_generated = 0
+        counting = self._in_flight.end(plan.step)
         for chunk, tokens, logprobs in zip(
             plan.chunks, output.token_ids, output.logprobs, strict=True
         ):
             seq = chunk.seq
-            if seq.status is not _RUNNING:
-                continue  # ended while the step ran
+            if seq.id not in counting:
+                continue  # ended or preempted while the step ran
             if chunk.start < len(seq.request.prompt):
                 self._count_prompt(seq, chunk)
             seq.num_computed = chunk.start + chunk.num_tokens
@@ -230,7 +229,7 @@ class Scheduler:
 
     def is_drained(self) -> bool:
         """Nothing is accepted, nothing is left, and nobody may still read from the store."""
-        left = self._sequences or self.num_transfers or len(self._leases)
+        left = self._sequences or self.num_transfers or len(self._leases) or self._in_flight
         return self._draining and not left
 
     def next_deadline(self) -> float | None:
@@ -246,7 +245,7 @@ class Scheduler:
             num_free_blocks=self.pool.num_free,
             num_running=self._num_active(),
             num_waiting=len(self._waiting),
-            num_waiting_tokens=sum(seq.num_remaining for seq in self._waiting.values())
+            num_waiting_tokens=sum(seq.num_remaining for seq in self._waiting)
             + sum(seq.num_remaining for seq in self._running.values() if seq.num_remaining > 1),
         )
 
@@ -261,7 +260,11 @@ class Scheduler:
         for seq in self._sequences.values():
             for block in seq.blocks:
                 wanted[block] += 1
-        for block in (*self.exports.blocks_in_transfer(), *self.imports.blocks_in_transfer()):
+            if not self._in_flight:
+                assert seq.num_scheduled == seq.num_computed, f"{seq.id} awaits no step"
+                assert seq.num_expected == seq.num_tokens, f"{seq.id} awaits no token"
+        transfers = (*self.exports.blocks_in_transfer(), *self.imports.blocks_in_transfer())
+        for block in (*transfers, *self._in_flight.held_blocks()):
             wanted[block] += 1
         for block, refs in enumerate(wanted):
             assert self.pool.refs(block) == refs, f"block {block}: {refs} owners"
@@ -271,18 +274,57 @@ class Scheduler:
     def _num_active(self) -> int:
         return len(self._running) + len(self.imports)
 
+    def _plan_prompts(
+        self, prompts: list[Sequence], admits: bool, imports: list[ImportOrder], now: float
+    ) -> None:
+        """Share the rest of the budget among prompts, and admit those whose turn it is."""
+        promised = 0
+        if admits and self._waiting and self._num_active() < self._max_running:
+            promised = sum(map(self._growth, self._running.values()))
+        begun = [seq for seq in prompts if seq.status is _RUNNING]
+        begun.sort(key=rank, reverse=True)
+        while self._budget > 0:
+            admits = admits and bool(self._waiting) and self._num_active() < self._max_running
+            if admits and not (begun and rank(begun[-1]) < rank(self._waiting.head)):
+                seq = self._waiting.head
+                admits = self._admit(seq, promised, imports, now)
+                if admits:
+                    promised += self._growth(seq)
+                    if seq.status is _RUNNING:
+                        self._plan(seq)
+            elif begun:
+                self._plan(begun.pop())  # it has had room for all its tokens since admission
+            else:
+                break
+
     def _plan(self, seq: Sequence) -> None:
-        remaining = len(seq.token_ids) - seq.num_computed
-        num_tokens = remaining if remaining < self._budget else self._budget
-        self._chunks[seq.id] = Chunk(seq, seq.num_computed, num_tokens, num_tokens == remaining)
+        start = seq.num_scheduled
+        num_tokens = remaining = seq.num_expected - start
+        if remaining > self._budget:
+            num_tokens = self._budget
+        samples = num_tokens == remaining
+        self._chunks[seq.id] = Chunk(seq, start, num_tokens, samples)
         self._budget -= num_tokens
+        seq.num_scheduled = start + num_tokens
+        if samples:
+            seq.num_expected += 1
+
+    def _is_ready(self, seq: Sequence) -> bool:
+        """Whether `seq` may have a chunk before what is in flight is collected."""
+        return seq.num_expected == seq.num_tokens or may_run_ahead(seq, self.config)
 
     def _grow(self, seq: Sequence) -> bool:
-        """Make room for all tokens of `seq`; False if that took preempting `seq` itself."""
-        if len(seq.token_ids) <= len(seq.blocks) * seq.block_size:
+        """Make room for all tokens of `seq`.
+
+        False if there is none in this step: `seq` itself was preempted for it, or the blocks of
+        one that was preempted, or that ended, are still in use by the step in flight.
+        """
+        if seq.num_expected <= len(seq.blocks) * seq.block_size:
             return True
-        missing = self.config.num_blocks_for(seq.num_tokens) - len(seq.blocks)
+        missing = self.config.num_blocks_for(seq.num_expected) - len(seq.blocks)
         while missing > self.pool.num_free:
+            if missing <= self.pool.num_free + self._in_flight.num_returning():
+                return False
             victim = next(reversed(self._running.values()))
             planned = self._chunks.pop(victim.id, None)
             if planned is not None:
@@ -296,12 +338,12 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self.counters["preemptions"] += 1
         seq.num_preemptions += 1
+        self._in_flight.drop(seq)
         self.pool.release(seq.blocks)
         seq.reset()
         del self._running[seq.id]
         seq.status = Status.WAITING
-        self._waiting[seq.id] = seq
-        self._waiting.move_to_end(seq.id, last=False)
+        self._waiting.add(seq)
 
     def _growth(self, seq: Sequence) -> int:
         """Blocks that `seq` is predicted to want beyond those for the tokens it has."""
@@ -326,11 +368,12 @@ class Scheduler:
         if seq.request.hand_off and not self.exports.open(seq):
             self.counters["store_full_waits"] += 1
             return False
-        del self._waiting[seq.id]
+        self._waiting.discard(seq.id)
+        self._num_admitted_tokens += seq.num_tokens
         self.pool.acquire(hits)
         seq.blocks = hits + self.pool.allocate(needed)
         seq.num_published = len(hits)
-        seq.num_computed = len(hits) * seq.block_size
+        seq.num_computed = seq.num_scheduled = len(hits) * seq.block_size
         if not seq.first_scheduled:
             seq.first_scheduled = now
             seq.num_cached = seq.num_computed
@@ -424,8 +467,9 @@ class Scheduler:
         seq.status = Status.FINISHED
         del self._sequences[seq.id]
         self._attempts.end(seq.id)
-        self._waiting.pop(seq.id, None)
+        self._waiting.discard(seq.id)
         self._running.pop(seq.id, None)
         self.exports.abandon(seq.id)
+        self._in_flight.drop(seq)
         self.pool.release(seq.blocks)
         seq.blocks = []

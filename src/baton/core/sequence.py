@@ -30,12 +30,17 @@ class Status(enum.Enum):
 class Sequence:
     """Mutable; owned by the scheduler and never leaves its process.
 
-    `token_ids` is prompt, emitted and generated tokens; `blocks` the block table; `keys` the
-    content keys of the full blocks as far as they have been worked out. Times are the caller's
+    `token_ids` is prompt, emitted and generated tokens; `blocks` the block table, which grows in
+    place: a table that differs otherwise is another list; `keys` the content keys of the full
+    blocks as far as they have been worked out. `order` counts sequences as they come, and
+    `admitted_before` is the age that `prompt_order` knows. With steps in flight, `num_scheduled`
+    (tokens computed or being computed) and `num_expected` (tokens there or being drawn) run ahead
+    of `num_computed` and `num_tokens`; else they are equal to them. Times are the caller's
     monotonic seconds, 0.0 until known.
     """
 
     __slots__ = (
+        "admitted_before",
         "arrived",
         "block_size",
         "blocks",
@@ -48,10 +53,12 @@ class Sequence:
         "keys",
         "num_cached",
         "num_computed",
+        "num_expected",
         "num_imported_blocks",
         "num_preemptions",
         "num_prompt_computed",
         "num_published",
+        "num_scheduled",
         "order",
         "prefilled",
         "request",
@@ -70,6 +77,8 @@ class Sequence:
         self.keys: list[bytes] = []
         self.blocks: list[int] = []
         self.num_computed = 0
+        self.num_scheduled = 0
+        self.num_expected = len(self.token_ids)
         self.num_published = 0
         self.num_cached = 0
         self.told_cached = False
@@ -78,6 +87,7 @@ class Sequence:
         self.num_preemptions = 0
         self.status = Status.WAITING
         self.order = 0
+        self.admitted_before = 0
         self.deadline = None if request.deadline_s is None else now + request.deadline_s
         self.arrived = now
         self.first_scheduled = 0.0
@@ -101,8 +111,13 @@ class Sequence:
 
     @property
     def num_remaining(self) -> int:
-        """Tokens whose KV is not computed yet."""
+        """Tokens whose KV is not known to be computed."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_unscheduled(self) -> int:
+        """Tokens that no step was planned for, one that is being drawn included."""
+        return self.num_expected - self.num_scheduled
 
     def full_keys(self, num_tokens: int) -> list[bytes]:
         """Content keys of the full blocks within the first `num_tokens` tokens."""
@@ -130,6 +145,8 @@ class Sequence:
         """Forget everything that was computed; the tokens stay."""
         self.blocks = []
         self.num_computed = 0
+        self.num_scheduled = 0
+        self.num_expected = len(self.token_ids)
         self.num_published = 0
 
     def stage_times(self) -> StageTimes:

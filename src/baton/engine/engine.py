@@ -6,6 +6,8 @@
                       Runner.submit / collect ─▶ Scheduler.update ─▶ exports to the fabric thread
                                                         └─▶ emit(deltas, handoffs, load)
 
+With a runner of depth 2, what is collected is the step before the one that was just submitted.
+
 One thread calls `step`; it alone owns the scheduler, the pool and the running step. Others only
 put messages into `inbox`. The fabric thread touches no block but those it was given, and these
 are freed only after its answer.
@@ -14,12 +16,13 @@ are freed only after its answer.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 import msgspec
 
-from baton.core.plan import ExportOrder, ImportOrder, Runner, Update
+from baton.core.plan import ExportOrder, ImportOrder, Runner, StepPlan, Update
 from baton.core.scheduler import Scheduler
 from baton.core.sequence import SequenceId
 from baton.engine import inbox as messages
@@ -81,6 +84,7 @@ class Engine:
         self._emit = emit
         self._clock = clock
         self._step_s = 0.0
+        self._submitted: deque[StepPlan] = deque()
         self._told: WorkerLoad | None = None
         self._landing: dict[SequenceId, list[tuple[int, HostBlock]]] = {}
 
@@ -92,14 +96,20 @@ class Engine:
             self._start_import(order)
         if plan.chunks:
             self._runner.submit(plan)
-            output = self._runner.collect()
-            self._step_s += STEP_TIME_WEIGHT * (output.elapsed_s - self._step_s)
-            self.progress += 1
-            self.scheduler.update(plan, output, self._clock())
-        self._pass_on(stepped=bool(plan.chunks))
+            self._submitted.append(plan)
+        pending = self._runner.pending
+        if pending and (pending == self._runner.depth or not plan.chunks):
+            self._collect()
+        self._pass_on(stepped=bool(pending))
         if self.scheduler.exports.num_sealing:
             self._await_seals()
-        return bool(plan.chunks)
+        return bool(pending)
+
+    def _collect(self) -> None:
+        output = self._runner.collect()
+        self._step_s += STEP_TIME_WEIGHT * (output.elapsed_s - self._step_s)
+        self.progress += 1
+        self.scheduler.update(self._submitted.popleft(), output, self._clock())
 
     def wait(self) -> None:
         """Sleep until there is a message, or until a deadline or lease runs out."""

@@ -15,7 +15,7 @@ class Batch:
     token_ids, positions: [T] int64, sequence after sequence, each in order of position.
     slots: [T] int64, where the token's K and V go (block * block_size + offset).
     query_starts: B + 1 offsets into T. context_lens: B lengths in tokens, this chunk included.
-    block_tables: [B, max_blocks] int64, padded with 0.
+    block_tables: [B, max_blocks] int64; beyond a sequence's blocks stands any block's number.
     sample_rows: [S] int64, the tokens (indices into T) whose logits are wanted.
     derived: what a backend worked out from the rest, once for all layers; starts empty.
     """
