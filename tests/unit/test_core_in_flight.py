@@ -147,7 +147,7 @@ def test_a_third_step_is_refused() -> None:
 def _stream(seed: int, depth: int) -> tuple[dict[str, list[int]], SimWorker]:
     """What random requests, some of them aborted, are answered; the aborted ones left out."""
     rng = random.Random(seed)
-    worker = SimWorker(make_config(num_blocks=11, max_num_batched_tokens=9), depth=depth)
+    worker = SimWorker(make_config(num_blocks=12, max_num_batched_tokens=24), depth=depth)
     requests, aborted = {}, set()
     for i in range(60):
         prompt = [rng.randrange(3) for _ in range(rng.randrange(1, 12))]
@@ -159,7 +159,7 @@ def _stream(seed: int, depth: int) -> tuple[dict[str, list[int]], SimWorker]:
     received: dict[str, list[int]] = {name: [] for name in requests}
     waiting = list(requests.values())
     while waiting or worker.scheduler.num_sequences or worker.runner.pending:
-        if waiting and rng.random() < 0.5:
+        while waiting and rng.random() < 0.7:
             worker.scheduler.add(waiting.pop(), 0.0)
         if rng.random() < 0.05:
             name = rng.choice(list(requests))
