@@ -69,14 +69,17 @@ def _traffic(worker: SimWorker, source: SimWorker | None, seed: int, num_steps: 
     worker.scheduler.drain()
 
 
-def _worker_log(seed: int = 0, num_steps: int = 400, with_imports: bool = False) -> bytes:
+def _worker_log(
+    seed: int = 0, num_steps: int = 400, with_imports: bool = False, depth: int = 1
+) -> bytes:
     parts: list[bytes] = []
     make = partial(LoggedScheduler, sink=parts.append)
-    worker = SimWorker(CONFIG, make_scheduler=make)
+    worker = SimWorker(CONFIG, make_scheduler=make, depth=depth)
     roomy = make_config(num_blocks=64, num_frames=64, lease_ttl_s=0.5)
     source = SimWorker(roomy, "source") if with_imports else None
     _traffic(worker, source, seed, num_steps)
     assert num_steps < 400 or worker.scheduler.counters["preemptions"]
+    assert depth == 1 or worker.runner.num_unknown
     assert num_steps < 400 or worker.scheduler.counters["prefix_hit_tokens"]
     assert worker.scheduler.counters["imported_blocks"] or not with_imports
     return b"".join(parts)
@@ -102,10 +105,11 @@ def _router_log(num_calls: int = 600) -> bytes:
     return b"".join(parts)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("with_imports", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_scheduler_replays_without_difference(seed: int, with_imports: bool) -> None:
-    report = replay(_worker_log(seed, with_imports=with_imports))
+def test_scheduler_replays_without_difference(seed: int, with_imports: bool, depth: int) -> None:
+    report = replay(_worker_log(seed, with_imports=with_imports, depth=depth))
     assert report.num_decisions == 400
     assert (report.num_differences, report.first, report.parted) == (0, None, None)
     assert report.source == "worker"

@@ -109,7 +109,7 @@ class _Greedy:
         self._token_ids, self._largest = token_ids, largest
         if token_ids.is_cuda:
             self._token_ids, self._largest = _to_host(token_ids), _to_host(largest)
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
     def read(self) -> list[Sampled]:
