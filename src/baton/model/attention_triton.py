@@ -42,15 +42,13 @@ class AttentionPlan:
 
     starts [B + 1], lens [B]: as `Batch`'s query_starts and context_lens. rows [n]: the sequences
     that are split over their context. tiles [m, 2]: the others' query tiles (sequence, first token
-    in its chunk). sums, stats: what the splits leave for their reduction.
+    in its chunk).
     """
 
     starts: Tensor
     lens: Tensor
     rows: Tensor
     tiles: Tensor
-    sums: Tensor
-    stats: Tensor
 
 
 class PagedAttention:
@@ -80,7 +78,7 @@ class PagedAttention:
         tiles = query_tiles(starts, lens, np.flatnonzero(~split), self._tokens_per_tile)
         rows = np.flatnonzero(split).astype(np.int32)
         on_device = upload([starts, lens, rows, tiles.reshape(-1)], self._device)
-        return self._with_room(*on_device[:3], on_device[3].view(-1, 2))
+        return AttentionPlan(*on_device[:3], on_device[3].view(-1, 2))
 
     def plan_decode(self, lens: Tensor) -> AttentionPlan:
         """Lay out len(lens) sequences of one token, whose lengths [n] may change afterwards."""
@@ -90,15 +88,7 @@ class PagedAttention:
         if self.exact:
             tiles = torch.stack((rows, torch.zeros_like(rows)), 1)
             rows = rows[:0]
-        return self._with_room(starts, lens, rows, tiles)
-
-    def _with_room(
-        self, starts: Tensor, lens: Tensor, rows: Tensor, tiles: Tensor
-    ) -> AttentionPlan:
-        shape = (rows.numel(), self._heads, SPLITS)
-        sums = torch.empty((*shape, self._dim), dtype=torch.float32, device=starts.device)
-        stats = torch.empty((*shape, 2), dtype=torch.float32, device=starts.device)
-        return AttentionPlan(starts, lens, rows, tiles, sums, stats)
+        return AttentionPlan(starts, lens, rows, tiles)
 
     def __call__(
         self,
@@ -139,15 +129,18 @@ class PagedAttention:
             **shape, ROWS=self._query_rows, warps=8 if self._query_rows > 64 else 4, stages=2,
         )  # fmt: skip
         if n := plan.rows.numel():
+            room = (n, self._heads, SPLITS)
+            sums = qkv.new_empty((*room, self._dim), dtype=torch.float32)
+            stats = qkv.new_empty((*room, 2), dtype=torch.float32)
             programs = split_programs(n, self._kv_heads, num_multiprocessors(self._device))
             launch(
                 kernels.decode_splits, (n, self._kv_heads, programs),
-                qkv, k, v, plan.sums, plan.stats, plan.rows, *where, *scalars,
+                qkv, k, v, sums, stats, plan.rows, *where, *scalars,
                 **(shape | splits), ROWS=self._decode_rows,
             )  # fmt: skip
             launch(
                 kernels.decode_reduce, (n, self._heads),
-                plan.sums, plan.stats, out, plan.rows, plan.starts, plan.lens, sees,
+                sums, stats, out, plan.rows, plan.starts, plan.lens, sees,
                 HEADS=self._heads, HEAD_DIM=self._dim, DIM_PAD=self._dim_pad, **splits,
             )  # fmt: skip
         return out

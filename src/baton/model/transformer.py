@@ -1,6 +1,7 @@
 """The decoder-only transformer of Llama, Mistral, Qwen2 and Qwen3.
 
-Two bodies: plain torch, below, for any device and type; and the CPU kernels (`native_layers`).
+Three bodies: plain torch, below, for any device and type; the CPU kernels (`native_layers`); and
+the kernels for NVIDIA GPUs (`cuda_layers`). `bodies` chooses.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from baton.model.attention import BACKENDS, Batch
+from baton.model.bodies import Body, TritonKernels
+from baton.model.cuda_layers import CudaLayers
 from baton.model.kv_cache import KvCache
 from baton.model.layers import gated_mlp, rms_norm
-from baton.model.native import Kernels
 from baton.model.native_layers import NativeLayers
 from baton.model.rope import cos_sin, inverse_frequencies, rotate
 from baton.model.weights import LayerWeights, Weights
@@ -29,7 +31,7 @@ class Transformer:
         self,
         spec: ModelSpec,
         weights: Weights,
-        kernels: Kernels | None = None,
+        kernels: Body = None,
         attention: str = "torch",
     ) -> None:
         self.spec = spec
@@ -38,7 +40,17 @@ class Transformer:
         self._scale = spec.head_dim**-0.5
         frequencies = inverse_frequencies(spec.rope, spec.head_dim)
         self._frequencies = frequencies.to(weights.embed.device)
-        self._native = None if kernels is None else NativeLayers(spec, weights, kernels)
+        self._layers: NativeLayers | CudaLayers | None = None
+        if isinstance(kernels, TritonKernels):
+            self._layers = CudaLayers(spec, weights, kernels.exact)
+        elif kernels is not None:
+            self._layers = NativeLayers(spec, weights, kernels)
+
+    @torch.inference_mode()
+    def prepare(self, kv: KvCache, max_num_seqs: int) -> None:
+        """Do now what the first steps over `kv` would have to wait for; a CPU has nothing to do."""
+        if isinstance(self._layers, CudaLayers):
+            self._layers.record(kv, max_num_seqs)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KvCache) -> Tensor:
@@ -47,8 +59,8 @@ class Transformer:
         Returns:
             fp32 logits [len(batch.sample_rows), vocab_size].
         """
-        if self._native is not None:
-            return self._native.forward(batch, kv)
+        if self._layers is not None:
+            return self._layers.forward(batch, kv)
         weights, eps = self.weights, self.spec.rms_norm_eps
         x = F.embedding(batch.token_ids, weights.embed)
         cos, sin = cos_sin(

@@ -13,14 +13,17 @@ _TOGETHER = 8  # heads of rotate_and_write, a program
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 3, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    warps: int = 4,
+    stages: int = 3,
+    **constants: Any,
 ) -> None:
     """Run a Triton kernel over `grid`; nothing happens if that is empty."""
     if all(grid):
         # Multiply-adds are fused whatever Triton's default is: it changes between versions.
-        kernel[grid](
-            *args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True
-        )
+        kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -98,6 +101,25 @@ def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         ROWS=row_tile, COLUMNS=column_tile, DEPTH=depth_tile, stages=4,
     )  # fmt: skip
     return out
+
+
+def stage_decode(
+    batch: tuple[Tensor, Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    bucket: int,
+) -> None:
+    """Copy n decode rows into the first of `inputs`, and padding into the rows up to `bucket`.
+
+    batch: token ids, positions, slots [n], block tables [n, any]. inputs: the same with at least
+    `bucket` rows, and before the tables the lengths of context (int32), which are position + 1.
+    """
+    from baton.model.triton_kernels import rows
+
+    ids, _, _, tables = batch
+    launch(
+        rows.stage_decode, (bucket,), *batch, ids.numel(), tables.shape[1], tables.stride(0),
+        *inputs, inputs[-1].stride(0), BLOCK=256,
+    )  # fmt: skip
 
 
 def _power_of_two(number: int) -> int:

@@ -67,13 +67,14 @@ def rotate_and_write(
     tl.store(qkv_ptr + at, new_low.to(element), mask=q_mask)
     tl.store(qkv_ptr + at + half, new_high.to(element), mask=q_mask)
     slot = tl.load(slots_ptr + token)
-    kept = slot >= 0
+    k_begin = tl.where(slot >= 0, HEADS, HEADS + 2 * KV_HEADS)  # no head is beyond the last
     slot = tl.maximum(slot, 0).to(tl.int64)
     base = (slot // BLOCK_SIZE) * block_stride + (slot % BLOCK_SIZE) * (KV_HEADS * HEAD_DIM)
     kv_heads = tl.where(is_v, heads - KV_HEADS, heads) - HEADS
     kv_at = base + kv_heads[:, None] * HEAD_DIM + dims[None, :]
-    k_mask = mask & (kept & (heads >= HEADS) & (heads < HEADS + KV_HEADS))[:, None]
-    v_mask = mask & (kept & is_v)[:, None]
+    stored = mask & (heads >= k_begin)[:, None]
+    k_mask = stored & (heads < HEADS + KV_HEADS)[:, None]
+    v_mask = stored & is_v[:, None]
     tl.store(k_ptr + kv_at, new_low.to(element), mask=k_mask)
     tl.store(k_ptr + kv_at + half, new_high.to(element), mask=k_mask)
     tl.store(v_ptr + kv_at, new_low.to(element), mask=v_mask)
@@ -139,8 +140,9 @@ def stage_decode(
     tl.store(positions_out + row, position)
     tl.store(slots_out + row, tl.load(slots_ptr + row, mask=real, other=-1))
     tl.store(lens_out + row, tl.where(real, position + 1, 0).to(tl.int32))
-    for first in range(0, num_blocks, BLOCK):
+    width = tl.where(real, num_blocks, 0)
+    for first in range(0, width, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        mask = real & (columns < num_blocks)
+        mask = columns < width
         blocks = tl.load(tables_ptr + row * table_stride + columns, mask=mask, other=0)
         tl.store(tables_out + row * table_stride_out + columns, blocks, mask=mask)
