@@ -72,8 +72,7 @@ def run(model: Handmade, prompts: list[list[int]], cuts: list[int]) -> Tensor:
     sequences = [Sequence_(prompt) for prompt in prompts]
     logits = [model.step(list(zip(sequences, cuts, strict=True)))]
     logits.append(model.step([(s, n) for s, n in zip(sequences, (1, 5, 1), strict=True)], True))
-    for _ in range(3):
-        logits.append(model.step([(s, 1) for s in sequences]))
+    logits += [model.step([(s, 1) for s in sequences]) for _ in range(3)]
     model.release(*sequences)
     return torch.cat(logits)
 

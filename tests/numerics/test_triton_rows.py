@@ -88,7 +88,7 @@ def test_rotation_and_write(
     pool = pool.to(dtype)
 
     wide = qkv.double()
-    q, k, v = wide.split([heads, kv_heads, kv_heads], 1)
+    q, k, _ = wide.split([heads, kv_heads, kv_heads], 1)
     if norms:
         q, k = normed(q, weights[0]), normed(k, weights[1])
     q, k = (rotate(x, cos.double(), sin.double()) for x in (q, k))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from baton.model_spec import ModelSpec
 Ints = npt.NDArray[np.int32]
 
 MIN_TILES = 4
-"""Least length of a split, in tiles of context: what is read of it outweighs what is written of it."""
+"""Least length of a split, in tiles of context: much more is read of it than is written."""
 SPLITS = 32
 """Most splits of one context; beyond MIN_TILES * SPLITS tiles they grow longer."""
 WAVES = 4
@@ -63,7 +64,7 @@ class PagedAttention:
         self._dim_pad = max(16, _power_of_two(spec.head_dim))
         self._decode_rows = max(16, _power_of_two(self._group))
         if dtype == torch.float32:
-            # Products of fp32 are fp32 here, not of its 19 upper bits, and no matrix unit does them.
+            # Products of fp32 are fp32 here, not of its upper 19 bits: no matrix unit does them.
             self._precision, self._query_rows, self._tile = "ieee", self._decode_rows, 32
         else:
             self._precision = "tf32"  # means nothing to these types
@@ -77,8 +78,9 @@ class PagedAttention:
         split = np.diff(starts) == (0 if self.exact else 1)
         tiles = query_tiles(starts, lens, np.flatnonzero(~split), self._tokens_per_tile)
         rows = np.flatnonzero(split).astype(np.int32)
-        on_device = upload([starts, lens, rows, tiles.reshape(-1)], self._device)
-        return AttentionPlan(*on_device[:3], on_device[3].view(-1, 2))
+        parts = [starts, lens, rows, tiles.reshape(-1)]
+        starts_at, lens_at, rows_at, tiles_at = upload(parts, self._device)
+        return AttentionPlan(starts_at, lens_at, rows_at, tiles_at.view(-1, 2))
 
     def plan_decode(self, lens: Tensor) -> AttentionPlan:
         """Lay out len(lens) sequences of one token, whose lengths [n] may change afterwards."""
@@ -111,7 +113,7 @@ class PagedAttention:
             (qkv.shape[0], self._heads * self._dim), dtype=qkv.dtype, device=qkv.device
         )
         sees = kernels.NO_WINDOW if window is None else window
-        shape = {
+        shape: dict[str, Any] = {
             "KV_HEADS": self._kv_heads,
             "GROUP": self._group,
             "HEAD_DIM": self._dim,
@@ -120,7 +122,7 @@ class PagedAttention:
             "TILE": self._tile,
             "PRECISION": self._precision,
         }
-        splits = {"TILE": self._tile, "MIN_TILES": MIN_TILES, "SPLITS": SPLITS}
+        splits: dict[str, Any] = {"TILE": self._tile, "MIN_TILES": MIN_TILES, "SPLITS": SPLITS}
         where = (plan.starts, plan.lens, tables)
         scalars = (qkv.stride(0), k.stride(0), tables.stride(0), self._scale_log2, sees)
         launch(

@@ -115,7 +115,7 @@ class CudaCapture:
         # Once for real, and not on the stream that others use: kernels are compiled and libraries
         # get their workspaces, which must not happen while recording. It computes what the replay
         # will compute again, so nothing is changed by it.
-        beside = torch.cuda.Stream()
+        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             run()

@@ -59,8 +59,12 @@ class Transformer:
         Returns:
             fp32 logits [len(batch.sample_rows), vocab_size].
         """
-        if self._layers is not None:
-            return self._layers.forward(batch, kv)
+        body = self._torch_forward if self._layers is None else self._layers.forward
+        logits = body(batch, kv)
+        kv.mark()
+        return logits
+
+    def _torch_forward(self, batch: Batch, kv: KvCache) -> Tensor:
         weights, eps = self.weights, self.spec.rms_norm_eps
         x = F.embedding(batch.token_ids, weights.embed)
         cos, sin = cos_sin(
