@@ -35,7 +35,12 @@ compiled: dict[str, int] = {}
 
 
 def compile_only(
-    kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 3, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    warps: int = 4,
+    stages: int = 3,
+    **constants: Any,
 ) -> None:
     """In the place of `triton_ops.launch`."""
     types: dict[str, str] = {}
