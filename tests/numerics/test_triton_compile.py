@@ -27,6 +27,7 @@ ATTENTION = {"prefill", "decode_splits", "decode_reduce"}
 ROWS = {"add_rms_norm", "rotate_and_write", "silu_mul", "stage_decode"}
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("fields", "dtype", "block_size", "exact"),
     [
@@ -46,7 +47,7 @@ def test_kernels_compile_and_fit(
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     ran = subprocess.run(
         [sys.executable, str(script), *arguments],
-        env=environment, capture_output=True, text=True, timeout=100,
+        env=environment, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     shared = {name: int(size) for name, size in (line.split() for line in ran.stdout.splitlines())}
