@@ -11,6 +11,8 @@ from torch import Tensor
 from baton.model.host_copies import HostBlock, HostCopies
 from baton.model_spec import ModelSpec
 
+__all__ = ["HostBlock", "KvCache", "kv_block_bytes"]
+
 
 def kv_block_bytes(spec: ModelSpec, block_size: int, dtype: str) -> int:
     """Bytes of one block of `block_size` tokens over all layers; known before any allocation."""
