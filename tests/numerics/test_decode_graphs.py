@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -113,3 +116,13 @@ def test_numerics_name_what_may_be_mixed() -> None:
     assert exact.numerics != replace(exact, triton="3.7.0").numerics
     assert exact.numerics != replace(exact, device="sm100").numerics
     assert replace(exact, exact=False).numerics == "triton"
+
+
+def test_a_machine_without_a_gpu_does_without_triton() -> None:
+    """The engine is imported, and none of the kernels, so that Triton need not be there."""
+    program = (
+        "import sys, baton.engine.build\n"
+        "sys.exit(any(name.startswith('baton.model.triton_kernels') for name in sys.modules))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
