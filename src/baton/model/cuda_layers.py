@@ -92,7 +92,7 @@ class CudaLayers:
 
     def _graphs(self, kv: KvCache) -> DecodeGraphs:
         if self._bound is None or self._bound[0] is not kv:
-            most = -(-self._spec.max_position // kv.block_size)
+            most = -(-self._spec.max_position // kv.block_size) + 1  # one ahead of time
             inputs = DecodeInputs(MAX_ROWS, min(most, kv.num_blocks), self._device)
 
             def compute(num_rows: int) -> Callable[[], Tensor]:
