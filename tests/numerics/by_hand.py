@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from baton.model.attention import Batch
+from baton.model.bodies import Body
 from baton.model.kv_cache import KvCache
 from baton.model.loader import load_weights
 from baton.model.native import Kernels
@@ -34,19 +35,18 @@ class Handmade:
         dtype: str = "float32",
         device: str = "cpu",
         num_blocks: int = 300,
-        kernels: Kernels | None = None,
+        kernels: Body = None,
         weights_fd: int | None = None,
     ) -> Handmade:
         spec = load_model_spec(path)
         kv = KvCache(spec, num_blocks, BLOCK_SIZE, dtype, device)
         kv.data.fill_(float("nan"))
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))
-        weights = (
-            load_weights(path, spec, dtype, device)
-            if kernels is None
-            else load_packed(path, spec, dtype, kernels, weights_fd)
-        )
-        return cls(Transformer(spec, weights), kv, order.tolist())
+        if isinstance(kernels, Kernels):
+            packed = load_packed(path, spec, dtype, kernels, weights_fd)
+            return cls(Transformer(spec, packed), kv, order.tolist())
+        weights = load_weights(path, spec, dtype, device)
+        return cls(Transformer(spec, weights, kernels), kv, order.tolist())
 
     def step(self, chunks: Sequence[tuple[Sequence_, int]], every: bool = False) -> torch.Tensor:
         """Compute the next n tokens of each sequence together; logits of the last token of each.

@@ -77,10 +77,11 @@ def test_pages_are_not_touched_before_they_are_used(checkpoint):
     assert resident() - before < 50 << 20
 
 
-def test_blocks_land_beside_a_pool_that_is_not_in_host_memory(checkpoint):
-    kv = KvCache(load_model_spec(checkpoint), 2, 16, "float32", device="meta")
-    landing = kv.landing(0)
-    assert landing.nbytes == kv.block_bytes
-    assert landing.base is None  # memory of its own
-    assert landing is not kv.landing(0)
-    kv.land(0, landing)
+def test_a_reader_sees_the_block_when_it_is_called(checkpoint):
+    kv = KvCache(load_model_spec(checkpoint), 2, 16, "float32")
+    kv.data.zero_()
+    read = kv.reader(1, passes_since=1)
+    kv.mark()  # nothing to mark on a host
+    kv.data[1] = 1.0
+    assert (read().view(np.float32) == 1.0).all()
+    assert read().base is kv.read_block(1).base, "a view of the pool"

@@ -89,6 +89,38 @@ def test_an_export_is_readable_when_it_is_answered(fabric: Fixture) -> None:
     mapped.close()
 
 
+def test_an_export_may_be_got_at_on_the_fabric_thread(fabric: Fixture) -> None:
+    threads: list[str] = []
+
+    def source() -> bytes:
+        threads.append(threading.current_thread().name)
+        return b"y" * 4000
+
+    fabric.thread.export(ExportJob("a", 1, KEY, source))
+    done = fabric.answer()
+    assert isinstance(done, ExportDone)
+    assert threads == ["baton-fabric"]
+    assert fabric.arena.write(0, KEY, b"y" * 4000) == done.digest
+
+
+def test_what_came_whole_is_landed_before_the_answer(
+    fabric: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = [ReadResult.OK, ReadResult.CORRUPT, ReadResult.OK]
+    monkeypatch.setattr(fabric.transport, "fetch", lambda *_: results)
+    landed: list[tuple[int, bool]] = []
+
+    def land(index: int) -> None:
+        landed.append((index, fabric.inbox.empty()))
+
+    wanted = tuple(Wanted(KEY, 0, b"", bytearray(8)) for _ in results)
+    fabric.thread.fetch(FetchJob("a", GRANT, wanted, time.monotonic() + 5, land))
+    done = fabric.answer()
+    assert isinstance(done, FetchDone)
+    assert done.results == tuple(results)
+    assert landed == [(0, True), (2, True)]
+
+
 def test_a_fetch_gives_one_result_for_each_block(fabric: Fixture) -> None:
     fabric.fetch("a", num_blocks=3)
     done = fabric.answer()

@@ -77,8 +77,11 @@ class EngineConfig(Section, frozen=True):
         Count | None, Meta(description="CPU threads of a worker; by default one on each core.")
     ] = None
     kernels: Annotated[
-        Literal["auto", "native", "torch"],
-        Meta(description="CPU arithmetic: native is fast and exact; auto takes it if it can."),
+        Literal["auto", "native", "triton", "triton-exact", "torch"],
+        Meta(
+            description="Arithmetic: native (CPU, exact), triton (CUDA), or triton-exact (CUDA, "
+            "slower); auto takes the fastest that it can."
+        ),
     ] = "auto"
     prefix_cache: Annotated[bool, Meta(description="Reuse KV of prompts that begin alike.")] = True
 

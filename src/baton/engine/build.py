@@ -20,10 +20,11 @@ from baton.engine.engine import Emitted, Engine
 from baton.engine.runner import TorchRunner
 from baton.errors import ConfigError
 from baton.model.attention import NUMERICS
+from baton.model.bodies import Body, TritonKernels, choose_body
 from baton.model.checkpoint import Progress
 from baton.model.kv_cache import KvCache, kv_block_bytes
 from baton.model.loader import load_weights
-from baton.model.native import choose_kernels
+from baton.model.native import Kernels
 from baton.model.packed import load_packed
 from baton.model.transformer import Transformer
 from baton.model_spec import ModelSpec, load_model_spec
@@ -86,13 +87,13 @@ def build_engine(
     dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
-    kernels = choose_kernels(config.engine.kernels, spec, dtype, device)
-    weights = (
-        load_weights(model_dir, spec, dtype, device, progress)
-        if kernels is None
-        else load_packed(model_dir, spec, dtype, kernels, weights_fd, progress)
-    )
-    model = Transformer(spec, weights)
+    kernels = choose_body(config.engine.kernels, spec, dtype, device)
+    if isinstance(kernels, Kernels):
+        packed = load_packed(model_dir, spec, dtype, kernels, weights_fd, progress)
+        fingerprint, model = packed.fingerprint, Transformer(spec, packed)
+    else:
+        weights = load_weights(model_dir, spec, dtype, device, progress)
+        fingerprint, model = weights.fingerprint, Transformer(spec, weights, kernels)
     limits = resolve_limits(config, spec, device, dtype, with_store)
     kv_format = KvFormat(
         block_size=config.engine.block_size,
@@ -110,7 +111,7 @@ def build_engine(
         max_num_batched_tokens=config.engine.max_num_batched_tokens,
         max_model_len=limits.max_model_len,
         vocab_size=spec.vocab_size,
-        fingerprint=weights.fingerprint,
+        fingerprint=fingerprint,
         numerics=f"{device}-{NUMERICS if kernels is None else kernels.numerics}-{dtype}",
         prefix_cache=config.engine.prefix_cache,
         lease_ttl_s=config.store.lease_ttl_s,
@@ -126,10 +127,8 @@ def build_engine(
     runner = TorchRunner(model, kv, device)
     for name, value in msgspec.structs.asdict(limits).items():
         logger.info("engine %s=%s", name, value)
-    if kernels is None:
-        logger.info("engine kernels=torch (inexact: results vary in the last bits with the batch)")
-    else:
-        logger.info("engine kernels=native isa=%s (exact: the batch changes no bit)", kernels.isa)
+    model.prepare(kv, config.engine.max_num_seqs)
+    logger.info("engine kernels=%s", _describe(kernels))
     return Built(Engine(scheduler, runner, kv, emit), limits, scheduler_config, spec)
 
 
@@ -172,6 +171,15 @@ def resolve_limits(
         num_frames=config.store.max_bytes // block_bytes if with_store else 0,
         block_bytes=block_bytes,
     )
+
+
+def _describe(kernels: Body) -> str:
+    if kernels is None:
+        return "torch (inexact: results vary in the last bits with the batch)"
+    if isinstance(kernels, TritonKernels):
+        kind = "exact: the batch changes no bit" if kernels.exact else "inexact, as torch's are"
+        return f"triton version={kernels.triton} device={kernels.device} ({kind})"
+    return f"native isa={kernels.isa} (exact: the batch changes no bit)"
 
 
 def _device(config: Config) -> str:

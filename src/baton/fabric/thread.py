@@ -31,21 +31,29 @@ REST_AFTER_S: Final = 2.0
 
 
 class ExportJob(msgspec.Struct, frozen=True, eq=False):
-    """Copy a block from `source` into a frame of our own store. The answer carries `tag`."""
+    """Copy a block from `source` into a frame of our own store. The answer carries `tag`.
+
+    source: the block, or what is called on the fabric thread to get at it (a copy off a GPU).
+    """
 
     tag: Hashable
     frame: int
     key: bytes
-    source: ReadableBlock
+    source: ReadableBlock | Callable[[], ReadableBlock]
 
 
 class FetchJob(msgspec.Struct, frozen=True, eq=False):
-    """Fetch blocks from another worker's store by `deadline` (instant of `time.monotonic()`)."""
+    """Fetch blocks from another worker's store by `deadline` (instant of `time.monotonic()`).
+
+    land: called on the fabric thread with the index of each block that came whole, before the
+    answer (a copy onto a GPU).
+    """
 
     tag: Hashable
     grant: Grant
     wanted: tuple[Wanted, ...]
     deadline: float
+    land: Callable[[int], None] | None = None
 
 
 class ExportDone(msgspec.Struct, frozen=True):
@@ -141,10 +149,15 @@ class FabricThread:
         started = time.monotonic()
         try:
             if isinstance(job, ExportJob):
-                digest = self._arena.write(job.frame, job.key, job.source)
+                source = job.source() if callable(job.source) else job.source
+                digest = self._arena.write(job.frame, job.key, source)
                 elapsed_s = time.monotonic() - started
                 return ExportDone(job.tag, job.frame, job.key, digest, elapsed_s)
             results = self._transport.fetch(job.grant, job.wanted, job.deadline)
+            if job.land is not None:
+                for index, result in enumerate(results):
+                    if result is ReadResult.OK:
+                        job.land(index)
             return FetchDone(job.tag, tuple(results), time.monotonic() - started)
         except Exception as error:
             logger.exception("fabric job failed tag=%r", job.tag)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from baton.model.host_copies import HostBlock, HostCopies
 from baton.model_spec import ModelSpec
 
-HostBlock = npt.NDArray[np.uint8]
+__all__ = ["HostBlock", "KvCache", "kv_block_bytes"]
 
 
 def kv_block_bytes(spec: ModelSpec, block_size: int, dtype: str) -> int:
@@ -42,32 +44,52 @@ class KvCache:
             device=device,
         )
         self._rows = self.data.view(-1, spec.num_kv_heads * spec.head_dim)
-        self._host: HostBlock | None = None
-        if self.data.device.type == "cpu":
-            self._host = self.data.view(num_blocks, -1).view(torch.uint8).numpy()
+        blocks = self.data.view(num_blocks, -1).view(torch.uint8)
+        self._host: HostBlock | None = blocks.numpy() if blocks.is_cpu else None
+        self._copies = HostCopies(blocks) if blocks.is_cuda else None
+
+    def mark(self) -> None:
+        """A forward pass over this pool has been submitted. Whoever submits one calls it."""
+        if self._copies is not None:
+            self._copies.mark()
+
+    def reader(self, block: int, passes_since: int = 0) -> Callable[[], HostBlock]:
+        """How another thread gets at the bytes of one block, [block_bytes] uint8.
+
+        On a host they are a view of the pool. Off a GPU each call copies them, beside whatever
+        is computed, and they are valid until that thread's next call. The block was last written
+        by the newest forward pass, or by the one `passes_since` before it; it must stay
+        referenced until the reader is done.
+        """
+        if self._copies is None:
+            return lambda: self.read_block(block)
+        copies, after = self._copies, self._copies.newest(passes_since)
+        return lambda: copies.read(block, after)
 
     def read_block(self, block: int) -> HostBlock:
         """The bytes of one block, [block_bytes] uint8: a view of the pool, or a copy off a GPU.
 
-        Another thread may read it while the scheduler keeps the block referenced.
+        The copy waits for every pass that was submitted; `reader` does not.
         """
-        if self._host is not None:
-            view: HostBlock = self._host[block]
-            return view
-        copy: HostBlock = self.data[block].reshape(-1).view(torch.uint8).cpu().numpy()
-        return copy
+        if self._copies is not None:
+            return self._copies.read(block, self._copies.newest()).copy()
+        assert self._host is not None
+        view: HostBlock = self._host[block]
+        return view
 
     def landing(self, block: int) -> HostBlock:
         """Where another thread may write the bytes of `block`; `land` makes them the block's."""
-        if self._host is not None:
-            view: HostBlock = self._host[block]
-            return view
-        return np.empty(self.block_bytes, np.uint8)
+        if self._copies is not None:
+            return np.empty(self.block_bytes, np.uint8)
+        return self.read_block(block)
 
     def land(self, block: int, landed: HostBlock) -> None:
-        """Take over what was written to `landing(block)`; on a host it is in place already."""
-        if self._host is None:
-            self.data[block].reshape(-1).view(torch.uint8).copy_(torch.from_numpy(landed))
+        """Take over what was written to `landing(block)`; on a host it is in place already.
+
+        Returns when it is there. Best called on the thread that wrote it: it takes two copies.
+        """
+        if self._copies is not None:
+            self._copies.write(block, landed)
 
     def rows(self, slots: Tensor) -> Tensor:
         """Where K of layer 0 lies for each slot, as indices into `gather`'s rows.

@@ -1,6 +1,7 @@
 """The decoder-only transformer of Llama, Mistral, Qwen2 and Qwen3.
 
-Two bodies: plain torch, below, for any device and type; and the CPU kernels (`native_layers`).
+Three bodies: plain torch, below, for any device and type; the CPU kernels (`native_layers`); and
+the kernels for NVIDIA GPUs (`cuda_layers`). `bodies` chooses.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from baton.model.attention import BACKENDS, Batch
+from baton.model.bodies import TritonKernels
+from baton.model.cuda_layers import CudaLayers
 from baton.model.kv_cache import KvCache
 from baton.model.layers import gated_mlp, rms_norm
 from baton.model.native_layers import NativeLayers
@@ -22,25 +25,35 @@ from baton.model_spec import ModelSpec
 class Transformer:
     """`spec` with its `weights`, on whatever device and in whatever type they are.
 
-    With packed weights it runs on the kernels that they were packed for.
+    With packed weights it runs on the CPU kernels that they were packed for.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
         weights: Weights | PackedWeights,
+        triton: TritonKernels | None = None,
         attention: str = "torch",
     ) -> None:
         self.spec = spec
         self._attend = BACKENDS[attention]
         self._scale = spec.head_dim**-0.5
-        self._native: NativeLayers | None = None
+        self._layers: NativeLayers | CudaLayers | None = None
         if isinstance(weights, PackedWeights):
-            self._native = NativeLayers(spec, weights)
+            self._layers = NativeLayers(spec, weights)
             return
         self.weights = weights
+        if triton is not None:
+            self._layers = CudaLayers(spec, weights, triton.exact)
+            return
         frequencies = inverse_frequencies(spec.rope, spec.head_dim)
         self._frequencies = frequencies.to(weights.embed.device)
+
+    @torch.inference_mode()
+    def prepare(self, kv: KvCache, max_num_seqs: int) -> None:
+        """Do now what the first steps over `kv` would have to wait for; a CPU has nothing to do."""
+        if isinstance(self._layers, CudaLayers):
+            self._layers.record(kv, max_num_seqs)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KvCache) -> Tensor:
@@ -49,8 +62,12 @@ class Transformer:
         Returns:
             fp32 logits [len(batch.sample_rows), vocab_size].
         """
-        if self._native is not None:
-            return self._native.forward(batch, kv)
+        body = self._torch_forward if self._layers is None else self._layers.forward
+        logits = body(batch, kv)
+        kv.mark()
+        return logits
+
+    def _torch_forward(self, batch: Batch, kv: KvCache) -> Tensor:
         weights, eps = self.weights, self.spec.rms_norm_eps
         x = F.embedding(batch.token_ids, weights.embed)
         cos, sin = cos_sin(
