@@ -1,0 +1,2 @@
+"""placeholder"""
+def compare_servers(*a): raise NotImplementedError
