@@ -23,21 +23,35 @@ Cells: d1 d8 d32 d64 (decode at B), d8c4096 (at context 4,096), p128 p512 p2048 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import secrets
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 from parts.peers.cells import CELLS, Cell, cost
 from parts.peers.engines import NAMES, Broken, Child, Missing, Setting, started
-from parts.peers.http import compare_servers
+from parts.peers.http_engine import HTTP_CELLS, HttpEngine
 from parts.peers.models import prepare
+from parts.peers.servers import SERVERS, running
 from parts.peers.table import Result, Window, render
 
 DEMO_ENGINES = ("baton", "llama.cpp")
 DEMO_CELLS = ("d1",)
-WARM_UP = Cell(name="warm-up", kind="decode", batch=8, steps=4)
+LOOPS = ("baton",)
+HTTP_SERVERS = {"baton": "baton-1U", "llama.cpp": "llama-server", "vllm": "vllm"}
+HTTP_BUDGET = 2048
+
+
+class Engine(Protocol):
+    """What measures a cell: a child process, or a server behind HTTP."""
+
+    name: str
+    about: str
+
+    def measure(self, cell: Cell, seed: str) -> float: ...
 
 
 def main() -> int:
@@ -46,54 +60,94 @@ def main() -> int:
     for name in args.model:
         engines = [e for e in args.engines if name != "demo" or e in DEMO_ENGINES]
         cells = [CELLS[c] for c in (DEMO_CELLS if name == "demo" else args.cells)]
+        cells = HTTP_CELLS if args.http else cells
         directory, gguf, spec = prepare(name, args.peers)
         kv_tokens = max(cell.num_kv_tokens for cell in cells)
         setting = Setting(directory, gguf, spec, args.threads, kv_tokens, args.peers)
         logs = args.peers / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        if args.http:
-            documents.append(compare_servers(setting, engines, args.rounds, logs))
-        else:
-            documents.append(_compare(setting, engines, cells, args.rounds, logs))
+        print(f"## {name}: {spec.num_parameters() / 1e9:.2f} B parameters\n")
+        with contextlib.ExitStack() as stack:
+            children = ["probe", *(LOOPS if args.http else engines)]
+            found, missing = stack.enter_context(started(children, setting, logs))
+            probe = found.pop("probe")
+            measured: list[Engine] = list(found.values())
+            if args.http:
+                measured = _serve(stack, engines, setting, logs, missing) + _renamed(measured)
+            documents.append(_compare(probe, measured, missing, setting, cells, args.rounds))
         if args.json is not None:
             data = msgspec.json.encode(documents)
             args.json.write_bytes(msgspec.json.format(data, indent=2) + b"\n")
     return 0
 
 
+def _serve(
+    stack: contextlib.ExitStack,
+    engines: list[str],
+    setting: Setting,
+    logs: Path,
+    missing: list[Missing],
+) -> list[Engine]:
+    """Start a server of each of `engines`; what cannot be had goes into `missing`."""
+    servers: list[Engine] = []
+    for name in engines:
+        if name not in HTTP_SERVERS:
+            missing.append(Missing(name, "it has no server"))
+            continue
+        server = SERVERS[HTTP_SERVERS[name]](setting, HTTP_BUDGET)
+        if isinstance(server, Missing):
+            missing.append(server)
+            continue
+        try:
+            endpoint = stack.enter_context(running(server, logs / f"{name}-server.log"))
+        except Broken as error:
+            missing.append(Missing(name, str(error)))
+            continue
+        servers.append(HttpEngine(name, server.flags, endpoint, setting.spec.vocab_size))
+    return servers
+
+
+def _renamed(loops: list[Engine]) -> list[Engine]:
+    for loop in loops:
+        loop.name = f"{loop.name}, no HTTP"
+    return loops
+
+
 def _compare(
-    setting: Setting, engines: list[str], cells: list[Cell], rounds: int, logs: Path
+    probe: Child,
+    engines: list[Engine],
+    missing: list[Missing],
+    setting: Setting,
+    cells: list[Cell],
+    rounds: int,
 ) -> dict[str, object]:
     """Run all rounds, print the table after each, and give everything for the JSON file."""
     costs = {cell.name: cost(cell, setting.spec) for cell in cells}
     seed = secrets.token_hex(4)
     results: list[Result] = []
-    with started(["probe", *engines], setting, logs) as (children, missing):
-        probe = children.pop("probe")
-        print(f"## {setting.model.name}: {setting.spec.num_parameters() / 1e9:.2f} B parameters\n")
-        for child in children.values():
-            print(f"- {child.name}: {child.about} (ready after {child.start_s:.1f} s)", flush=True)
-            child.measure(WARM_UP, f"{seed}/warm-up")
-        for number in range(rounds):
-            for cell in cells:
-                window = _measure_window(probe)
-                for child in _turned(list(children.values()), number):
-                    try:
-                        seconds = child.measure(cell, f"{seed}/{number}/{cell.name}")
-                    except Broken as error:
-                        missing.append(Missing(f"{child.name}, {cell.name}", str(error)))
-                    else:
-                        results.append(Result(child.name, cell, number, seconds, window))
-            load = os.getloadavg()[0]
-            print(f"\nAfter round {number + 1} of {rounds}, load average {load:.1f}:\n")
-            print(render(results, costs, missing), flush=True)
-        abouts = {child.name: child.about for child in children.values()}
+    warm_up = Cell(name="warm-up", kind=cells[0].kind, batch=8, steps=8)
+    for engine in engines:
+        print(f"- {engine.name}: {engine.about}", flush=True)
+        engine.measure(warm_up, f"{seed}/warm-up")
+    for number in range(rounds):
+        for cell in cells:
+            window = _measure_window(probe)
+            for engine in _turned(engines, number):
+                try:
+                    seconds = engine.measure(cell, f"{seed}/{number}/{cell.name}")
+                except Broken as error:
+                    missing.append(Missing(f"{engine.name}, {cell.name}", str(error)))
+                else:
+                    results.append(Result(engine.name, cell, number, seconds, window))
+        load = os.getloadavg()[0]
+        print(f"\nAfter round {number + 1} of {rounds}, load average {load:.1f}:\n")
+        print(render(results, costs, missing), flush=True)
     return {
         "model": setting.model.name,
         "num_parameters": setting.spec.num_parameters(),
         "threads": setting.threads,
         "seed": seed,
-        "engines": abouts,
+        "engines": {engine.name: engine.about for engine in engines},
         "missing": missing,
         "costs": costs,
         "results": results,
@@ -105,10 +159,10 @@ def _measure_window(probe: Child) -> Window:
     return Window(rates["bandwidth"], rates["torch"], rates["native"])
 
 
-def _turned(children: list[Child], number: int) -> list[Child]:
+def _turned(engines: list[Engine], number: int) -> list[Engine]:
     """In another order each round, so that none is always measured behind the same one."""
-    start = number % len(children)
-    return children[start:] + children[:start]
+    start = number % len(engines)
+    return engines[start:] + engines[:start]
 
 
 def _parse() -> argparse.Namespace:

@@ -94,9 +94,9 @@ class Child:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,
             )
-        started = time.monotonic()
-        self.about = str(self._answer()["about"])
-        self.start_s = time.monotonic() - started
+        start = time.monotonic()
+        about = self._answer()["about"]
+        self.about = f"{about} (ready after {time.monotonic() - start:.1f} s)"
         self._signal(signal.SIGSTOP)
 
     def measure(self, cell: Cell, seed: str) -> float:

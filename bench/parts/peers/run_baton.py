@@ -35,7 +35,6 @@ class Measurement:
         numerics = self._scheduler.config.numerics
         self.about = f"{numerics}, max_num_batched_tokens={budget}, threads={threads}"
 
-
     def measure(self, cell: Cell) -> float:
         seed, steps = cell["seed"], cell["steps"]
         prompts = draw_prompts(seed, cell["batch"], cell["context"], self._vocab_size)

@@ -55,7 +55,8 @@ def render(
     for name in dict.fromkeys(r.cell.name for r in results):
         rows = [r for r in results if r.cell.name == name]
         for engine in dict.fromkeys(r.engine for r in rows):
-            lines.append(_row([r for r in rows if r.engine == engine], rows, costs[name], baseline))
+            own = [r for r in rows if r.engine == engine]
+            lines += [_row(own, rows, costs[name], baseline)]
     lines += [f"| all | {gone.name} | not measured: {gone.reason} ||||||| " for gone in missing]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
