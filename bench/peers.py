@@ -32,7 +32,7 @@ from typing import Protocol
 
 import msgspec
 from parts.peers.cells import CELLS, Cell, cost
-from parts.peers.engines import NAMES, Broken, Child, Missing, Setting, started
+from parts.peers.engines import NAMES, TOKEN_BUDGET, Broken, Child, Missing, Setting, started
 from parts.peers.http_engine import HTTP_CELLS, HttpEngine
 from parts.peers.models import prepare
 from parts.peers.servers import SERVERS, running
@@ -42,7 +42,6 @@ DEMO_ENGINES = ("baton", "llama.cpp")
 DEMO_CELLS = ("d1",)
 LOOPS = ("baton",)
 HTTP_SERVERS = {"baton": "baton-1U", "llama.cpp": "llama-server", "vllm": "vllm"}
-HTTP_BUDGET = 2048
 
 
 class Engine(Protocol):
@@ -94,7 +93,7 @@ def _serve(
         if name not in HTTP_SERVERS:
             missing.append(Missing(name, "it has no server"))
             continue
-        server = SERVERS[HTTP_SERVERS[name]](setting, HTTP_BUDGET)
+        server = SERVERS[HTTP_SERVERS[name]](setting, TOKEN_BUDGET)
         if isinstance(server, Missing):
             missing.append(server)
             continue

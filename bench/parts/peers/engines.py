@@ -18,6 +18,8 @@ from baton.model_spec import ModelSpec
 from parts.peers.cells import Cell
 from parts.processes import BENCH_DIR
 
+TOKEN_BUDGET = 2048
+"""Of a step, for the engines that have one: offline there is no reason for a small one."""
 NAMES = ("baton", "transformers", "llama.cpp", "vllm")
 
 
@@ -50,7 +52,8 @@ def command(name: str, setting: Setting) -> list[str] | Missing:
     if name == "probe":
         return [*module, "parts.peers.run_probe", threads]
     if name == "baton":
-        return [*module, "parts.peers.run_baton", model, threads, str(setting.kv_tokens)]
+        sizes = (str(setting.kv_tokens), str(TOKEN_BUDGET))
+        return [*module, "parts.peers.run_baton", model, threads, *sizes]
     if name == "transformers":
         return [*module, "parts.peers.run_transformers", model, threads]
     if (missing := find_missing(name, setting.peers)) is not None:
@@ -58,7 +61,8 @@ def command(name: str, setting: Setting) -> list[str] | Missing:
     if name == "llama.cpp":
         tools = str(llama_tools(setting.peers))
         return [*module, "parts.peers.run_llama", tools, str(setting.gguf), threads]
-    sizes = (str(setting.kv_tokens), str(setting.spec.kv_bytes_per_token()))
+    kv_bytes = setting.kv_tokens * setting.spec.kv_bytes_per_token()
+    sizes = (str(kv_bytes), str(TOKEN_BUDGET))
     return [str(vllm_python(setting.peers)), "-m", "parts.peers.run_vllm", model, threads, *sizes]
 
 

@@ -16,7 +16,6 @@ from parts.peers.cells import Cell
 from parts.peers.child import draw_prompts
 from parts.peers.engines import Broken
 
-VOCABULARY = 32_000
 BURST = Cell(name="burst", kind="burst", context=128, steps=64)
 HTTP_CELLS = [
     msgspec.structs.replace(BURST, name=f"{count} streams", batch=count) for count in (1, 8, 32)
@@ -41,7 +40,7 @@ class HttpEngine:
         assert cell.kind == "burst"
         prompts = draw_prompts(seed, cell.batch, cell.context, self._vocab_size)
         arrivals = [Arrival(0.0, cell.context, cell.steps, prompt) for prompt in prompts]
-        results = run(self._target, arrivals, seed)
+        results = run(self._target, arrivals, seed, self._vocab_size)
         for result in results:
             if result.failure is not None:
                 raise Broken(f"{self.name}: {result.failure}: {result.detail}")
@@ -50,8 +49,8 @@ class HttpEngine:
         return max(r.end_s for r in results) - min(r.sent_s for r in results)
 
 
-def run(target: Target, arrivals: list[Arrival], seed: str) -> list[RequestResult]:
+def run(target: Target, arrivals: list[Arrival], seed: str, vocab_size: int) -> list[RequestResult]:
     """Send `arrivals`; prompts that they lack are made of token ids, all different."""
-    prompts = PromptSource(seed, vocabulary=VOCABULARY)
+    prompts = PromptSource(seed, vocab_size)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run_load(target, arrivals, prompts))

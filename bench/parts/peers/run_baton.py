@@ -1,6 +1,6 @@
 """Baton's engine loop: scheduler, paged KV, runner, as a worker has them; no HTTP.
 
-python -m parts.peers.run_baton MODEL_DIR THREADS KV_TOKENS
+python -m parts.peers.run_baton MODEL_DIR THREADS KV_TOKENS TOKEN_BUDGET
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from parts.peers.child import Cell, draw_prompts, serve
 class Measurement:
     """Requests in one engine, stepped by hand."""
 
-    def __init__(self, directory: str, threads: int, kv_tokens: int) -> None:
+    def __init__(self, directory: str, threads: int, kv_tokens: int, budget: int) -> None:
         spec = load_model_spec(Path(directory))
         options = {
             "threads": threads,
             "kernels": "native",
+            "max_num_batched_tokens": budget,
             "kv_cache_bytes": kv_tokens * spec.kv_bytes_per_token(),
         }
         self._engine = LLM(directory, engine=options).engine
         self._scheduler = self._engine.scheduler
         self._vocab_size = spec.vocab_size
         self._num_requests = 0
-        budget = self._scheduler.config.max_num_batched_tokens
         numerics = self._scheduler.config.numerics
         self.about = f"{numerics}, max_num_batched_tokens={budget}, threads={threads}"
 
@@ -97,7 +97,7 @@ class Measurement:
 
 
 def start() -> tuple[str, Callable[[Cell], float]]:
-    measurement = Measurement(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    measurement = Measurement(sys.argv[1], *map(int, sys.argv[2:5]))
     return measurement.about, measurement.measure
 
 

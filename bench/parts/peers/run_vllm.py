@@ -1,6 +1,6 @@
 """vLLM's CPU build, offline: its engine stepped by hand, in its own environment.
 
-python -m parts.peers.run_vllm MODEL_DIR THREADS KV_TOKENS KV_BYTES_PER_TOKEN
+python -m parts.peers.run_vllm MODEL_DIR THREADS KV_BYTES TOKEN_BUDGET
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ from collections.abc import Callable, Sequence
 from parts.peers.child import Cell, draw_prompts, serve
 from parts.peers.vllm_env import vllm_env
 
-BUDGET = 2048
-
 
 class Measurement:
     """Requests in one engine in this process, stepped by hand."""
 
-    def __init__(self, directory: str, threads: int) -> None:
+    def __init__(self, directory: str, threads: int, budget: int) -> None:
         import vllm
         from vllm import EngineArgs, LLMEngine, SamplingParams
 
         args = EngineArgs(
             model=directory, dtype="bfloat16", seed=0,
-            enable_prefix_caching=False, max_num_batched_tokens=BUDGET, max_num_seqs=256,
+            enable_prefix_caching=False, max_num_batched_tokens=budget, max_num_seqs=256,
             disable_log_stats=True,
         )  # fmt: skip
         self._sampling = SamplingParams
@@ -35,7 +33,7 @@ class Measurement:
         self._counts: dict[str, int] = {}
         self.about = (
             f"vllm {vllm.__version__} compiled (its default), in process, "
-            f"max_num_batched_tokens={BUDGET}, threads bound to {threads} cores"
+            f"max_num_batched_tokens={budget}, threads bound to {threads} cores"
         )
 
     def measure(self, cell: Cell) -> float:
@@ -102,9 +100,9 @@ class Measurement:
 
 def start() -> tuple[str, Callable[[Cell], float]]:
     directory, threads = sys.argv[1], int(sys.argv[2])
-    kv_bytes = int(sys.argv[3]) * int(sys.argv[4])
+    kv_bytes, budget = int(sys.argv[3]), int(sys.argv[4])
     os.environ |= vllm_env(kv_bytes, range(threads)) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    measurement = Measurement(directory, threads)
+    measurement = Measurement(directory, threads, budget)
     return measurement.about, measurement.measure
 
 
