@@ -171,9 +171,10 @@ def plot(
     axis.set_xticks(
         range(len(workload.objectives)), [_caption(workload, o) for o in workload.objectives]
     )
-    axis.set(ylabel=f"requests/s with {workload.attainment:.0%} within the objective", title=title)
+    axis.set(ylabel=f"requests/s, {workload.attainment:.0%} within the objective")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, ncols=2)
+    figure.suptitle(title)
+    figure.legend(frameon=False, ncols=len(ready), loc="outside lower center")
     figure.savefig(file, dpi=140)
 
 

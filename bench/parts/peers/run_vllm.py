@@ -15,7 +15,7 @@ from parts.peers.vllm_env import vllm_env
 
 
 class Measurement:
-    """Requests in one engine in this process, stepped by hand."""
+    """Requests in one engine, whose outputs are taken step by step."""
 
     def __init__(self, directory: str, threads: int, budget: int) -> None:
         import vllm
@@ -32,7 +32,7 @@ class Measurement:
         self._num_requests = 0
         self._counts: dict[str, int] = {}
         self.about = (
-            f"vllm {vllm.__version__} compiled (its default), in process, "
+            f"vllm {vllm.__version__} compiled (its default), "
             f"max_num_batched_tokens={budget}, threads bound to {threads} cores"
         )
 
@@ -51,7 +51,7 @@ class Measurement:
         return seconds
 
     def _decode(self, cell: Cell) -> float:
-        """By tokens, since a step's tokens may be told one step later."""
+        """By tokens: the core does not wait for us, and may tell several steps at once."""
         self._step()
         before, start = sum(self._counts.values()), time.perf_counter()
         for _ in range(cell["steps"]):
@@ -101,7 +101,7 @@ class Measurement:
 def start() -> tuple[str, Callable[[Cell], float]]:
     directory, threads = sys.argv[1], int(sys.argv[2])
     kv_bytes, budget = int(sys.argv[3]), int(sys.argv[4])
-    os.environ |= vllm_env(kv_bytes, range(threads)) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    os.environ |= vllm_env(kv_bytes, range(threads))
     measurement = Measurement(directory, threads, budget)
     return measurement.about, measurement.measure
 

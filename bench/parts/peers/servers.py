@@ -92,7 +92,12 @@ def vllm_pd(setting: Setting, budget: int) -> Server | Missing:
     side_channels = free_ports(2)
     half = max(1, setting.threads // 2)
     transfer = json.dumps(
-        {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+        {
+            "kv_connector": "NixlConnector",
+            "kv_role": "kv_both",
+            "kv_buffer_device": "cpu",
+            "kv_connector_extra_config": {"num_threads": 0},
+        }
     )
     processes = []
     for index in range(2):
