@@ -179,6 +179,8 @@ def _parse() -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="also write every measurement here")
     args = parser.parse_args()
     args.peers = args.peers.resolve()
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     return args
 
 
