@@ -4,12 +4,14 @@ VENV ?= .venv
 # How torch comes: a CPU build here. For another one see "Choosing a torch build" in README.md.
 TORCH ?= torch==2.13.0
 MODEL ?= models/baton-demo
+# Where `make peers` builds other engines.
+PEERS ?= .peers
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels demo serve check test unit lint types clean exact overhead memory docs
+.PHONY: help install kernels demo serve check test unit lint types clean exact overhead memory peers compare goodput docs
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -57,6 +59,16 @@ overhead: $(INSTALLED) ## Measure what a step, a streamed token and an RPC round
 
 memory: $(INSTALLED) ## Measure a worker's peak memory on a random 0.5 B model
 	$(BIN)/python bench/memory.py
+
+peers: $(INSTALLED) ## Build the engines to compare with (llama.cpp, vLLM) below .peers; 10 minutes, 4 GB
+	PYTHONPATH=bench $(BIN)/python -m parts.build_peers $(PEERS) --torch "$(TORCH)"
+
+compare: $(INSTALLED) ## Measure Baton beside transformers, llama.cpp and vLLM: offline, then over HTTP
+	$(BIN)/python bench/peers.py --peers $(PEERS) --json results/peers.json
+	$(BIN)/python bench/peers.py --peers $(PEERS) --http --model 0.5B --json results/peers-http.json
+
+goodput: $(INSTALLED) ## Measure goodput of 1P1D, 2U, 1U and of other engines; an hour, resumes
+	$(BIN)/python bench/goodput.py --peers $(PEERS)
 
 docs: $(INSTALLED) ## Write the pages that are made from the code: configuration, metrics
 	$(BIN)/python docs/generate.py

@@ -44,8 +44,9 @@ class PoolMachine(RuleBasedStateMachine):
     def release(self, picks: list[int]) -> None:
         blocks = [self.held.pop(pick % len(self.held)) for pick in picks if self.held]
         self.pool.release(blocks)
-        for block in reversed(blocks):
-            if block not in self.held and block in self.key_of and block not in self.cached:
+        while blocks:
+            block = blocks.pop()
+            if block not in [*self.held, *blocks] and block in self.key_of:
                 self.cached.append(block)
 
     @precondition(lambda self: self.held)
