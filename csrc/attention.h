@@ -18,21 +18,24 @@ namespace {
 constexpr int64_t kContext = 64, kSegment = 512, kTileRows = 64, kMaxDim = 256;
 // Where a running maximum begins. Finite, so that no difference of two is NaN.
 constexpr float kLeast = -1e30f;
+// K or V of tokens that no row sees, under any number of heads.
+alignas(64) const char kZeros[kTileRows * kMaxDim * 4] = {};
 
-// Softmax over a part of the context: maximum, sum of weights, weighted sum of V, of each row.
+// Softmax over a part of the context: maximum (of scores as powers of 2), sum of weights, weighted
+// sum of V, of each row.
 struct Running {
     float most[kTileRows];
     float total[kTileRows];
-    float sums[kTileRows * kMaxDim];  // [rows][dim, rounded up to 16]
+    float sums[kTileRows * kMaxDim];  // [rows][width]
 };
 
 // What one item works in; less than half a megabyte.
 struct alignas(64) Scratch {
     uint32_t keys[kContext * kMaxDim];  // [words of a key][kContext]
-    float values[kContext * kMaxDim];   // [kContext][dim, rounded up to 16]
+    uint32_t values[kContext * kMaxDim];  // words of tokens [kContext / kPack][width]
     float scores[kTileRows * kContext];
+    uint32_t weights[kTileRows * kContext];  // words of tokens [rows][kContext]
     uint32_t queries[kTileRows * kMaxDim];
-    uint32_t zero[kMaxDim];
     Running segment;
     Running whole;
     float next[kTileRows];    // maximum with this block
@@ -59,7 +62,7 @@ struct Walk {
     const Step& s;
     int64_t index;
     Item item;
-    int64_t width;  // of V: dim, rounded up to 16
+    int64_t width;  // of V: dim, rounded up to 32
     int64_t group;
     int64_t start;   // first token of the sequence in the batch
     int64_t before;  // tokens of the sequence before this batch
@@ -67,7 +70,7 @@ struct Walk {
     int64_t end;     // behind the last
 
     Walk(const Layer& layer, const Step& s, int64_t index, const Item& item)
-        : layer(layer), s(s), index(index), item(item), width((s.head_dim + 15) / 16 * 16),
+        : layer(layer), s(s), index(index), item(item), width((s.head_dim + 31) / 32 * 32),
           group(s.heads / s.kv_heads), start(s.query_starts[item.sequence]) {
         before = s.context_lens[item.sequence] - (s.query_starts[item.sequence + 1] - start);
         int64_t first = position(0);
@@ -97,18 +100,23 @@ struct Walk {
     int64_t to_value() const { return s.block_size * s.kv_heads * s.head_dim; }
 };
 
-// Tokens from..count of the context, counted from a multiple of kContext: what an item's rows see
-// of a block. `keys` has K of each under the item's first KV head, and any other place in the pool
-// for the rest of the block; `ahead` is the same of the block that follows, which is asked for
-// little by little while this one is worked on: all at once would be more misses than a core keeps.
+// A block of the context: tokens 0..count from a multiple of kContext on, and those of the block
+// that follows.
 struct Context {
-    int64_t from;
     int64_t count;
+    // K and V of each token, under the item's first KV head; zeros where no row sees any.
     const void* keys[kContext];
-    const void* ahead[kContext];
+    const void* values[kContext];
+    const void* ahead[kContext];  // K
+    int64_t heads;
+    int64_t inverse;  // of `heads`, times 2^16
+    int64_t dim;
 
     template <class Value>
     void begin(const Walk& w, int64_t block) {
+        heads = w.item.heads;
+        inverse = (65536 + heads - 1) / heads;
+        dim = w.s.head_dim;
         find<Value>(w, block);
         advance<Value>(w, block);
     }
@@ -116,15 +124,24 @@ struct Context {
     template <class Value>
     void advance(const Walk& w, int64_t block) {
         memcpy(keys, ahead, sizeof(keys));
-        from = w.seen > block ? w.seen - block : 0;
+        for (int64_t i = 0; i < kContext; ++i)
+            values[i] = keys[i] == kZeros ? kZeros : (const void*)((const Value*)keys[i] + w.to_value());
         count = w.end - block < kContext ? w.end - block : kContext;
         find<Value>(w, block + kContext);
+    }
+    // Ask memory for a line of the block ahead, while head h works on token i of this one: little
+    // by little, since a core keeps few misses at once, and in order of address, not of heads.
+    // (Always inline: to a compiler, a function that only prefetches does nothing.)
+    template <class Value>
+    __attribute__((always_inline)) void ask(int64_t h, int64_t i, int64_t offset) const {
+        int64_t n = h * kContext + i, token = n * inverse >> 16;
+        __builtin_prefetch((const Value*)ahead[token] + (n - token * heads) * dim + offset);
     }
 
 private:
     template <class Value>
     void find(const Walk& w, int64_t block) {
-        for (const void*& key : ahead) key = w.s.kv;
+        for (const void*& key : ahead) key = kZeros;
         int64_t first = w.seen > block ? w.seen : block;
         int64_t last = w.end < block + kContext ? w.end : block + kContext;
         w.find<Value>(first, last, ahead + (first - block));
@@ -143,18 +160,15 @@ inline void clear(Running& x, int64_t rows, int64_t width) {
 template <class T>
 inline void score(const Walk& w, const Context& block, int64_t h, Scratch& c) {
     typedef typename T::Value Value;
-    int64_t steps = steps_of<T>(w.s.head_dim);
-    int64_t rounded = (block.count + 15) / 16 * 16;
-    const uint32_t* keys[kContext];
-    for (int64_t i = 0; i < rounded; ++i)
-        keys[i] = i < block.from || i >= block.count
-                      ? c.zero
-                      : (const uint32_t*)((const Value*)block.keys[i] + h * w.s.head_dim);
+    int64_t steps = steps_of<T>(w.s.head_dim), rounded = (block.count + 15) / 16 * 16;
     for (int64_t i = 0; i < rounded; i += 16) {
-        for (int64_t j = i; j < i + 16; ++j)
+        const uint32_t* keys[16];
+        for (int64_t j = 0; j < 16; ++j) {
+            keys[j] = (const uint32_t*)((const Value*)block.keys[i + j] + h * w.s.head_dim);
             for (int64_t d = 0; d < w.s.head_dim; d += 64 / (int64_t)sizeof(Value))
-                __builtin_prefetch((const Value*)block.ahead[j] + h * w.s.head_dim + d);
-        transpose(keys + i, steps, c.keys + i, kContext);
+                block.ask<Value>(h, i + j, d);
+        }
+        transpose(keys, steps, c.keys + i, kContext);
     }
     for (int64_t r = 0; r < w.item.rows; r += kWideRows) {
         int64_t row = h * w.item.rows + r;
@@ -165,34 +179,40 @@ inline void score(const Walk& w, const Context& block, int64_t h, Scratch& c) {
     }
 }
 
-// Scores to weights, and what they do to the running softmax but for its weighted sums.
+// Scores to weights, and what they do to the running softmax but for its weighted sums. The
+// weights are rounded to what they are multiplied as, and so is their sum, so that they add up to 1.
+template <class T>
 inline void soften(Scratch& c, int64_t rows, int64_t count, float scale) {
     Running& x = c.segment;
+    float scale_2 = scale * 1.44269504f;  // e^x = 2^(x log2 e)
+    V16 scales = set1(scale_2), hidden = set1(-INFINITY);
     for (int64_t r = 0; r < rows; ++r) {
-        float* scores = c.scores + r * kContext;
+        const float* scores = c.scores + r * kContext;
         int64_t from = c.from[r], to = c.to[r];
-        V16 most = set1(x.most[r]);
+        V16 most = hidden;
         for (int64_t i = 0; i < count; i += 16) {
-            V16 scaled = mul(load(scores + i), set1(scale));
+            V16 score = load(scores + i);
             if (i < from || i + 16 > to)
-                scaled = keep(scaled, within_16(from - i), within_16(to - i), set1(-INFINITY));
-            store(scores + i, scaled);
-            most = max(most, scaled);
+                score = keep(score, within_16(from - i), within_16(to - i), hidden);
+            most = max(most, score);
         }
         c.next[r] = max_lanes(most);
     }
     for (int64_t r = 0; r < rows; r += 16) {
-        V16 next = load(c.next + r);
-        store(c.shrink + r, exp16(sub(load(x.most + r), next)));
+        V16 before = load(x.most + r), next = max(before, mul(load(c.next + r), scales));
+        store(c.next + r, next);
+        store(c.shrink + r, exp2_16(sub(before, next)));
         store(x.most + r, next);
     }
     for (int64_t r = 0; r < rows; ++r) {
-        float* scores = c.scores + r * kContext;
-        V16 next = set1(c.next[r]), sum = set1(0);
+        const float* scores = c.scores + r * kContext;
+        int64_t from = c.from[r], to = c.to[r];
+        V16 next = set1(-c.next[r]), sum = set1(0);
         for (int64_t i = 0; i < count; i += 16) {
-            V16 weight = exp16(sub(load(scores + i), next));
-            store(scores + i, weight);
-            sum = add(sum, weight);
+            V16 weight = exp2_16(fma(load(scores + i), scales, next));
+            if (i < from || i + 16 > to)
+                weight = keep(weight, within_16(from - i), within_16(to - i), set1(0));
+            sum = add(sum, T::store_weights(c.weights + r * kContext + i / T::kPack, weight));
         }
         c.added[r] = sum_lanes(sum);
     }
@@ -200,60 +220,67 @@ inline void soften(Scratch& c, int64_t rows, int64_t count, float scale) {
         store(x.total + r, add(mul(load(x.total + r), load(c.shrink + r)), load(c.added + r)));
 }
 
-// V of token j of a block: widened in c.values, or where it lies in the pool.
-struct Widened {
-    const float* values;
+// V of kPack tokens of a block as words, 32 columns of them: laid out in c.values, or from where
+// they lie in the pool.
+template <class T>
+struct LaidOut {
+    const uint32_t* values;
     int64_t width;
-    V16 get(int64_t j, int64_t at) const { return load(values + j * width + at); }
-    void ask(int64_t, int64_t) const {}
-};
-template <class Value>
-struct InPool {
-    const Context& block;
-    int64_t to_value;
-    V16 get(int64_t j, int64_t at) const {
-        return load((const Value*)block.keys[j] + to_value + at);
+    void get(int64_t step, int64_t at, W16* two) const {
+        two[0] = load_words(values + step * width + at);
+        two[1] = load_words(values + step * width + at + 16);
     }
-    void ask(int64_t j, int64_t at) const {
-        __builtin_prefetch((const Value*)block.ahead[j] + to_value + at);
+};
+template <class T>
+struct InPool {
+    typedef typename T::Value Value;
+    const Context& block;
+    int64_t h;
+    int64_t to_value;
+    __attribute__((always_inline)) void get(int64_t step, int64_t at, W16* two) const {
+        const Value* rows[T::kPack];
+        for (int64_t i = 0; i < T::kPack; ++i) {
+            rows[i] = (const Value*)block.values[step * T::kPack + i] + h * block.dim;
+            block.ask<Value>(h, step * T::kPack + i, to_value + at);
+        }
+        T::load_columns(rows, at, two);
     }
 };
 
-// sums = sums * shrink + weights * values over tokens from..to, for R rows and N vectors at `at`.
-template <int R, int N, class Values>
+// sums = sums * shrink + weights * values over steps from..to, for R rows and N vectors at `at`.
+template <class T, int R, int N, class Values>
 __attribute__((noinline)) void weigh(Scratch& c, const Values& values, int64_t row, int64_t at,
                                      int64_t width, int64_t from, int64_t to) {
     V16 sum[R][N];
     float* sums = c.segment.sums + row * width + at;
+    const uint32_t* weights = c.weights + row * kContext;
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < N; ++v)
             sum[r][v] = mul(load(sums + r * width + v * 16), set1(c.shrink[row + r]));
-    for (int64_t j = from; j < to; ++j) {
-        V16 value[N];
-        for (int v = 0; v < N; ++v) value[v] = values.get(j, at + v * 16);
-        for (int v = 0; v < N; v += 2) values.ask(j, at + v * 16);  // two fill a line, if bf16
-        for (int r = 0; r < R; ++r) {
-            V16 weight = set1(c.scores[(row + r) * kContext + j]);
-            for (int v = 0; v < N; ++v) sum[r][v] = fma(weight, value[v], sum[r][v]);
-        }
+    for (int64_t step = from; step < to; ++step) {
+        W16 value[N];
+        for (int v = 0; v < N; v += 2) values.get(step, at + v * 16, value + v);
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < N; ++v)
+                sum[r][v] = T::dot(sum[r][v], weights[r * kContext + step], value[v]);
     }
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < N; ++v) store(sums + r * width + v * 16, sum[r][v]);
 }
 
-template <int R, class Values>
+template <class T, int R, class Values>
 inline void weigh_rows(int64_t rows, Scratch& c, const Values& values, int64_t row, int64_t width,
                        int64_t from, int64_t to) {
     if constexpr (R > 0) {
-        if (rows != R) return weigh_rows<R - 1>(rows, c, values, row, width, from, to);
+        if (rows != R) return weigh_rows<T, R - 1>(rows, c, values, row, width, from, to);
         int64_t at = 0;
         for (; at + kWide * 16 <= width; at += kWide * 16)
-            weigh<R, kWide>(c, values, row, at, width, from, to);
-        for (; at < width; at += 16) weigh<R, 1>(c, values, row, at, width, from, to);
+            weigh<T, R, kWide>(c, values, row, at, width, from, to);
+        for (; at < width; at += 32) weigh<T, R, 2>(c, values, row, at, width, from, to);
     }
 }
 
-template <class Values>
+template <class T, class Values>
 inline void weigh_head(const Walk& w, const Values& values, int64_t h, Scratch& c) {
     for (int64_t r = 0; r < w.item.rows; r += kWideRows) {
         int64_t row = h * w.item.rows + r;
@@ -263,24 +290,40 @@ inline void weigh_head(const Walk& w, const Values& values, int64_t h, Scratch& 
             if (c.from[i] < first) first = c.from[i];
             if (c.to[i] > last) last = c.to[i];
         }
-        if (first < last) weigh_rows<kWideRows>(rows, c, values, row, w.width, first, last);
+        if (first < last)
+            weigh_rows<T, kWideRows>(rows, c, values, row, w.width, first / T::kPack,
+                                     (last + T::kPack - 1) / T::kPack);
     }
 }
 
-// Weighted sums of the rows under head h. V is widened once if it will be read more than once.
+// Weighted sums of the rows under head h. V is laid out once if it will be read more than once.
 template <class T>
 inline void gather(const Walk& w, const Context& block, int64_t h, Scratch& c) {
     typedef typename T::Value Value;
-    int64_t dim = w.s.head_dim, to_value = w.to_value() + h * dim;
-    if (w.item.rows <= kWideRows && dim % 16 == 0)
-        return weigh_head(w, InPool<Value>{block, to_value}, h, c);
-    for (int64_t i = block.from; i < block.count; ++i) {
-        const Value* value = (const Value*)block.keys[i] + to_value;
-        __builtin_prefetch((const Value*)block.ahead[i] + to_value);
-        for (int64_t d = 0; d < dim; d += 16)
-            store(c.values + i * w.width + d, load_up_to(value + d, dim - d));
+    int64_t dim = w.s.head_dim;
+    if (w.item.rows <= kWideRows && dim % 32 == 0)
+        return weigh_head<T>(w, InPool<T>{block, h, w.to_value()}, h, c);
+    for (int64_t i = 0; i < block.count; i += T::kPack) {
+        const Value* rows[T::kPack];
+        Value padded[T::kPack][kMaxDim];
+        for (int64_t j = 0; j < T::kPack; ++j) {
+            rows[j] = (const Value*)block.values[i + j] + h * dim;
+            for (int64_t d = 0; d < dim; d += 64 / (int64_t)sizeof(Value))
+                block.ask<Value>(h, i + j, w.to_value() + d);
+            if (dim % 32) {
+                memset(padded[j] + dim / 32 * 32, 0, 32 * sizeof(Value));
+                memcpy(padded[j], rows[j], (size_t)dim * sizeof(Value));
+                rows[j] = padded[j];
+            }
+        }
+        for (int64_t d = 0; d < dim; d += 32) {
+            W16 two[2];
+            T::load_columns(rows, d, two);
+            store_words(c.values + i / T::kPack * w.width + d, two[0]);
+            store_words(c.values + i / T::kPack * w.width + d + 16, two[1]);
+        }
     }
-    weigh_head(w, Widened{c.values, w.width}, h, c);
+    weigh_head<T>(w, LaidOut<T>{c.values, w.width}, h, c);
 }
 
 // The softmax over one segment, to c.segment.
@@ -304,7 +347,7 @@ void walk_segment(const Walk& w, int64_t segment, Scratch& c) {
             c.to[r] = none ? 0 : to < kContext ? to : kContext;
         }
         for (int64_t h = 0; h < w.item.heads; ++h) score<T>(w, block, h, c);
-        soften(c, w.rows(), block.count, w.s.scale);
+        soften<T>(c, w.rows(), block.count, w.s.scale);
         for (int64_t h = 0; h < w.item.heads; ++h) gather<T>(w, block, h, c);
     }
 }
@@ -315,7 +358,7 @@ inline void merge(Scratch& c, int64_t rows, int64_t width) {
     float old_share[kTileRows], new_share[kTileRows];
     for (int64_t r = 0; r < rows; r += 16) {
         V16 a = load(x.most + r), b = load(y.most + r), most = max(a, b);
-        V16 old = exp16(sub(a, most)), fresh = exp16(sub(b, most));
+        V16 old = exp2_16(sub(a, most)), fresh = exp2_16(sub(b, most));
         store(old_share + r, old);
         store(new_share + r, fresh);
         store(x.most + r, most);
@@ -459,7 +502,6 @@ void attend(const Layer& layer, const Step& s, int64_t index) {
 #pragma omp parallel num_threads(s.threads) if (large)
     {
         Scratch c;
-        memset(c.zero, 0, sizeof(c.zero));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < cut.count; ++i)
             attend_item<T>(Walk(layer, s, index, cut.items[i]), partials, c);

@@ -17,7 +17,7 @@ struct W16 {
 };
 
 // Register tiles: rows x (kVectors * 16) columns for products, rows x (kWide * 16) for P V.
-constexpr int kVectors = 1, kRows = 5, kBusyRows = 4, kWide = 1, kWideRows = 5;
+constexpr int kVectors = 1, kRows = 5, kBusyRows = 4, kWide = 2, kWideRows = 2;
 
 inline V16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline V16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -77,6 +77,11 @@ inline float max_lanes(V16 x) {
 inline W16 load_words(const uint32_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
 }
+inline void store_words(uint32_t* p, W16 x) {
+    _mm256_storeu_si256((__m256i*)p, x.a);
+    _mm256_storeu_si256((__m256i*)(p + 8), x.b);
+}
+inline W16 as_words(V16 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 inline V16 as_floats(W16 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 inline V16 low_bf16(W16 x) {
     return as_floats({_mm256_slli_epi32(x.a, 16), _mm256_slli_epi32(x.b, 16)});
@@ -121,6 +126,23 @@ inline void store_some(uint16_t* p, V16 x, int64_t n) {
     uint16_t all[16];
     store(all, x);
     memcpy(p, all, (size_t)n * 2);
+}
+
+// Of numbers that are normal or 0: rounds as `store` does, and returns what was stored.
+inline V16 store_narrow(uint16_t* p, V16 x) {
+    store(p, x);
+    return load(p);
+}
+inline __m256i interleave_8(const uint16_t* a, const uint16_t* b) {
+    __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)a));
+    __m256i y = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)b));
+    return _mm256_or_si256(x, _mm256_slli_epi32(y, 16));
+}
+// Words of (a, b) for 32 neighbours.
+inline void interleave_32(const uint16_t* a, const uint16_t* b, W16* two) {
+    for (int i = 0; i < 2; ++i)
+        two[i] = {interleave_8(a + 16 * i, b + 16 * i),
+                  interleave_8(a + 16 * i + 8, b + 16 * i + 8)};
 }
 
 // Products of 16 pairs of bf16 with one pair, both added.

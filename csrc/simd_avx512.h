@@ -92,6 +92,25 @@ inline void store_some(uint16_t* p, V16 x, int64_t n) {
     _mm256_mask_storeu_epi16(p, first(n), narrow(x));
 }
 
+// Of numbers that are normal or 0: rounds as `store` does, and returns what was stored.
+inline V16 store_narrow(uint16_t* p, V16 x) {
+#ifdef __AVX512BF16__
+    __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
+#else
+    __m256i rounded = narrow(x);
+#endif
+    _mm256_storeu_si256((__m256i*)p, rounded);
+    return widen(rounded);
+}
+// Words of (a, b) for 32 neighbours.
+inline void interleave_32(const uint16_t* a, const uint16_t* b, W16* two) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    W16 x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+    two[0] = _mm512_permutex2var_epi16(x, low, y);
+    two[1] = _mm512_permutex2var_epi16(x, _mm512_add_epi16(low, _mm512_set1_epi16(16)), y);
+}
+
 // Products of 16 pairs of bf16 with one pair, both added.
 inline V16 dot_pairs(V16 sum, uint32_t x, W16 w) {
 #ifdef __AVX512BF16__

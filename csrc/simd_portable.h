@@ -19,7 +19,7 @@ struct W16 {
 };
 
 // Register tiles: rows x (kVectors * 16) columns for products, rows x (kWide * 16) for P V.
-constexpr int kVectors = 1, kRows = 2, kBusyRows = 1, kWide = 1, kWideRows = 2;
+constexpr int kVectors = 1, kRows = 2, kBusyRows = 1, kWide = 2, kWideRows = 1;
 
 #define EACH(expression)                        \
     V16 result;                                 \
@@ -84,6 +84,12 @@ inline W16 load_words(const uint32_t* p) {
     memcpy(&x, p, 64);
     return x;
 }
+inline void store_words(uint32_t* p, W16 x) { memcpy(p, &x, 64); }
+inline W16 as_words(V16 x) {
+    W16 words;
+    memcpy(&words, &x, 64);
+    return words;
+}
 inline V16 as_floats(W16 x) { EACH((F4)x.part[i]); }
 inline V16 low_bf16(W16 x) { EACH((F4)(x.part[i] << 16)); }
 inline V16 high_bf16(W16 x) { EACH((F4)(x.part[i] & 0xffff0000u)); }
@@ -111,6 +117,18 @@ inline void store_some(uint16_t* p, V16 x, int64_t n) {
     }
 }
 inline void store(uint16_t* p, V16 x) { store_some(p, x, 16); }
+
+// Of numbers that are normal or 0: rounds as `store` does, and returns what was stored.
+inline V16 store_narrow(uint16_t* p, V16 x) {
+    store(p, x);
+    return load(p);
+}
+// Words of (a, b) for 32 neighbours.
+inline void interleave_32(const uint16_t* a, const uint16_t* b, W16* two) {
+    uint32_t words[32];
+    for (int i = 0; i < 32; ++i) words[i] = a[i] | (uint32_t)b[i] << 16;
+    memcpy(two, words, 128);
+}
 
 // Products of 16 pairs of bf16 with one pair, both added.
 inline V16 dot_pairs(V16 sum, uint32_t x, W16 w) {

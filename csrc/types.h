@@ -17,6 +17,12 @@ struct Bf16 {
     typedef uint16_t Value;
     static constexpr int64_t kPack = 2;
     static V16 dot(V16 sum, uint32_t x, W16 w) { return dot_pairs(sum, x, w); }
+    // Sixteen numbers of at least 2^-126, or 0, as `dot` takes them for x; returns what they became.
+    static V16 store_weights(uint32_t* p, V16 x) { return store_narrow((uint16_t*)p, x); }
+    // Words for `dot` of 32 columns of kPack rows.
+    static void load_columns(const Value* const* rows, int64_t at, W16* two) {
+        interleave_32(rows[0] + at, rows[1] + at, two);
+    }
 };
 
 struct Fp32 {
@@ -26,6 +32,14 @@ struct Fp32 {
         float value;
         memcpy(&value, &x, 4);
         return fma(set1(value), as_floats(w), sum);
+    }
+    static V16 store_weights(uint32_t* p, V16 x) {
+        store_words(p, as_words(x));
+        return x;
+    }
+    static void load_columns(const Value* const* rows, int64_t at, W16* two) {
+        two[0] = load_words((const uint32_t*)rows[0] + at);
+        two[1] = load_words((const uint32_t*)rows[0] + at + 16);
     }
 };
 
@@ -66,6 +80,23 @@ inline V16 exp16(V16 x) {
     sum = fma(sum, r, set1(5.0000001201e-1f));
     sum = add(fma(sum, mul(r, r), r), set1(1.0f));
     return zero_below(set1(-86.0f), x, mul(sum, power_of_two(shifted)));
+}
+
+// 2^x to 2 ulp for x <= 0, but never less than about 2^-126. Coefficients fitted on
+// |x| <= 1/2 for the least relative error.
+inline V16 exp2_16(V16 x) {
+    const float kRound = 12582912.0f;
+    V16 within = max(set1(-126.0f), x);
+    V16 shifted = add(within, set1(kRound));
+    V16 r = sub(within, sub(shifted, set1(kRound)));
+    V16 sum = set1(1.545316336e-04f);
+    sum = fma(sum, r, set1(1.339086331e-03f));
+    sum = fma(sum, r, set1(9.618083015e-03f));
+    sum = fma(sum, r, set1(5.550356954e-02f));
+    sum = fma(sum, r, set1(2.402265072e-01f));
+    sum = fma(sum, r, set1(6.931471825e-01f));
+    sum = fma(sum, r, set1(1.0f));
+    return mul(sum, power_of_two(shifted));
 }
 
 // to[word * stride + i] = rows[i][word] for 16 rows.

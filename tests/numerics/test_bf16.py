@@ -21,8 +21,8 @@ from numerics.prompts import ARCHITECTURES, TINY_POOL_BLOCKS, long_requests, mix
 from numerics.tiny_models import reference_logits, reference_model
 
 MARGIN = 0.75
-MAX_MEAN_SHORTFALL = 0.005
-MAX_SHARE_NOT_BEST = 0.08
+MAX_MEAN_SHORTFALL = 0.0025
+MAX_SHARE_NOT_BEST = 0.05
 
 
 @pytest.mark.parametrize("layout", ["1U", "1P1D"])
@@ -65,4 +65,4 @@ def test_greedy_answers_equal_transformers_up_to_near_ties(
     assert worst < MARGIN
     assert share < MAX_SHARE_NOT_BEST
     assert mean < MAX_MEAN_SHORTFALL
-    assert mean < 1.5 * usual
+    assert mean < usual
