@@ -64,7 +64,7 @@ def test_workers_map_one_copy_and_a_new_one_finds_it(model: Path) -> None:
             assert inodes == {inode}
             assert sums["Rss:"] > 50 << 20
             assert sums["Pss:"] < 0.75 * sums["Rss:"]
-        assert len(re.findall(r"weights packing", served.output)) == 1
+        assert len(re.findall(r"weights packed num_bytes", served.output)) == 1
         # The supervisor keeps it; workers need no descriptor of what they have mapped.
         assert descriptors(served.pid) == {inode}
         assert all(not descriptors(pid) for pid in pids.values())
@@ -73,7 +73,7 @@ def test_workers_map_one_copy_and_a_new_one_finds_it(model: Path) -> None:
         os.kill(pids["decode-0"], signal.SIGKILL)
         served.wait_for_line("registry worker id=decode-0 role=decode joined", 60, start=said)
         assert weights(served.processes()["decode-0"])[0] == {inode}
-        assert len(re.findall(r"weights packing", served.output)) == 1
+        assert len(re.findall(r"weights packed num_bytes", served.output)) == 1
         assert ask(served) == answer
 
     with Deployment.start(model, "1U", *FLAGS) as alone:

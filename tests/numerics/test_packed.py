@@ -126,6 +126,18 @@ def test_the_second_maps_what_the_first_packed(
     assert torch.equal(second.matrix("0.qkv").memory, first.matrix("0.qkv").memory)
 
 
+@pytest.mark.parametrize("bytes_per_s", [1 << 50, 256 << 20])
+def test_weights_are_the_same_in_small_pages(
+    llama: Path, kernels: Kernels, memfd: int, monkeypatch: pytest.MonkeyPatch, bytes_per_s: int
+) -> None:
+    whole = load(llama, kernels, memfd)
+    monkeypatch.setattr("baton.model.region._SLOWEST_BYTES_PER_S", bytes_per_s)
+    monkeypatch.setattr("baton.model.region._COLLAPSE_BYTES", HUGE_BYTES)
+    found = load(llama, kernels)
+    for name in ("0.qkv", "2.down", "lm_head"):
+        assert torch.equal(found.matrix(name).memory, whole.matrix(name).memory)
+
+
 def test_nobody_can_change_them(llama: Path, kernels: Kernels, memfd: int) -> None:
     load(llama, kernels, memfd)
     for change in (

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Final
 
@@ -187,8 +188,8 @@ def _pack(
     num_bytes = data_at + header.num_bytes
     os.ftruncate(fd, 0)  # what a packer that died has left
     os.ftruncate(fd, _aligned(num_bytes, HUGE_BYTES))
+    started = time.monotonic()
     region = Region(fd, num_bytes, writable=True)
-    logger.info("weights packing num_bytes=%d huge_pages=%s", num_bytes, region.is_huge)
     weights = PackedWeights(region, header, data_at, kernels)
     packer = Packer(kernels)
     for entry, slot in zip(entries(spec), header.slots, strict=True):
@@ -199,6 +200,9 @@ def _pack(
     os.pwrite(fd, MAGIC + len(text).to_bytes(8, "little") + text, 0)
     region.unmap()
     seal(fd)
+    seconds = time.monotonic() - started
+    huge = region.is_huge
+    logger.info("weights packed num_bytes=%d huge_pages=%s in %.2f s", num_bytes, huge, seconds)
 
 
 def _header(

@@ -2,7 +2,7 @@
 
 Decoding is bound by reading the weights, and in small pages that is a tenth slower. A memfd gets
 huge pages by `madvise(MADV_COLLAPSE)` (Linux 6.1 and later), which is allowed even where
-`shmem_enabled` is at its default, never; what the kernel refuses stays in small pages.
+`shmem_enabled` is at its default, never; what the kernel does not give stays in small pages.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ HUGE_BYTES: Final = 2 << 20
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEALS: Final = 0x1 | 0x2 | 0x4 | 0x8  # against sealing, shrinking, growing, writing
 _MAP_FIXED, _MADV_COLLAPSE = 0x10, 25
+_COLLAPSE_BYTES: Final = 32 << 20
+_SLOWEST_BYTES_PER_S: Final = 256 << 20
 _FAILED: Final = c_void_p(-1).value
 
 
@@ -50,9 +53,7 @@ class Region:
         if writable:
             access = mmap.PROT_READ | mmap.PROT_WRITE
             _mmap(self.address, room, access, mmap.MAP_SHARED | _MAP_FIXED, fd)
-            for at in range(0, room, HUGE_BYTES):  # a piece without any page is not collapsed
-                c_char.from_address(self.address + at).value = b"\0"
-            self.is_huge = _libc().madvise(self.address, room, _MADV_COLLAPSE) == 0
+            self.is_huge = self._collapse(room)
         else:
             # Not MAP_SHARED: older kernels refuse that where writing is sealed.
             _mmap(self.address, room, mmap.PROT_READ, mmap.MAP_PRIVATE | _MAP_FIXED, fd)
@@ -62,6 +63,22 @@ class Region:
         found = (c_char * self.num_bytes).from_address(self.address)
         found.region = self  # type: ignore[attr-defined]
         return found
+
+    def _collapse(self, room: int) -> bool:
+        """Take the memory in huge pages; whether all of it came, and in tolerable time.
+
+        Where memory is short or in pieces the kernel would rather tidy up for minutes than refuse.
+        """
+        deadline = time.monotonic() + room / _SLOWEST_BYTES_PER_S
+        for start in range(0, room, _COLLAPSE_BYTES):
+            size = min(_COLLAPSE_BYTES, room - start)
+            for at in range(start, start + size, HUGE_BYTES):  # one without any page is refused
+                c_char.from_address(self.address + at).value = b"\0"
+            if _libc().madvise(self.address + start, size, _MADV_COLLAPSE) != 0:
+                return False
+            if time.monotonic() > deadline:
+                return start + size == room
+        return True
 
     def unmap(self) -> None:
         """Unmap now. Nothing may use a buffer any more."""
