@@ -190,11 +190,12 @@ class Scheduler:
         """Take in what a step computed. Steps end in the order in which they were planned."""
         num_generated = 0
         counting = self._in_flight.end(plan.step)
+        all_count = len(counting) == len(plan.chunks)
         for chunk, tokens, logprobs in zip(
             plan.chunks, output.token_ids, output.logprobs, strict=True
         ):
             seq = chunk.seq
-            if seq.id not in counting:
+            if not all_count and seq.id not in counting:
                 continue  # ended or preempted while the step ran
             if chunk.start < len(seq.request.prompt):
                 self._count_prompt(seq, chunk)
