@@ -369,6 +369,9 @@ def token_after_the_end(patch: Patch) -> None:
         return _Everything()
 
     class _Everything:
+        def __len__(self) -> int:
+            return 0
+
         def __contains__(self, seq_id: object) -> bool:
             return True
 

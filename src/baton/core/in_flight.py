@@ -59,7 +59,7 @@ class InFlight:
             self._held.setdefault(last, []).extend(seq.blocks)
 
     def held_blocks(self) -> list[int]:
-        """Blocks that are referenced for no other reason than a step in flight, a entry each."""
+        """The references that steps in flight hold, one entry each."""
         return [block for blocks in self._held.values() for block in blocks]
 
     def num_returning(self) -> int:

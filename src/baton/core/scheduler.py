@@ -5,7 +5,8 @@ need one token go first, so a prompt never starves a running answer. Prompts sha
 in the order of `prompt_order`: those already begun, and new ones, which are admitted in their turn
 while blocks last. When blocks run out the newest sequence is preempted: it keeps its tokens, gives
 back its blocks and comes back through admission, where the prefix cache may spare it most of the
-work. The oldest one is never preempted by another, so something always progresses.
+work. The oldest one is never preempted by another, so something always progresses. What changes
+when a step is planned while another one runs is told in `in_flight`.
 
 `Scheduler` owns the sequences, the block pool, the exports and the imports. Methods take the
 time as an argument; what they bring for the outside is collected by `take`. (Over the
@@ -190,11 +191,12 @@ class Scheduler:
         """Take in what a step computed. Steps end in the order in which they were planned."""
         num_generated = 0
         counting = self._in_flight.end(plan.step)
+        all_count = len(counting) == len(plan.chunks)
         for chunk, tokens, logprobs in zip(
             plan.chunks, output.token_ids, output.logprobs, strict=True
         ):
             seq = chunk.seq
-            if seq.id not in counting:
+            if not all_count and seq.id not in counting:
                 continue  # ended or preempted while the step ran
             if chunk.start < len(seq.request.prompt):
                 self._count_prompt(seq, chunk)
