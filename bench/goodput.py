@@ -24,6 +24,7 @@ import datetime
 import hashlib
 import os
 import secrets
+import signal
 import sys
 import time
 from pathlib import Path
@@ -57,6 +58,7 @@ class Header(msgspec.Struct, frozen=True):
 
 def main() -> int:
     args = _parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the engines, too
     workload = load_workload(args.workload)
     directory, gguf, spec = prepare(args.model, args.peers)
     setting = Setting(directory, gguf, spec, args.threads, KV_TOKENS, args.peers)

@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import os
 import secrets
+import signal
 import sys
 from pathlib import Path
 from typing import Protocol
@@ -55,13 +56,14 @@ class Engine(Protocol):
 
 def main() -> int:
     args = _parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the engines, too
     documents = []
     for name in args.model:
         engines = [e for e in args.engines if name != "demo" or e in DEMO_ENGINES]
         cells = [CELLS[c] for c in (DEMO_CELLS if name == "demo" else args.cells)]
         cells = HTTP_CELLS if args.http else cells
         directory, gguf, spec = prepare(name, args.peers)
-        kv_tokens = max(cell.num_kv_tokens for cell in cells)
+        kv_tokens = max(4096, *(cell.num_kv_tokens for cell in cells))  # 4096: the warm-up
         setting = Setting(directory, gguf, spec, args.threads, kv_tokens, args.peers)
         logs = args.peers / "logs"
         logs.mkdir(parents=True, exist_ok=True)

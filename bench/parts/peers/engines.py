@@ -149,6 +149,7 @@ def started(
     """The engines that can be had, running, and those that cannot."""
     children: dict[str, Child] = {}
     missing: list[Missing] = []
+    running: list[Child] = []  # the caller may take some out of `children`
     try:
         for name in names:
             words = command(name, setting)
@@ -157,9 +158,10 @@ def started(
                 continue
             try:
                 children[name] = Child(name, words, logs / f"{name}.log")
+                running.append(children[name])
             except (Broken, OSError) as error:
                 missing.append(Missing(name, str(error)))
         yield children, missing
     finally:
-        for child in children.values():
+        for child in running:
             child.close()
