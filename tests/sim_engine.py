@@ -184,7 +184,7 @@ class FakeRunner:
             drawn.append([])
             if chunk.samples:
                 context = [self.kv.read(table, position) for position in range(chunk.end)]
-                assert POISON not in context, "a block was freed while a step needed it"
+                assert POISON not in context, "a step read KV that nobody wrote, or that was freed"
                 drawn[-1].append(next_token(context))
         self._drawn = {
             id(chunk.seq): token
