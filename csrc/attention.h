@@ -78,6 +78,7 @@ struct Walk {
         end = position(item.rows - 1) + 1;
     }
     int64_t rows() const { return item.rows * item.heads; }
+    int64_t first_block() const { return seen / kContext * kContext; }
     int64_t position(int64_t row) const { return before + (item.first_row + row) / group; }
     // Where row r (of all heads) stands among the query heads of the batch.
     int64_t query(int64_t r, int64_t* token) const {
@@ -101,7 +102,7 @@ struct Walk {
 };
 
 // A block of the context: tokens 0..count from a multiple of kContext on, and those of the block
-// that follows.
+// that follows; after the last one comes the first of the item that follows.
 struct Context {
     int64_t count;
     // K and V of each token, under the item's first KV head; zeros where no row sees any.
@@ -113,21 +114,24 @@ struct Context {
     int64_t dim;
 
     template <class Value>
-    void begin(const Walk& w, int64_t block) {
+    void begin(const Walk& w, const Walk& next, int64_t block) {
         heads = w.item.heads;
         inverse = (65536 + heads - 1) / heads;
         dim = w.s.head_dim;
         find<Value>(w, block);
-        advance<Value>(w, block);
+        advance<Value>(w, next, block);
     }
     // To `block`, of which `ahead` tells.
     template <class Value>
-    void advance(const Walk& w, int64_t block) {
+    void advance(const Walk& w, const Walk& next, int64_t block) {
         memcpy(keys, ahead, sizeof(keys));
         for (int64_t i = 0; i < kContext; ++i)
             values[i] = keys[i] == kZeros ? kZeros : (const void*)((const Value*)keys[i] + w.to_value());
         count = w.end - block < kContext ? w.end - block : kContext;
-        find<Value>(w, block + kContext);
+        if (block + kContext < w.end)
+            find<Value>(w, block + kContext);
+        else
+            find<Value>(next, next.first_block());
     }
     // Ask memory for a line of the block ahead, while head h works on token i of this one: little
     // by little, since a core keeps few misses at once, and in order of address, not of heads.
@@ -328,16 +332,16 @@ inline void gather(const Walk& w, const Context& block, int64_t h, Scratch& c) {
 
 // The softmax over one segment, to c.segment.
 template <class T>
-void walk_segment(const Walk& w, int64_t segment, Scratch& c) {
+void walk_segment(const Walk& w, const Walk& next, int64_t segment, Scratch& c) {
     typedef typename T::Value Value;
     clear(c.segment, w.rows(), w.width);
     int64_t first = segment * kSegment, limit = first + kSegment;
-    if (first < w.seen) first = w.seen / kContext * kContext;
+    if (first < w.seen) first = w.first_block();
     if (limit > w.end) limit = w.end;
     Context block;
-    block.begin<Value>(w, first);
+    block.begin<Value>(w, next, first);
     for (int64_t at = first; at < limit; at += kContext) {
-        if (at > first) block.advance<Value>(w, at);
+        if (at > first) block.advance<Value>(w, next, at);
         for (int64_t r = 0; r < w.rows(); ++r) {
             int64_t position = w.position(r % w.item.rows);
             int64_t from = w.layer.window ? position - w.layer.window + 1 - at : 0;
@@ -387,7 +391,7 @@ void finish(const Walk& w, Scratch& c) {
 inline int64_t partial_size(const Walk& w) { return w.rows() * (w.width + 2); }
 
 template <class T>
-void attend_item(const Walk& w, float* partials, Scratch& c) {
+void attend_item(const Walk& w, const Walk& next, float* partials, Scratch& c) {
     typedef typename T::Value Value;
     int64_t dim = w.s.head_dim, steps = steps_of<T>(dim), rows = w.rows(), token;
     int64_t row_width = (w.s.heads + 2 * w.s.kv_heads) * dim;
@@ -399,7 +403,7 @@ void attend_item(const Walk& w, float* partials, Scratch& c) {
     bool shared = w.item.partial >= 0;
     clear(c.whole, rows, w.width);
     for (int64_t i = w.item.first_segment; i < w.item.last_segment; ++i) {
-        walk_segment<T>(w, i, c);
+        walk_segment<T>(w, next, i, c);
         if (shared) {
             float* to = partials + w.item.partial + i * partial_size(w);
             memcpy(to, c.segment.most, (size_t)rows * 4);
@@ -503,8 +507,12 @@ void attend(const Layer& layer, const Step& s, int64_t index) {
     {
         Scratch c;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < cut.count; ++i)
-            attend_item<T>(Walk(layer, s, index, cut.items[i]), partials, c);
+        for (int64_t i = 0; i < cut.count; ++i) {
+            // What this thread will most likely do next.
+            int64_t next = i + s.threads < cut.count ? i + s.threads : i;
+            attend_item<T>(Walk(layer, s, index, cut.items[i]),
+                           Walk(layer, s, index, cut.items[next]), partials, c);
+        }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < cut.num_joins; ++i)
             join<T>(Walk(layer, s, index, cut.joins[i]), partials, c);
