@@ -110,13 +110,11 @@ struct Context {
     const void* values[kContext];
     const void* ahead[kContext];  // K
     int64_t heads;
-    int64_t inverse;  // of `heads`, times 2^16
     int64_t dim;
 
     template <class Value>
     void begin(const Walk& w, const Walk& next, int64_t block) {
         heads = w.item.heads;
-        inverse = (65536 + heads - 1) / heads;
         dim = w.s.head_dim;
         find<Value>(w, block);
         advance<Value>(w, next, block);
@@ -133,13 +131,14 @@ struct Context {
         else
             find<Value>(next, next.first_block());
     }
-    // Ask memory for a line of the block ahead, while head h works on token i of this one: little
-    // by little, since a core keeps few misses at once, and in order of address, not of heads.
+    // While head h works on token i, ask memory for what the next head wants there: near enough
+    // to be in the first cache still, and little by little, since a core keeps few misses at once.
     // (Always inline: to a compiler, a function that only prefetches does nothing.)
     template <class Value>
     __attribute__((always_inline)) void ask(int64_t h, int64_t i, int64_t offset) const {
-        int64_t n = h * kContext + i, token = n * inverse >> 16;
-        __builtin_prefetch((const Value*)ahead[token] + (n - token * heads) * dim + offset);
+        const Value* key = h + 1 < heads ? (const Value*)keys[i] + (h + 1) * dim
+                                         : (const Value*)ahead[i];
+        __builtin_prefetch(key + offset);
     }
 
 private:
