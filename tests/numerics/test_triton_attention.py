@@ -223,3 +223,11 @@ def test_splits_are_shared_out_over_the_device() -> None:
     assert split_programs(64, 8, 132) == 2
     assert split_programs(256, 8, 132) == 1
     assert split_programs(1, 1, 1) == 4
+
+
+def test_in_exact_mode_one_kernel_serves_prefill_and_decode() -> None:
+    for exact in (False, True):
+        attention = PagedAttention(spec(4, 2, 64), torch.bfloat16, torch.device(DEVICE), exact)
+        plan = attention.plan([0, 1, 4], [300, 3])
+        assert plan.rows.tolist() == ([] if exact else [0])
+        assert plan.tiles.tolist() == ([[0, 0], [1, 0]] if exact else [[1, 0]])
