@@ -24,7 +24,6 @@ import msgspec
 
 from baton.core.plan import ExportOrder, ImportOrder, Runner, StepPlan, Update
 from baton.core.scheduler import Scheduler
-from baton.core.sequence import SequenceId
 from baton.engine import inbox as messages
 from baton.engine.inbox import Inbox, Message
 from baton.errors import Internal
@@ -36,8 +35,8 @@ from baton.fabric.thread import (
     FetchDone,
     FetchJob,
 )
-from baton.fabric.transport import ReadResult, Wanted
-from baton.model.kv_cache import HostBlock, KvCache
+from baton.fabric.transport import Wanted
+from baton.model.kv_cache import KvCache
 from baton.types import WorkerLoad
 
 STEP_TIME_WEIGHT = 0.1
@@ -86,7 +85,6 @@ class Engine:
         self._step_s = 0.0
         self._submitted: deque[StepPlan] = deque()
         self._told: WorkerLoad | None = None
-        self._landing: dict[SequenceId, list[tuple[int, HostBlock]]] = {}
 
     def step(self) -> bool:
         """One turn. Returns whether a step ran; if not, there is nothing to do until news comes."""
@@ -191,25 +189,25 @@ class Engine:
 
     def _start_export(self, order: ExportOrder) -> None:
         assert self.fabric is not None, "a hand-off was accepted without a fabric"
-        source = self._kv.read_block(order.block)
+        # Steps that were submitted since do not write to it any more.
+        source = self._kv.reader(order.block, self._runner.pending)
         self.fabric.export(ExportJob(order.key, order.frame, order.key, source))
 
     def _start_import(self, order: ImportOrder) -> None:
         assert self.fabric is not None, "a handoff was accepted without a fabric"
         landing = [(want.block, self._kv.landing(want.block)) for want in order.wanted]
-        self._landing[order.seq_id] = landing
         wanted = tuple(
             Wanted(want.key, want.frame, want.digest, place)
             for want, (_, place) in zip(order.wanted, landing, strict=True)
         )
-        self.fabric.fetch(FetchJob(order.seq_id, order.grant, wanted, order.deadline))
+
+        def land(index: int) -> None:
+            self._kv.land(*landing[index])
+
+        self.fabric.fetch(FetchJob(order.seq_id, order.grant, wanted, order.deadline, land))
 
     def _finish_import(self, done: FetchDone) -> None:
         seq_id = done.tag
         assert isinstance(seq_id, tuple)
-        landing = self._landing.pop(seq_id)
-        for (block, place), result in zip(landing, done.results, strict=True):
-            if result is ReadResult.OK:
-                self._kv.land(block, place)
         results = tuple(result.value for result in done.results)
         self.scheduler.imported(seq_id, results, self._clock())
