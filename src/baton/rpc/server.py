@@ -73,6 +73,7 @@ class _Stream:
         self.sent = sent  # the last report written to it
         self.news = asyncio.Event()
         self.news.set()
+        self.greeted = asyncio.Event()  # the first write is done, well or badly
         self.end: asyncio.Future[Refused | None] = asyncio.get_running_loop().create_future()
 
 
@@ -206,6 +207,8 @@ class WorkerServer:
         try:
             ends: set[asyncio.Future[Any]] = {reader, writer, stream.end}
             await asyncio.wait(ends, return_when=FIRST_COMPLETED)
+            # The first write begins the stream. If we returned meanwhile, grpc would begin it again.
+            await stream.greeted.wait()
             refusal = stream.end.result() if stream.end.done() else _failure(reader, writer)
         finally:
             reader.cancel()
@@ -261,7 +264,10 @@ class WorkerServer:
 
     async def _write(self, peer: _Peer, stream: _Stream, context: Any) -> None:
         hello = msgspec.structs.replace(self._hello_factory(), last_index=peer.received)
-        await unbroken(context.write(encode(hello)))
+        try:
+            await unbroken(context.write(encode(hello)))
+        finally:
+            stream.greeted.set()
         while True:
             await stream.news.wait()
             stream.news.clear()
