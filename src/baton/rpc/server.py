@@ -207,7 +207,8 @@ class WorkerServer:
         try:
             ends: set[asyncio.Future[Any]] = {reader, writer, stream.end}
             await asyncio.wait(ends, return_when=FIRST_COMPLETED)
-            # The first write begins the stream. If we returned meanwhile, grpc would begin it again.
+            # The first write begins the stream: if we returned meanwhile, grpc would begin it again
+            # and fail.
             await stream.greeted.wait()
             refusal = stream.end.result() if stream.end.done() else _failure(reader, writer)
         finally:
