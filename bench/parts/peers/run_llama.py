@@ -20,6 +20,10 @@ from parts.peers.child import Cell, serve
 FLAGS = ("-b", "2048", "-ub", "512", "-fa", "on")
 
 
+ATTEMPTS = 10
+"""Its result goes through a thread that the end of the process may outrun: then it says nothing."""
+
+
 class Measurement:
     def __init__(self, tools: str, model: str, threads: int) -> None:
         tool = str(Path(tools) / "llama-batched-bench")
@@ -44,8 +48,11 @@ class Measurement:
             "-c", str(batch * (num_prompt + num_steps)),
         )  # fmt: skip
         command = (*self._command, *size, "--output-format", "jsonl")
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        rows = [line for line in run.stdout.splitlines() if line.startswith("{")]
+        for _ in range(ATTEMPTS):
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            rows = [line for line in run.stdout.splitlines() if line.startswith("{")]
+            if rows or run.returncode:
+                break
         if run.returncode or len(rows) != 1:
             raise RuntimeError(f"{command} ended with {run.returncode}: {run.stderr[-500:]}")
         row: dict[str, float] = json.loads(rows[0])
