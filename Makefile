@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels demo serve check test unit lint types clean exact overhead memory peers compare goodput docs
+.PHONY: help install kernels demo serve check test unit lint types clean exact overhead roofline memory peers compare goodput docs
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ exact: $(INSTALLED) ## Ask a running 1P1D every question of the demo model's lis
 
 overhead: $(INSTALLED) ## Measure what a step, a streamed token and an RPC round trip cost
 	$(BIN)/python bench/overhead.py
+
+roofline: $(INSTALLED) ## Measure the CPU kernels beside what the machine allows
+	$(BIN)/python bench/kernels.py
 
 memory: $(INSTALLED) ## Measure a worker's peak memory on a random 0.5 B model
 	$(BIN)/python bench/memory.py
