@@ -79,8 +79,8 @@ class EngineConfig(Section, frozen=True):
     kernels: Annotated[
         Literal["auto", "native", "triton", "triton-exact", "torch"],
         Meta(
-            description="Arithmetic: native (CPU, exact), triton (CUDA), or triton-exact (CUDA, "
-            "slower); auto takes the fastest that it can."
+            description="Arithmetic: native (CPU, exact), triton (CUDA) or triton-exact (CUDA, "
+            "slower), torch (anything); auto is native on a CPU where it can be, else torch."
         ),
     ] = "auto"
     prefix_cache: Annotated[bool, Meta(description="Reuse KV of prompts that begin alike.")] = True

@@ -51,23 +51,20 @@ def choose_body(choice: str, spec: ModelSpec, dtype: str, device: str) -> Body:
     """The body to run `spec` with.
 
     Args:
-        choice: as `engine.kernels`: "auto" (the fastest that there is), "native", "triton",
-            "triton-exact" or "torch".
+        choice: as `engine.kernels`: "native", "triton", "triton-exact", "torch", or "auto": the
+            fastest body that has been run on such a device. That is not Triton yet.
         device: "cpu" or "cuda".
 
     Raises:
         ConfigError: what was asked for cannot be had.
     """
-    if choice == "torch":
+    if choice == "torch" or (choice == "auto" and device != "cpu"):
         return None
-    asked = choice in ("triton", "triton-exact")
-    if asked or (choice == "auto" and device == "cuda"):
+    if choice in ("triton", "triton-exact"):
         reason = _no_triton(spec, dtype, device)
-        if reason is None:
-            return _triton(exact=choice == "triton-exact")
-        if asked:
+        if reason is not None:
             raise ConfigError(f"engine.kernels is {choice}, but {reason}: use auto or torch")
-        return None
+        return _triton(exact=choice == "triton-exact")
     return choose_kernels(choice, spec, dtype, device)
 
 
