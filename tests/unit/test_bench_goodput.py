@@ -222,7 +222,7 @@ class TestReport:
 
     def test_ratios_are_of_the_best_on_either_side(self) -> None:
         ours = [window("baton-1P1D", b, 0.4, 20) for b in WORKLOAD.budgets["baton-1P1D"]]
-        ours.append(window("baton-1P1D", 128, 0.7, 20))
+        ours.append(window("baton-1P1D", ours[0].key.budget, 0.7, 20))
         theirs = [window("vllm", b, 0.4, 20) for b in WORKLOAD.budgets["vllm"]]
         text = report.render(WORKLOAD, ours + theirs, ENGINES, [])
         assert "- loose: baton-1P1D 0.70 ÷ vllm 0.40: 1.75" in text
