@@ -4,8 +4,8 @@ In bf16 a logit is rounded to 8 bits, and which of two nearly equal tokens wins 
 order of summation. So each token of each answer is judged where it stands, after the tokens
 before it: its fp32 logit must come within `MARGIN` of the best one's. The logits of these models
 have a standard deviation of 1.6, and the best token is about 4 above the mean. `MARGIN` is what the
-rarest rounding may cost; the sharp test is that the mean shortfall is that of transformers' own
-bf16 arithmetic.
+rarest rounding may cost; the sharp test is that the mean shortfall is less than that of
+transformers' own bf16 arithmetic.
 """
 
 from __future__ import annotations
