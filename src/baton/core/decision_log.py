@@ -22,9 +22,9 @@ from baton.core.scheduler import Scheduler
 from baton.core.sequence import SequenceId
 from baton.core.store_index import StoreIndex
 from baton.errors import BatonError
-from baton.types import Request
+from baton.types import Lend, Request, Sealed
 
-VERSION = 1
+VERSION = 2
 MAX_RECORD_BYTES = 64 << 20
 
 Sink = Callable[[bytes], object]
@@ -68,8 +68,18 @@ class Exported(msgspec.Struct, frozen=True, tag="e", array_like=True):
 
 
 class Imported(msgspec.Struct, frozen=True, tag="i", array_like=True):
-    seq_id: SequenceId
+    number: int
     results: tuple[str, ...]
+    now: float
+
+
+class Offered(msgspec.Struct, frozen=True, tag="o", array_like=True):
+    sealed: Sealed
+    now: float
+
+
+class Lent(msgspec.Struct, frozen=True, tag="t", array_like=True):
+    ask: Lend
     now: float
 
 
@@ -122,7 +132,17 @@ class Finished(msgspec.Struct, frozen=True, tag="f", array_like=True):
 
 Header = WorkerHeader | RouterHeader
 SchedulerRecord = (
-    Added | Aborted | Drained | Exported | Imported | Renewed | Released | Scheduled | Updated
+    Added
+    | Aborted
+    | Drained
+    | Exported
+    | Imported
+    | Offered
+    | Lent
+    | Renewed
+    | Released
+    | Scheduled
+    | Updated
 )
 RouterRecord = Joined | Left | Placed | Prefilled | Finished
 Record = SchedulerRecord | RouterRecord
@@ -192,7 +212,7 @@ def plan_hash(plan: StepPlan) -> bytes:
             for chunk in plan.chunks
         ],
         [
-            (order.seq_id, [(want.index, want.block, want.key) for want in order.wanted])
+            (order.number, [(want.index, want.block, want.key) for want in order.wanted])
             for order in plan.imports
         ],
     )
@@ -237,9 +257,17 @@ class LoggedScheduler(Scheduler):
         self._write(Exported(key, digest, now))
         super().exported(key, digest, now)
 
-    def imported(self, seq_id: SequenceId, results: tuple[str, ...], now: float) -> None:
-        self._write(Imported(seq_id, results, now))
-        super().imported(seq_id, results, now)
+    def imported(self, number: int, results: tuple[str, ...], now: float) -> None:
+        self._write(Imported(number, results, now))
+        super().imported(number, results, now)
+
+    def offer(self, sealed: Sealed, now: float) -> None:
+        self._write(Offered(sealed, now))
+        super().offer(sealed, now)
+
+    def lend(self, ask: Lend, now: float) -> None:
+        self._write(Lent(ask, now))
+        super().lend(ask, now)
 
     def renew(self, grant_ids: tuple[str, ...], now: float) -> None:
         self._write(Renewed(grant_ids, now))

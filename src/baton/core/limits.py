@@ -11,7 +11,11 @@ from baton.types import KvFormat, Request
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True):
-    """Resolved limits of a worker. `fingerprint` and `numerics` root the content keys."""
+    """Resolved limits of a worker. `fingerprint` and `numerics` root the content keys.
+
+    `keep_blocks`: every full block that is computed goes into the store as well, for the time when
+    the pool has evicted it and for peers.
+    """
 
     kv_format: KvFormat
     num_blocks: int
@@ -24,6 +28,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True):
     numerics: str
     prefix_cache: bool = True
     lease_ttl_s: float = 10.0
+    keep_blocks: bool = False
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""

@@ -1,7 +1,8 @@
 """What the engine knows of one choice of one request.
 
+    ARRIVING ──its early fetches end──▶ WAITING
     WAITING ──admit──▶ RUNNING ──stop, length──▶ FINISHED
-       ▲  └──admit with handoff──▶ IMPORTING ──▶ RUNNING
+       ▲  └──admit, blocks to fetch──▶ IMPORTING ──▶ RUNNING
        └────preempt────── RUNNING ──first token, hand_off──▶ EXPORTING ──commit──▶ FINISHED
     any ──abort, deadline──▶ FINISHED
 
@@ -20,6 +21,7 @@ SequenceId = tuple[str, int, int]
 
 
 class Status(enum.Enum):
+    ARRIVING = enum.auto()
     WAITING = enum.auto()
     IMPORTING = enum.auto()
     RUNNING = enum.auto()
@@ -57,6 +59,7 @@ class Sequence:
         "num_imported_blocks",
         "num_preemptions",
         "num_prompt_computed",
+        "num_kept",
         "num_published",
         "num_scheduled",
         "order",
@@ -80,6 +83,7 @@ class Sequence:
         self.num_scheduled = 0
         self.num_expected = len(self.token_ids)
         self.num_published = 0
+        self.num_kept = 0
         self.num_cached = 0
         self.told_cached = False
         self.num_prompt_computed = 0
@@ -148,6 +152,7 @@ class Sequence:
         self.num_scheduled = 0
         self.num_expected = len(self.token_ids)
         self.num_published = 0
+        self.num_kept = 0
 
     def stage_times(self) -> StageTimes:
         """Where the time of a finished sequence went."""

@@ -1,0 +1,84 @@
+"""Blocks that are fetched before anyone here needs them.
+
+    offer ──▶ FETCHING ──result──▶ a cached block of the pool, or nothing
+
+A prefill worker tells of the blocks of a prompt as they are sealed. The decode worker that will
+take the sequence over fetches them at once, into blocks of the pool that nobody waits for; what
+verified is published under its key and is from then on a cached block like any other: the
+sequence finds it as a prefix hit, and if room runs short it is evicted. Nothing is reserved, and a
+fetch that fails costs nothing: the handoff asks for what is missing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from baton.core.block_pool import BlockPool
+from baton.core.imports import OK, READ_WINDOW
+from baton.core.plan import ImportOrder, WantedBlock
+from baton.types import Sealed
+
+
+class EarlyFetches:
+    """Early fetches of one worker that are under way; pure, owned by the scheduler.
+
+    Counters: `early_blocks` that arrived whole; `early_lost_<reason>`, blocks that did not.
+    """
+
+    def __init__(self, pool: BlockPool, counters: Counter[str]) -> None:
+        self._pool = pool
+        self._counters = counters
+        self._orders: dict[int, ImportOrder] = {}
+        self._keys: set[bytes] = set()
+
+    def __len__(self) -> int:
+        return len(self._orders)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._orders
+
+    def offer(self, sealed: Sealed, num_spare: int, now: float, number: int) -> ImportOrder | None:
+        """Fetch those of the offered blocks that are not here, into at most `num_spare` blocks."""
+        places = zip(sealed.keys, sealed.frames, sealed.digests, strict=False)
+        missing = [
+            (index, *place)
+            for index, place in enumerate(places, sealed.first)
+            if place[0] not in self._keys and not self._pool.lookup([place[0]])
+        ][: max(0, num_spare)]
+        if not missing:
+            return None
+        blocks = self._pool.allocate(len(missing))
+        wanted = tuple(
+            WantedBlock(index, block, key, frame, digest)
+            for block, (index, key, frame, digest) in zip(blocks, missing, strict=True)
+        )
+        order = ImportOrder(
+            number, None, sealed.grant, wanted, now + sealed.grant.ttl_s * READ_WINDOW
+        )
+        self._orders[number] = order
+        self._keys.update(want.key for want in wanted)
+        return order
+
+    def finish(self, number: int, results: tuple[str, ...]) -> None:
+        """A fetch was acknowledged, with a word a block."""
+        order = self._orders.pop(number)
+        for want, result in zip(order.wanted, results, strict=True):
+            self._keys.discard(want.key)
+            if result == OK:
+                self._pool.publish(want.block, want.key)
+                self._counters["early_blocks"] += 1
+            else:
+                self._counters[f"early_lost_{result}"] += 1
+        self._pool.release([want.block for want in order.wanted])
+
+    def awaits(self, keys: Iterable[bytes]) -> bool:
+        """Whether one of the blocks with these keys is on its way."""
+        return bool(self._keys) and any(key in self._keys for key in keys)
+
+    def num_wanted(self, number: int) -> int | None:
+        """Blocks of a fetch under way; None if there is none of that number."""
+        return len(self._orders[number].wanted) if number in self._orders else None
+
+    def blocks_in_transfer(self) -> list[int]:
+        return [want.block for order in self._orders.values() for want in order.wanted]
