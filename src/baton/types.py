@@ -208,6 +208,15 @@ class Sealed(msgspec.Struct, frozen=True):
     frames: tuple[int, ...]
 
 
+class Landed(msgspec.Struct, frozen=True):
+    """So many blocks of a prompt that a peer had sealed have arrived here early, verified."""
+
+    request_id: str
+    choice: int
+    attempt: int
+    num_blocks: int
+
+
 class Lend(msgspec.Struct, frozen=True):
     """Ask a worker to open the blocks `keys` of its store, as far as it has them, to a reader.
 
@@ -229,8 +238,8 @@ class Request(msgspec.Struct, frozen=True):
     `emitted` are the tokens that earlier legs produced: they count towards `max_tokens`,
     `min_tokens` and penalties, and the next position drawn is `len(prompt) + len(emitted)`.
     `hand_off` asks this worker to stop after one token and export the KV. `handoff` says whose
-    KV to import; `prefix` are blocks of the prompt's beginning that a peer lends. `salt` separates tenants' cached blocks. `deadline_s` is what is left, from
-    receipt.
+    KV to import; `prefix` are blocks of the prompt's beginning that a peer lends. `salt`
+    separates tenants' cached blocks. `deadline_s` is what is left, from receipt.
     """
 
     id: str

@@ -183,7 +183,7 @@ def test_a_restarted_worker_needs_a_new_mapping(
     new = new_store(EPOCH + 1)
     assert old.fetch(ShmTransport(runtime_dir, KV_FORMAT), mint()) is ReadResult.STALE_EPOCH
     assert new.fetch(transport, mint(epoch=EPOCH + 1)) is ReadResult.OK
-    transport.forget("p0")
+    transport.close()
     assert old.fetch(transport, mint()) is ReadResult.STALE_EPOCH
     new.close()
     assert new.fetch(transport, mint(epoch=EPOCH + 1)) is ReadResult.UNREACHABLE

@@ -95,6 +95,13 @@ class StoreConfig(Section, frozen=True):
     lease_ttl_s: Annotated[
         Seconds, Meta(description="Seconds for which a lease holds without renewal.")
     ] = 10.0
+    keep_blocks: Annotated[
+        bool,
+        Meta(
+            description="Keep every computed block in the store while there is room, for prompts "
+            "that begin alike after the KV cache has evicted it, and for other workers."
+        ),
+    ] = True
 
 
 class GatewayConfig(Section, frozen=True):

@@ -22,7 +22,7 @@ from baton.core.scheduler import Scheduler
 from baton.core.sequence import SequenceId
 from baton.core.store_index import StoreIndex
 from baton.errors import BatonError
-from baton.types import Lend, Request, Sealed
+from baton.types import Lend, Request, Sealed, StageTimes
 
 VERSION = 2
 MAX_RECORD_BYTES = 64 << 20
@@ -120,6 +120,16 @@ class Placed(msgspec.Struct, frozen=True, tag="p", array_like=True):
     decision: bytes
 
 
+class Timed(msgspec.Struct, frozen=True, tag="m", array_like=True):
+    worker_id: str
+    times: StageTimes
+
+
+class Kept(msgspec.Struct, frozen=True, tag="k", array_like=True):
+    worker_id: str
+    keys: tuple[bytes, ...]
+
+
 class Prefilled(msgspec.Struct, frozen=True, tag="q", array_like=True):
     request_id: str
     choice: int
@@ -144,7 +154,7 @@ SchedulerRecord = (
     | Scheduled
     | Updated
 )
-RouterRecord = Joined | Left | Placed | Prefilled | Finished
+RouterRecord = Joined | Left | Placed | Timed | Kept | Prefilled | Finished
 Record = SchedulerRecord | RouterRecord
 
 _encoder = msgspec.msgpack.Encoder()
@@ -316,6 +326,14 @@ class LoggedRouter(Router):
         finally:
             decision = placement_hash(placement)
             self._write(Placed(request_id, choice, num_tokens, tuple(keys), decision))
+
+    def timed(self, worker_id: str, times: StageTimes) -> None:
+        self._write(Timed(worker_id, times))
+        super().timed(worker_id, times)
+
+    def kept(self, worker_id: str, keys: Sequence[bytes]) -> None:
+        self._write(Kept(worker_id, tuple(keys)))
+        super().kept(worker_id, keys)
 
     def prefilled(self, request_id: str, choice: int) -> None:
         self._write(Prefilled(request_id, choice))

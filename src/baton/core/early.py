@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from baton.core.block_pool import BlockPool
 from baton.core.imports import OK, READ_WINDOW
 from baton.core.plan import ImportOrder, WantedBlock
-from baton.types import Sealed
+from baton.types import Landed, Sealed
 
 
 class EarlyFetches:
@@ -30,6 +30,7 @@ class EarlyFetches:
         self._pool = pool
         self._counters = counters
         self._orders: dict[int, ImportOrder] = {}
+        self._offers: dict[int, Sealed] = {}
         self._keys: set[bytes] = set()
 
     def __len__(self) -> int:
@@ -57,20 +58,25 @@ class EarlyFetches:
             number, None, sealed.grant, wanted, now + sealed.grant.ttl_s * READ_WINDOW
         )
         self._orders[number] = order
+        self._offers[number] = sealed
         self._keys.update(want.key for want in wanted)
         return order
 
-    def finish(self, number: int, results: tuple[str, ...]) -> None:
-        """A fetch was acknowledged, with a word a block."""
-        order = self._orders.pop(number)
+    def finish(self, number: int, results: tuple[str, ...]) -> Landed | None:
+        """A fetch was acknowledged, with a word a block. None if nothing came of it."""
+        order, sealed = self._orders.pop(number), self._offers.pop(number)
         for want, result in zip(order.wanted, results, strict=True):
             self._keys.discard(want.key)
             if result == OK:
                 self._pool.publish(want.block, want.key)
-                self._counters["early_blocks"] += 1
             else:
                 self._counters[f"early_lost_{result}"] += 1
         self._pool.release([want.block for want in order.wanted])
+        num_landed = results.count(OK)
+        self._counters["early_blocks"] += num_landed
+        if not num_landed:
+            return None
+        return Landed(sealed.request_id, sealed.choice, sealed.attempt, num_landed)
 
     def awaits(self, keys: Iterable[bytes]) -> bool:
         """Whether one of the blocks with these keys is on its way."""

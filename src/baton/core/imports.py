@@ -37,11 +37,15 @@ Sources = dict[Grant | None, list[WantedBlock]]
 
 @dataclass(slots=True)
 class _Import:
-    """What one sequence waits for: blocks from `first` on; results by index as they come."""
+    """What one sequence waits for: blocks from `first` on; results by index as they come.
+
+    `own` are the indices of blocks that come from this worker's store.
+    """
 
     seq: Sequence
     first: int
     num_orders: int
+    own: frozenset[int]
     results: dict[int, str] = field(default_factory=dict)
 
 
@@ -70,7 +74,7 @@ class ImportTable:
 
         Nothing, if there is no source for the first of them. Orders are numbered from `number`.
         """
-        orders = []
+        orders: list[ImportOrder] = []
         for grant, wanted in self._sources(seq, num_hits).items():
             ttl_s = self._config.lease_ttl_s if grant is None else grant.ttl_s
             deadline = now + ttl_s * READ_WINDOW
@@ -79,11 +83,13 @@ class ImportTable:
             self._orders[order.number] = order
             self._pool.acquire(want.block for want in wanted)
         if orders:
-            self._imports[seq.id] = _Import(seq, num_hits, len(orders))
+            mine = [order.wanted for order in orders if order.grant is None]
+            own = frozenset(want.index for wanted in mine for want in wanted)
+            self._imports[seq.id] = _Import(seq, num_hits, len(orders), own)
         return orders
 
     def _sources(self, seq: Sequence, num_hits: int) -> Sources:
-        """Where each block comes from, up to the first that is nowhere. Holds those in the store."""
+        """Where each block comes from, up to the first that is nowhere; holds its own."""
         covered = seq.num_tokens - 1  # the last token is always computed
         keys = seq.full_keys(covered)
         handoff = self._usable_handoff(seq)
@@ -153,7 +159,7 @@ class ImportTable:
                 self._counters[f"fallback_import_{waiting.results[i]}"] += 1
                 break
             num_verified += 1
-        self._counters["imported_blocks"] += num_verified
+            self._counters["restored_blocks" if i in waiting.own else "imported_blocks"] += 1
         return waiting.seq, num_verified
 
     def _unhold(self, order: ImportOrder, results: tuple[str, ...]) -> None:
@@ -161,8 +167,6 @@ class ImportTable:
             entry = self._index.lookup(want.key)
             if result == CORRUPT and entry is not None and entry.sealed:
                 self._index.fail(want.key)  # it must answer nobody else
-            elif result == OK:
-                self._counters["restored_blocks"] += 1
             self._index.unhold(want.key)
 
     def num_wanted(self, number: int) -> int | None:

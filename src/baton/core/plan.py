@@ -13,6 +13,7 @@ from baton.types import (
     FinishReason,
     Grant,
     Handoff,
+    Landed,
     SampledLogprobs,
     Sealed,
     StageTimes,
@@ -101,6 +102,7 @@ class Update:
     deltas: list[TokenDelta] = field(default_factory=list)
     exports: list[ExportOrder] = field(default_factory=list)
     sealed: list[Sealed] = field(default_factory=list)
+    landed: list[Landed] = field(default_factory=list)
     handoffs: list[Handoff] = field(default_factory=list)
     times: list[StageTimes] = field(default_factory=list)
 

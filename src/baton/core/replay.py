@@ -182,6 +182,10 @@ def _route(records: Iterator[log.Record]) -> Iterator[tuple[bytes, bytes] | None
                 except Unavailable:
                     placement = None
                 decided = (decision, log.placement_hash(placement))
+            case log.Timed(worker_id, times):
+                router.timed(worker_id, times)
+            case log.Kept(worker_id, keys):
+                router.kept(worker_id, keys)
             case log.Prefilled(request_id, choice):
                 router.prefilled(request_id, choice)
             case log.Finished(request_id, choice):

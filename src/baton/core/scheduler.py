@@ -179,7 +179,9 @@ class Scheduler:
     def imported(self, number: int, results: tuple[str, ...], now: float) -> None:
         """A fetch ended; one word a wanted block, `ok` or the reason why it may not be used."""
         if number in self.early:
-            self.early.finish(number, results)
+            landed = self.early.finish(number, results)
+            if landed is not None:
+                self._update.landed.append(landed)
             self._arrived()
             return
         done = self.imports.finish(number, results)

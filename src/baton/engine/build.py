@@ -115,6 +115,7 @@ def build_engine(
         numerics=f"{device}-{NUMERICS if kernels is None else kernels.numerics}-{dtype}",
         prefix_cache=config.engine.prefix_cache,
         lease_ttl_s=config.store.lease_ttl_s,
+        keep_blocks=config.store.keep_blocks and with_store and config.engine.prefix_cache,
     )
     index = StoreIndex(limits.num_frames)
     leases = LeaseTable(worker_id, epoch, lease_secret, index)

@@ -66,7 +66,9 @@ class ShmTransport:
         self._kv_format_hash = kv_format_hash(kv_format)
         self._arenas: dict[tuple[str, int], MappedArena] = {}  # oldest mapping first
 
-    def fetch(self, grant: Grant, wanted: Sequence[Wanted], deadline: float) -> list[ReadResult]:
+    def fetch(
+        self, grant: Grant, wanted: Sequence[Wanted], deadline: float, codec: str = "raw"
+    ) -> list[ReadResult]:
         """See `Transport.fetch`. Takes at most `ASK_TIMEOUT_S` to reach a source that is new."""
         try:
             arena = self._arena(grant, deadline)
@@ -86,18 +88,10 @@ class ShmTransport:
             for block in wanted
         ]
 
-    def forget(self, source: str) -> None:
-        """Unmap every arena of `source`."""
-        self._keep_newest(source, 0)
-
-    def rest(self) -> None:
-        """Unmap every arena; the next fetch maps what it needs again."""
-        self.close()
-
     def close(self) -> None:
-        """Unmap every arena."""
+        """Unmap every arena; a later fetch maps what it needs again."""
         for source in {source for source, _ in self._arenas}:
-            self.forget(source)
+            self._keep_newest(source, 0)
 
     def _arena(self, grant: Grant, deadline: float) -> MappedArena:
         if time.monotonic() >= deadline:

@@ -37,7 +37,7 @@ from baton.rpc.messages import (
     encode,
 )
 from baton.rpc.outbox import Outbox
-from baton.types import Request
+from baton.types import Lend, Request, Sealed
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,8 @@ class WorkerLink:
         self._sent = 0  # the last Instructions written to the present stream
         self._received = 0  # the last report handed to on_report
         self._acked = 0  # the last report whose receipt we told
+        self._offer: list[Sealed] = []
+        self._lend: list[Lend] = []
         self._submit: list[Request] = []
         self._abort: list[Abort] = []
         self._renew: dict[str, None] = {}
@@ -123,6 +125,16 @@ class WorkerLink:
         if len(request.prompt) + len(request.emitted) > MAX_REQUEST_TOKENS:
             raise InvalidRequest(f"more than {MAX_REQUEST_TOKENS} tokens", param="prompt")
         self._submit.append(request)
+        self._news.set()
+
+    def offer(self, sealed: Sealed) -> None:
+        """Tell of blocks that the worker may soon want."""
+        self._offer.append(sealed)
+        self._news.set()
+
+    def lend(self, ask: Lend) -> None:
+        """Ask the worker to open blocks of its store."""
+        self._lend.append(ask)
         self._news.set()
 
     def abort(self, request_id: str, choice: int, attempt: int) -> None:
@@ -262,14 +274,19 @@ class WorkerLink:
 
     def _pack(self) -> None:
         """Turn what is pending into messages: one, unless it would be too large."""
-        pending = self._abort or self._renew or self._release or self._drain
+        offered = self._offer or self._lend
+        pending = offered or self._abort or self._renew or self._release or self._drain
         if not (self._submit or pending or self._received - self._acked >= ACK_EVERY):
             return
         *full, rest = _groups(self._submit)
+        offers, lends = tuple(self._offer), tuple(self._lend)
         for group in full:
-            self._append(Instructions(submit=group))
+            self._append(Instructions(offer=offers, submit=group))
+            offers = ()
         self._append(
             Instructions(
+                offer=offers,
+                lend=lends,
                 submit=rest,
                 abort=tuple(self._abort),
                 renew=tuple(self._renew),
@@ -279,6 +296,8 @@ class WorkerLink:
             )
         )
         self._acked = self._received
+        self._offer.clear()
+        self._lend.clear()
         self._submit.clear()
         self._abort.clear()
         self._renew.clear()

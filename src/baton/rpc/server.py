@@ -39,7 +39,7 @@ from baton.rpc.messages import (
     encode,
 )
 from baton.rpc.outbox import Outbox
-from baton.types import Handoff, StageTimes, TokenDelta, WorkerLoad
+from baton.types import Handoff, Landed, Sealed, StageTimes, TokenDelta, WorkerLoad
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +150,8 @@ class WorkerServer:
         *,
         load: WorkerLoad,
         deltas: tuple[TokenDelta, ...] = (),
+        sealed: tuple[Sealed, ...] = (),
+        landed: tuple[Landed, ...] = (),
         handoffs: tuple[Handoff, ...] = (),
         times: tuple[StageTimes, ...] = (),
         counters: dict[str, int] | None = None,
@@ -170,6 +172,8 @@ class WorkerServer:
                 index=outbox.last + 1,
                 load=load,
                 deltas=deltas,
+                sealed=sealed,
+                landed=landed,
                 handoffs=handoffs,
                 times=times,
                 counters=counters or {},

@@ -25,14 +25,24 @@ from baton.errors import Internal, WorkerLost
 from baton.fabric.arena import Arena
 from baton.fabric.descriptors import DescriptorServer
 from baton.fabric.shm import ShmTransport
-from baton.fabric.thread import FabricThread
+from baton.fabric.thread import Fabric
+from baton.fabric.transport import Transport
 from baton.model.checkpoint import Progress
 from baton.model.hub import resolve_model
 from baton.rpc.auth import read_secret
 from baton.rpc.client import announce
 from baton.rpc.messages import Announce, Hello, Instructions
 from baton.rpc.server import WorkerServer
-from baton.types import Handoff, Request, Role, StageTimes, TokenDelta, WorkerLoad
+from baton.types import (
+    Handoff,
+    Landed,
+    Request,
+    Role,
+    Sealed,
+    StageTimes,
+    TokenDelta,
+    WorkerLoad,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +95,12 @@ class Worker:
         limits = self._built.limits
         self._arena = Arena.create(limits.num_frames, limits.block_bytes, self._epoch, kv_format)
         self._descriptors = DescriptorServer(runtime_dir, worker_id, self._arena, lease_secret)
-        self._transport = ShmTransport(runtime_dir, kv_format)
-        self._fabric = FabricThread(self._arena, self._transport, engine.inbox.put)
+        self._fabric = Fabric(self._arena, self._open_transport, engine.inbox.put)
         engine.fabric = self._fabric
         self._loop_thread = EngineLoop(engine, self._on_engine_failed)
         self._server = WorkerServer(self._hello, self, self._secret)
         self._live: dict[SequenceId, str] = {}
+        self._lent_to: dict[SequenceId, str] = {}
         self._load: WorkerLoad = engine.load()
         self._counters: dict[str, int] = {}
         self._draining = False
@@ -135,8 +145,10 @@ class Worker:
         self._loop_thread.stop()
         self._fabric.stop()
         self._descriptors.stop()
-        self._transport.close()
         self._arena.close()
+
+    def _open_transport(self, source: str) -> Transport:
+        return ShmTransport(self._runtime_dir, self._built.scheduler_config.kv_format)
 
     # What gateways say (`rpc.server.WorkerHandler`, on the event loop's thread) -----------------
 
@@ -145,6 +157,11 @@ class Worker:
         self._report(gateway_id, _News())  # it knows nothing of this worker's load yet
 
     def instructions(self, gateway_id: str, instructions: Instructions) -> None:
+        for sealed in instructions.offer:
+            self._loop_thread.put(inbox.Offer(sealed))
+        for ask in instructions.lend:
+            self._lent_to[ask.request_id, ask.choice, ask.attempt] = gateway_id
+            self._loop_thread.put(inbox.Lend(ask))
         for request in instructions.submit:
             self._submit(gateway_id, request)
         for abort in instructions.abort:
@@ -192,6 +209,16 @@ class Worker:
                 mine.deltas.append(delta)
             if delta.finish is not None:
                 self._live.pop(seq_id, None)
+        for sealed in update.sealed:
+            seq_id = (sealed.request_id, sealed.choice, sealed.attempt)
+            owner = self._lent_to.pop(seq_id, None) or self._live.get(seq_id, "")
+            if owner in news:
+                news[owner].sealed.append(sealed)
+            else:
+                self._loop_thread.put(inbox.Release((sealed.grant.grant_id,)))
+        for landed in update.landed:
+            for mine in news.values():
+                mine.landed.append(landed)
         for handoff in update.handoffs:
             seq_id = (handoff.request_id, handoff.choice, handoff.attempt)
             owner = self._live.pop(seq_id, "")
@@ -213,6 +240,8 @@ class Worker:
             gateway_id,
             load=self._load,
             deltas=tuple(news.deltas),
+            sealed=tuple(news.sealed),
+            landed=tuple(news.landed),
             handoffs=tuple(news.handoffs),
             times=tuple(news.times),
             counters=self._counters,
@@ -278,16 +307,20 @@ class Worker:
             device=limits.device,
             dtype=limits.dtype,
             pid=os.getpid(),
+            num_frames=limits.num_frames,
+            keeps_blocks=scheduler.keep_blocks,
         )
 
 
 class _News:
     """What one step brought for one gateway."""
 
-    __slots__ = ("deltas", "handoffs", "times")
+    __slots__ = ("deltas", "handoffs", "landed", "sealed", "times")
 
     def __init__(self) -> None:
         self.deltas: list[TokenDelta] = []
+        self.sealed: list[Sealed] = []
+        self.landed: list[Landed] = []
         self.handoffs: list[Handoff] = []
         self.times: list[StageTimes] = []
 
