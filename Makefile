@@ -11,12 +11,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels demo serve check test unit lint types clean exact overhead roofline memory peers compare goodput docs
+.PHONY: help install kernels demo serve check test unit lint types clean exact overhead roofline memory peers compare goodput fabric docs
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
@@ -72,6 +72,9 @@ compare: $(INSTALLED) ## Measure Baton beside transformers, llama.cpp and vLLM: 
 
 goodput: $(INSTALLED) ## Measure goodput of 1P1D, 2U, 1U and of other engines; an hour, resumes
 	$(BIN)/python bench/goodput.py --peers $(PEERS)
+
+fabric: $(INSTALLED) ## Measure how KV blocks travel, beside a plain copy of them; a quarter of an hour
+	$(BIN)/python bench/fabric.py --json results/fabric.json
 
 docs: $(INSTALLED) ## Write the pages that are made from the code: configuration, metrics
 	$(BIN)/python docs/generate.py

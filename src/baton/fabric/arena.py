@@ -17,35 +17,35 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 import numpy as np
-import xxhash
 
 from baton.errors import BatonError, ConfigError
-from baton.fabric.transport import Bytes, ReadableBlock, ReadResult, WritableBlock
+from baton.fabric.digest import copier, copy_and_digest, gather_and_digest
+from baton.fabric.transport import Bytes, ReadableBlock, ReadResult, Wanted, WritableBlock
 from baton.types import KvFormat
+
+logger = logging.getLogger(__name__)
 
 MAGIC: Final = b"BATONKV\0"
 VERSION: Final = 1
 KEY_BYTES: Final = 32
-DIGEST_BYTES: Final = 16
 PAGE_BYTES: Final = 4096
 
 _HEADER = struct.Struct("<8sQQQQ32s")  # magic, version, epoch, num_frames, frame_bytes, kv_format
-_EPOCH_AT = 16
+_EPOCH, _EPOCH_AT = struct.Struct("<Q"), 16
 _FRAME_HEADER = struct.Struct("<QQ32s16s")  # generation, num_bytes, key, digest
 # From <linux/fcntl.h>; spelled out, so that this module can be imported on other systems.
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEAL, _SHRINK, _GROW, _FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10
 _SEALS = _SEAL | _SHRINK | _GROW | _FUTURE_WRITE
-# Large enough to release the GIL for (xxhash does so over 100 kB), small enough that the digest
-# reads from cache what the copy has just brought there.
-_PIECE_BYTES = 256 << 10
 
 
 class ArenaRefused(BatonError):
@@ -129,6 +129,7 @@ class Arena:
             raise ConfigError(
                 f"cannot make a block store of {geometry.total_bytes} bytes: {error}"
             ) from error
+        logger.info("store num_frames=%d digest=%s", num_frames, copier().name)
         return cls(fd, memory, geometry)
 
     def write(self, frame: int, key: bytes, source: ReadableBlock) -> bytes:
@@ -185,44 +186,62 @@ class MappedArena:
         except OSError as error:
             raise ArenaRefused(f"cannot map the arena: {error}") from error
         self._bytes: Bytes = np.frombuffer(self._memory, dtype=np.uint8)
+        # Worked out once: these are asked for with every block.
+        self._frames_at, self._stride = self.geometry.frames_at, self.geometry.stride
 
     def read(self, frame: int, key: bytes, digest: bytes, destination: WritableBlock) -> ReadResult:
-        """Copy `frame` to `destination`, if it holds `key` whole and the copy has `digest`.
+        """`read_all` of one block."""
+        return self.read_all((Wanted(key, frame, digest, destination),))[0]
 
-        After anything but OK the destination's content is garbage.
+    def read_all(self, wanted: Sequence[Wanted]) -> list[ReadResult]:
+        """Copy each block to its destination, if its frame holds its key whole and the copy has
+        its digest. All are copied in one call; one result for each, in order.
+
+        After anything but OK a destination's content is garbage.
         """
-        if not 0 <= frame < self.geometry.num_frames:
-            return ReadResult.OUT_OF_RANGE
-        target: Bytes = np.frombuffer(destination, dtype=np.uint8)
-        header_at = self.geometry.header_at(frame)
-        generation, num_bytes, stored_key, _ = _FRAME_HEADER.unpack_from(self._memory, header_at)
-        if generation % 2 or stored_key != key:
-            return ReadResult.MISSING
-        if num_bytes != target.size or num_bytes > self.geometry.frame_bytes:
-            return ReadResult.WRONG_SIZE
-        start = self.geometry.frame_at(frame)
-        copied = copy_and_digest(target, self._bytes[start : start + num_bytes])
-        if _FRAME_HEADER.unpack_from(self._memory, header_at)[0] != generation:
-            return ReadResult.MISSING
-        if struct.unpack_from("<Q", self._memory, _EPOCH_AT)[0] != self.geometry.epoch:
-            return ReadResult.STALE_EPOCH
-        return ReadResult.OK if copied == digest else ReadResult.CORRUPT
+        results: list[ReadResult] = []
+        copied: list[tuple[int, int]] = []  # index in `wanted`, generation before
+        starts, destinations = [], []
+        for index, block in enumerate(wanted):
+            refused, generation = self._before(block)
+            results.append(refused or ReadResult.OK)
+            if refused is None:
+                copied.append((index, generation))
+                starts.append(self._frames_at + block.frame * self._stride)
+                destinations.append(block.destination)
+        digests = gather_and_digest(self._bytes, starts, destinations)
+        for (index, generation), digest in zip(copied, digests, strict=True):
+            block = wanted[index]
+            if self._header(block.frame)[0] != generation:
+                results[index] = ReadResult.MISSING
+            elif _EPOCH.unpack_from(self._memory, _EPOCH_AT)[0] != self.geometry.epoch:
+                results[index] = ReadResult.STALE_EPOCH
+            elif digest != block.digest:
+                results[index] = ReadResult.CORRUPT
+        return results
+
+    def _before(self, block: Wanted) -> tuple[ReadResult | None, int]:
+        """Why `block` need not be copied, or None; and its frame's generation."""
+        if not 0 <= block.frame < self.geometry.num_frames:
+            return ReadResult.OUT_OF_RANGE, 0
+        generation, num_bytes, key, _ = self._header(block.frame)
+        if generation % 2 or key != block.key:
+            return ReadResult.MISSING, generation
+        if num_bytes != memoryview(block.destination).nbytes or num_bytes > self.geometry.frame_bytes:
+            return ReadResult.WRONG_SIZE, generation
+        return None, generation
+
+    def _header(self, frame: int) -> tuple[int, int, bytes, bytes]:
+        header: tuple[int, int, bytes, bytes] = _FRAME_HEADER.unpack_from(
+            self._memory, self.geometry.header_at(frame)
+        )
+        return header
 
     def close(self) -> None:
         """Unmap."""
         if not self._memory.closed:
             del self._bytes
             self._memory.close()
-
-
-def copy_and_digest(destination: Bytes, source: Bytes) -> bytes:
-    """Copy flat bytes, piece by piece, and return the XXH3-128 of the *destination*."""
-    state = xxhash.xxh3_128()
-    for start in range(0, source.size, _PIECE_BYTES):
-        piece = destination[start : start + _PIECE_BYTES]
-        np.copyto(piece, source[start : start + _PIECE_BYTES])
-        state.update(piece.data)
-    return state.digest()
 
 
 def _validated(fd: int, expected_epoch: int) -> Geometry:
