@@ -57,9 +57,7 @@ def test_the_next_turn_of_a_chat_computes_its_new_text_only(
     assert tokens == expected.ask(turn, 8)
 
     def grown(name: str, role: str) -> float:
-        return sum(
-            after[worker][name] - before[worker][name] for worker in after if role in worker
-        )
+        return sum(after[worker][name] - before[worker][name] for worker in after if role in worker)
 
     assert grown("lent_blocks", "decode") == (len(history) + len(answer) - 1) // BLOCK_SIZE - (
         len(history) // BLOCK_SIZE
@@ -69,9 +67,7 @@ def test_the_next_turn_of_a_chat_computes_its_new_text_only(
     assert grown("prompt_tokens_computed", "prefill") <= BLOCK_SIZE + len(new_text)
 
 
-def test_evicted_blocks_come_back_from_the_workers_own_store(
-    model: Path, expected: Victim
-) -> None:
+def test_evicted_blocks_come_back_from_the_workers_own_store(model: Path, expected: Victim) -> None:
     prompt = prompt_of(300, seed=4)
     # A KV cache of 40 blocks, and a store that holds many times as much.
     flags = (*SMALL, "--engine.num-kv-blocks", "40")

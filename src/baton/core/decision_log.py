@@ -71,6 +71,11 @@ class Imported(msgspec.Struct, frozen=True, tag="i", array_like=True):
     number: int
     results: tuple[str, ...]
     now: float
+    elapsed_s: float
+
+
+class Linked(msgspec.Struct, frozen=True, tag="w", array_like=True):
+    source: str
 
 
 class Offered(msgspec.Struct, frozen=True, tag="o", array_like=True):
@@ -147,6 +152,7 @@ SchedulerRecord = (
     | Drained
     | Exported
     | Imported
+    | Linked
     | Offered
     | Lent
     | Renewed
@@ -222,7 +228,11 @@ def plan_hash(plan: StepPlan) -> bytes:
             for chunk in plan.chunks
         ],
         [
-            (order.number, [(want.index, want.block, want.key) for want in order.wanted])
+            (
+                order.number,
+                order.codec,
+                [(want.index, want.block, want.key) for want in order.wanted],
+            )
             for order in plan.imports
         ],
     )
@@ -267,9 +277,15 @@ class LoggedScheduler(Scheduler):
         self._write(Exported(key, digest, now))
         super().exported(key, digest, now)
 
-    def imported(self, number: int, results: tuple[str, ...], now: float) -> None:
-        self._write(Imported(number, results, now))
-        super().imported(number, results, now)
+    def imported(
+        self, number: int, results: tuple[str, ...], now: float, elapsed_s: float = 0.0
+    ) -> None:
+        self._write(Imported(number, results, now, elapsed_s))
+        super().imported(number, results, now, elapsed_s)
+
+    def link(self, source: str) -> None:
+        self._write(Linked(source))
+        super().link(source)
 
     def offer(self, sealed: Sealed, now: float) -> None:
         self._write(Offered(sealed, now))

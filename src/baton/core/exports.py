@@ -165,7 +165,7 @@ class ExportTable:
 
     def keep(self, seq: Sequence) -> list[ExportOrder]:
         """Give the full blocks of `seq` that were not given before, as far as there is room."""
-        keys = seq.full_keys(seq.num_computed)
+        keys = seq.class_keys(seq.num_computed)
         orders = []
         for i in range(seq.num_kept, len(keys)):
             try:

@@ -78,7 +78,8 @@ class ImportTable:
         for grant, wanted in self._sources(seq, num_hits).items():
             ttl_s = self._config.lease_ttl_s if grant is None else grant.ttl_s
             deadline = now + ttl_s * READ_WINDOW
-            order = ImportOrder(number + len(orders), seq.id, grant, tuple(wanted), deadline)
+            number_ = number + len(orders)
+            order = ImportOrder(number_, seq.id, grant, tuple(wanted), deadline, seq.codec)
             orders.append(order)
             self._orders[order.number] = order
             self._pool.acquire(want.block for want in wanted)
@@ -91,16 +92,16 @@ class ImportTable:
     def _sources(self, seq: Sequence, num_hits: int) -> Sources:
         """Where each block comes from, up to the first that is nowhere; holds its own."""
         covered = seq.num_tokens - 1  # the last token is always computed
-        keys = seq.full_keys(covered)
+        keys, own_keys = seq.full_keys(covered), seq.class_keys(covered)
         handoff = self._usable_handoff(seq)
         prefix = None if seq.num_preemptions else seq.request.prefix
         sources: Sources = {}
         for i in range(num_hits, self._config.num_blocks_for(covered)):
-            key = keys[i] if i < len(keys) else None
+            key, own_key = (keys[i], own_keys[i]) if i < len(keys) else (None, b"")
             grant: Grant | None = None
-            entry = self._index.lookup(key) if key and self._config.prefix_cache else None
-            if key and entry and entry.sealed and self._index.hold(key):
-                place = (key, entry.frame, entry.digest)
+            entry = self._index.lookup(own_key) if key and self._config.prefix_cache else None
+            if entry and entry.sealed and self._index.hold(own_key):
+                place = (own_key, entry.frame, entry.digest)
             elif handoff is not None:
                 grant = handoff.grant
                 place = (handoff.keys[i], handoff.frames[i], handoff.digests[i])
@@ -168,6 +169,10 @@ class ImportTable:
             if result == CORRUPT and entry is not None and entry.sealed:
                 self._index.fail(want.key)  # it must answer nobody else
             self._index.unhold(want.key)
+
+    def order_of(self, number: int) -> ImportOrder:
+        """The fetch of that number, which is under way."""
+        return self._orders[number]
 
     def num_wanted(self, number: int) -> int | None:
         """Blocks of a fetch under way; None if there is none of that number."""

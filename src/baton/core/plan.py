@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from baton.core.codec_choice import RAW
 from baton.core.sequence import Sequence, SequenceId
 from baton.errors import ServeError
 from baton.types import (
@@ -54,7 +55,7 @@ class ImportOrder:
     """Fetch blocks from a peer's store or, without a grant, from this worker's own.
 
     `number` names the order in its answer. `seq_id` is who waits for it; nobody does for blocks
-    that are fetched early.
+    that are fetched early. `codec` is the form in which they may travel.
     """
 
     number: int
@@ -62,6 +63,7 @@ class ImportOrder:
     grant: Grant | None
     wanted: tuple[WantedBlock, ...]
     deadline: float
+    codec: str = RAW
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,11 +132,13 @@ def _drive(
                 if not scheduler.exports.is_copying(key):
                     raise _Parted("the log seals a block that was not given to the store")
                 scheduler.exported(key, digest, now)
-            case log.Imported(number, results, now):
+            case log.Linked(source):
+                scheduler.link(source)
+            case log.Imported(number, results, now, elapsed_s):
                 fetches = scheduler.early if number in scheduler.early else scheduler.imports
                 if fetches.num_wanted(number) != len(results):
                     raise _Parted("the log ends a fetch that was not asked for")
-                scheduler.imported(number, results, now)
+                scheduler.imported(number, results, now, elapsed_s)
             case log.Offered(sealed, now):
                 scheduler.offer(sealed, now)
             case log.Lent(ask, now):

@@ -23,11 +23,12 @@ from baton.core.attempts import AttemptMemory
 from baton.core.block_pool import BlockPool
 from baton.core.early import EarlyFetches
 from baton.core.exports import ExportTable
-from baton.core.imports import ImportTable
+from baton.core.imports import OK, ImportTable
 from baton.core.in_flight import MAX_DEPTH, InFlight, may_run_ahead
 from baton.core.keys import root_key
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
+from baton.core.links import LinkTable
 from baton.core.plan import Chunk, ImportOrder, StepOutput, StepPlan, Update, error_delta
 from baton.core.prompt_order import PromptQueue, rank
 from baton.core.sequence import Sequence, SequenceId, Status
@@ -83,6 +84,7 @@ class Scheduler:
         self.exports = ExportTable(config, self.pool, index, leases)
         self.imports = ImportTable(config, self.pool, index, self.counters)
         self.early = EarlyFetches(self.pool, self.counters)
+        self.links = LinkTable(config)
         self._leases = leases
         self._in_flight = InFlight(self.pool)
         # A decode takes one token of the budget, so no more of them may run than it has.
@@ -130,7 +132,9 @@ class Scheduler:
         seq.order = self._num_added
         seq.admitted_before = self._num_admitted_tokens
         self._sequences[seq.id] = seq
-        if request.handoff is not None and self.early.awaits(seq.full_keys(seq.num_tokens - 1)):
+        if request.handoff is not None:
+            seq.codec = self.links.codec(seq.id, request.handoff.grant.source)
+        if request.handoff is not None and self.early.awaits(seq.class_keys(seq.num_tokens - 1)):
             seq.status = Status.ARRIVING
             self._arriving[seq.id] = seq
         else:
@@ -165,7 +169,9 @@ class Scheduler:
         """Blocks that this worker may soon want can be had; it fetches them if there is room."""
         if self.config.prefix_cache and not self._draining:
             spare = self.pool.num_free - sum(map(self._growth, self._running.values()))
-            order = self.early.offer(sealed, spare, now, self._num_fetches)
+            seq_id = (sealed.request_id, sealed.choice, sealed.attempt)
+            codec = self.links.codec(seq_id, sealed.grant.source)
+            order = self.early.offer(sealed, codec, spare, now, self._num_fetches)
             if order is not None:
                 self._num_fetches += 1
                 self._imports.append(order)
@@ -176,8 +182,20 @@ class Scheduler:
         self.counters["lent_blocks"] += len(lent.keys)
         self._update.sealed.append(lent)
 
-    def imported(self, number: int, results: tuple[str, ...], now: float) -> None:
-        """A fetch ended; one word a wanted block, `ok` or the reason why it may not be used."""
+    def link(self, source: str) -> None:
+        """Blocks of `source` come over a network; until this is said, through shared memory."""
+        self.links.reached_by_wire(source)
+
+    def imported(
+        self, number: int, results: tuple[str, ...], now: float, elapsed_s: float = 0.0
+    ) -> None:
+        """A fetch ended; one word a wanted block, `ok` or the reason why it may not be used.
+
+        elapsed_s: how long it took, without the time in which it waited for others.
+        """
+        order = (self.early if number in self.early else self.imports).order_of(number)
+        if all(result == OK for result in results):
+            self.links.observe(order.grant, order.codec, len(results), elapsed_s)
         if number in self.early:
             landed = self.early.finish(number, results)
             if landed is not None:
@@ -412,7 +430,7 @@ class Scheduler:
         """
         # The last token is always computed: without it there is nothing to draw from.
         covered = seq.num_tokens - 1
-        keys = seq.full_keys(covered)
+        keys = seq.class_keys(covered)
         hits = self.pool.lookup(keys) if self.config.prefix_cache else []
         needed = self.config.num_blocks_for(seq.num_tokens) - len(hits)
         wanted = needed + self.pool.num_unreferenced(hits)
@@ -449,7 +467,7 @@ class Scheduler:
     def _arrived(self) -> None:
         """Blocks came early: whoever waited for nothing else may be admitted."""
         for seq in list(self._arriving.values()):
-            if not self.early.awaits(seq.full_keys(seq.num_tokens - 1)):
+            if not self.early.awaits(seq.class_keys(seq.num_tokens - 1)):
                 del self._arriving[seq.id]
                 seq.status = Status.WAITING
                 self._waiting.add(seq)
@@ -468,7 +486,7 @@ class Scheduler:
     def _publish(self, seq: Sequence) -> None:
         num_full = seq.num_computed // seq.block_size
         if self.config.prefix_cache and num_full > seq.num_published:
-            keys = seq.full_keys(seq.num_computed)
+            keys = seq.class_keys(seq.num_computed)
             for i in range(seq.num_published, num_full):
                 self.pool.publish(seq.blocks[i], keys[i])
         seq.num_published = num_full

@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 
 from baton.core import keys as content_keys
+from baton.core.codec_choice import RAW
 from baton.types import Request, StageTimes
 
 SequenceId = tuple[str, int, int]
@@ -37,15 +38,18 @@ class Sequence:
     blocks as far as they have been worked out. `order` counts sequences as they come, and
     `admitted_before` is the age that `prompt_order` knows. With steps in flight, `num_scheduled`
     (tokens computed or being computed) and `num_expected` (tokens there or being drawn) run ahead
-    of `num_computed` and `num_tokens`; else they are equal to them. Times are the caller's
+    of `num_computed` and `num_tokens`; else they are equal to them. `codec` is that of the KV it
+    took over; what it computes from that is of the same numerics class. Times are the caller's
     monotonic seconds, 0.0 until known.
     """
 
     __slots__ = (
+        "_lossy_keys",
         "admitted_before",
         "arrived",
         "block_size",
         "blocks",
+        "codec",
         "deadline",
         "exported",
         "finished",
@@ -77,7 +81,9 @@ class Sequence:
         self.token_ids: list[int] = [*request.prompt, *request.emitted]
         self.block_size = block_size
         self.root = root
+        self.codec = RAW
         self.keys: list[bytes] = []
+        self._lossy_keys: list[bytes] = []
         self.blocks: list[int] = []
         self.num_computed = 0
         self.num_scheduled = 0
@@ -132,6 +138,15 @@ class Sequence:
             parent = self.keys[-1] if self.keys else self.root
             self.keys.append(content_keys.block_key(parent, self.token_ids[start : start + size]))
         return self.keys[:wanted]
+
+    def class_keys(self, num_tokens: int) -> list[bytes]:
+        """As `full_keys`, in the numerics class of this sequence: what its blocks are found by."""
+        keys = self.full_keys(num_tokens)
+        if self.codec == RAW:
+            return keys
+        lossy = self._lossy_keys
+        lossy += [content_keys.lossy_key(key, self.codec) for key in keys[len(lossy) :]]
+        return lossy[: len(keys)]
 
     def handoff_keys(self, num_tokens: int, attempt: int) -> list[bytes]:
         """Keys of all blocks of the first `num_tokens` tokens, as `attempt` hands them off.

@@ -177,6 +177,8 @@ class Engine:
                 scheduler.abort(seq_id)
             case messages.Offer(sealed):
                 scheduler.offer(sealed, self._clock())
+            case messages.Wire(source):
+                scheduler.link(source)
             case messages.Lend(ask):
                 scheduler.lend(ask, self._clock())
             case messages.Renew(grant_ids):
@@ -212,10 +214,12 @@ class Engine:
         def land(index: int) -> None:
             self._kv.land(*landing[index])
 
-        self.fabric.fetch(FetchJob(order.number, order.grant, wanted, order.deadline, land))
+        self.fabric.fetch(
+            FetchJob(order.number, order.grant, wanted, order.deadline, land, order.codec)
+        )
 
     def _finish_import(self, done: FetchDone) -> None:
         number = done.tag
         assert isinstance(number, int)
         results = tuple(result.value for result in done.results)
-        self.scheduler.imported(number, results, self._clock())
+        self.scheduler.imported(number, results, self._clock(), done.elapsed_s)

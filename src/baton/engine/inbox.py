@@ -28,6 +28,12 @@ class Lend(msgspec.Struct, frozen=True):
     ask: LendAsk
 
 
+class Wire(msgspec.Struct, frozen=True):
+    """Blocks of `source` come over a network."""
+
+    source: str
+
+
 class Renew(msgspec.Struct, frozen=True):
     grant_ids: tuple[str, ...]
 
@@ -44,5 +50,5 @@ class Stop(msgspec.Struct, frozen=True):
     """End the loop after this turn."""
 
 
-Message = Submit | Abort | Offer | Lend | Renew | Release | Drain | Stop | Done
+Message = Submit | Abort | Offer | Wire | Lend | Renew | Release | Drain | Stop | Done
 Inbox = SimpleQueue[Message]

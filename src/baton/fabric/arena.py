@@ -227,7 +227,10 @@ class MappedArena:
         generation, num_bytes, key, _ = self._header(block.frame)
         if generation % 2 or key != block.key:
             return ReadResult.MISSING, generation
-        if num_bytes != memoryview(block.destination).nbytes or num_bytes > self.geometry.frame_bytes:
+        if (
+            num_bytes != memoryview(block.destination).nbytes
+            or num_bytes > self.geometry.frame_bytes
+        ):
             return ReadResult.WRONG_SIZE, generation
         return None, generation
 
