@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels demo serve check test unit lint types clean exact overhead roofline memory peers compare goodput fabric docs
+.PHONY: help install kernels demo serve check test unit lint types clean sim exact overhead roofline memory peers compare goodput fabric docs
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,14 +42,18 @@ types: $(INSTALLED)
 unit: $(INSTALLED)
 	$(BIN)/pytest -q tests/unit
 
-test: $(INSTALLED) ## All tests: unit, property, model check, numerics, real processes, faults
-	$(BIN)/pytest -q tests/unit tests/property tests/model_check
+test: $(INSTALLED) ## All tests: unit, property, model check, simulation, numerics, real processes, faults
+	$(BIN)/pytest -q tests/unit tests/property tests/model_check tests/sim
 	$(BIN)/pytest -q tests/numerics
 	$(BIN)/pytest -q tests/integration tests/faults
 
 kernels: $(INSTALLED) ## Build the CPU kernels in place, after a change in csrc
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+SEEDS ?= 100000
+sim: $(INSTALLED) ## Simulate whole deployments on a virtual clock, SEEDS=100000 histories with faults
+	PYTHONPATH=tests $(BIN)/python -m sim.run --seeds $(SEEDS)
 
 exact: $(INSTALLED) ## Ask a running 1P1D every question of the demo model's list; print its exact-answer rate
 	$(BIN)/python examples/exact_answers.py --model $(MODEL)
