@@ -195,6 +195,11 @@ class Router:
             block_s = times.import_s / times.num_imported_blocks
             worker.fetch_block_s = _average(worker.fetch_block_s, block_s)
 
+    def stored(self, worker_id: str) -> list[bytes]:
+        """Keys of the blocks that its store is believed to hold, the newest last."""
+        worker = self._workers.get(worker_id)
+        return [] if worker is None else list(worker.stored)
+
     def kept(self, worker_id: str, keys: Sequence[bytes]) -> None:
         """A worker has computed the blocks of these keys; if it keeps them, it may lend them."""
         worker = self._workers.get(worker_id)

@@ -90,6 +90,7 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
             refresh=lambda: export_workers(dispatcher.registry.joined(), metrics),
             recent=dispatcher.recent,
             readiness=dispatcher.readiness,
+            check_fabric=dispatcher.fabric_check.run,
         )
         servers = [
             _server(

@@ -27,6 +27,7 @@ import msgspec
 from baton.core.keys import chain, root_key
 from baton.core.router import Placement, Router, WorkerInfo
 from baton.errors import Internal, ServeError, Unavailable, WorkerLost
+from baton.gateway.fabric_check import FabricCheck
 from baton.gateway.dispatch import Readiness, ServedModel
 from baton.gateway.registry import Registry
 from baton.observe.events import RecentRequests, Waterfall
@@ -120,6 +121,7 @@ class PlacingDispatcher:
             on_report=self._reported,
             on_lost=self._lost,
         )
+        self.fabric_check = FabricCheck(self.registry, router)
         self.recent = RecentRequests()
         self.counters: Counter[str] = Counter()
         self._router = router
@@ -314,6 +316,8 @@ class PlacingDispatcher:
     def _reported(self, worker_id: str, report: StepReport) -> None:
         if report.draining:
             self._router.leave(worker_id)
+        if report.measured:
+            self.fabric_check.measured(report.measured)
         for sealed in report.sealed:
             self._sealed(worker_id, sealed)
         for landed in report.landed:
@@ -378,6 +382,8 @@ class PlacingDispatcher:
 
     def _sealed(self, worker_id: str, sealed: Sealed) -> None:
         """Blocks may be read: of the prompt that is being computed, or lent to compute it."""
+        if self.fabric_check.took(sealed):
+            return None
         live = self._live.get((sealed.request_id, sealed.choice))
         link = self.registry.link(worker_id)
         if live is None or live.request.attempt != sealed.attempt:

@@ -83,6 +83,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     `fingerprint` (of the weights) and `numerics` (the class of arithmetic) name the root of the
     block keys. `kv_format` must match, or be convertible, between the two ends of a handoff.
     `num_frames` is the size of its store; with `keeps_blocks` it holds what was computed here.
+    `fabric_host` and `fabric_port` are where it serves blocks over TCP, if it does.
     `last_index` (set by the server) is the last Instructions acted upon: not 0 only on a resume.
     """
 
@@ -104,7 +105,36 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     pid: int = 0
     num_frames: int = 0
     keeps_blocks: bool = False
+    fabric_host: str = ""
+    fabric_port: int = 0
     last_index: int = 0
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where a worker, in this start of it, serves its blocks over TCP."""
+
+    worker_id: str
+    epoch: int
+    host: str
+    port: int
+
+
+class Measure(msgspec.Struct, frozen=True):
+    """Fetch these blocks by every way there is, for the figures alone."""
+
+    number: int
+    sealed: Sealed
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """One way's figures: of one block, of many, and CPU seconds of the reader; or what failed."""
+
+    number: int
+    transport: str
+    problem: str = ""
+    latency_s: float = 0.0
+    bytes_per_s: float = 0.0
+    cpu_s_per_byte: float = 0.0
 
 
 class Abort(msgspec.Struct, frozen=True):
@@ -116,15 +146,17 @@ class Abort(msgspec.Struct, frozen=True):
 class Instructions(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """gateway → worker: everything that is new since the last message.
 
-    `offer` are blocks that others have sealed and that this worker may soon want; `lend` asks it
+    `peers` are the addresses of all workers that have one, when they have changed. `offer` are blocks that others have sealed and that this worker may soon want; `lend` asks it
     to open blocks of its own. `renew` and `release` name grants that this worker minted. `ack` is
     the last report index acted upon. `drain` asks it to finish what runs and take nothing new. A
     worker acts on `offer` before `submit` and on that before `abort`, so that all may stand in one
     message. `index` is set by the link.
     """
 
+    peers: tuple[Address, ...] | None = None
     offer: tuple[Sealed, ...] = ()
     lend: tuple[Lend, ...] = ()
+    measure: tuple[Measure, ...] = ()
     submit: tuple[Request, ...] = ()
     abort: tuple[Abort, ...] = ()
     renew: tuple[str, ...] = ()
@@ -148,6 +180,7 @@ class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     deltas: tuple[TokenDelta, ...] = ()
     sealed: tuple[Sealed, ...] = ()
     landed: tuple[Landed, ...] = ()
+    measured: tuple[Measured, ...] = ()
     handoffs: tuple[Handoff, ...] = ()
     times: tuple[StageTimes, ...] = ()
     counters: dict[str, int] = {}

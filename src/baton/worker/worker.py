@@ -22,16 +22,11 @@ from baton.engine.build import Built, build_engine
 from baton.engine.engine import Emitted
 from baton.engine.loop import EngineLoop
 from baton.errors import Internal, WorkerLost
-from baton.fabric.arena import Arena
-from baton.fabric.descriptors import DescriptorServer
-from baton.fabric.shm import ShmTransport
-from baton.fabric.thread import Fabric
-from baton.fabric.transport import Transport
 from baton.model.checkpoint import Progress
 from baton.model.hub import resolve_model
 from baton.rpc.auth import read_secret
 from baton.rpc.client import announce
-from baton.rpc.messages import Announce, Hello, Instructions
+from baton.rpc.messages import Announce, Hello, Instructions, Measure, Measured
 from baton.rpc.server import WorkerServer
 from baton.types import (
     Handoff,
@@ -43,6 +38,8 @@ from baton.types import (
     TokenDelta,
     WorkerLoad,
 )
+from baton.worker.measure import measure
+from baton.worker.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +88,8 @@ class Worker:
             decision_sink=decision_sink,
         )
         engine = self._built.engine
-        kv_format = self._built.scheduler_config.kv_format
-        limits = self._built.limits
-        self._arena = Arena.create(limits.num_frames, limits.block_bytes, self._epoch, kv_format)
-        self._descriptors = DescriptorServer(runtime_dir, worker_id, self._arena, lease_secret)
-        self._fabric = Fabric(self._arena, self._open_transport, engine.inbox.put)
-        engine.fabric = self._fabric
+        self._store = Store.open(config, worker_id, self._epoch, runtime_dir, lease_secret, self._built)
+        engine.fabric = self._store.fabric
         self._loop_thread = EngineLoop(engine, self._on_engine_failed)
         self._server = WorkerServer(self._hello, self, self._secret)
         self._live: dict[SequenceId, str] = {}
@@ -143,12 +136,7 @@ class Worker:
     def close(self) -> None:
         """Stop the threads and give back the memory. Only after a `run` that ended well."""
         self._loop_thread.stop()
-        self._fabric.stop()
-        self._descriptors.stop()
-        self._arena.close()
-
-    def _open_transport(self, source: str) -> Transport:
-        return ShmTransport(self._runtime_dir, self._built.scheduler_config.kv_format)
+        self._store.close()
 
     # What gateways say (`rpc.server.WorkerHandler`, on the event loop's thread) -----------------
 
@@ -157,11 +145,15 @@ class Worker:
         self._report(gateway_id, _News())  # it knows nothing of this worker's load yet
 
     def instructions(self, gateway_id: str, instructions: Instructions) -> None:
+        if instructions.peers is not None:
+            self._store.peers = {peer.worker_id: peer for peer in instructions.peers}
         for sealed in instructions.offer:
             self._loop_thread.put(inbox.Offer(sealed))
         for ask in instructions.lend:
             self._lent_to[ask.request_id, ask.choice, ask.attempt] = gateway_id
             self._loop_thread.put(inbox.Lend(ask))
+        for measure_ask in instructions.measure:
+            self._measure(gateway_id, measure_ask)
         for request in instructions.submit:
             self._submit(gateway_id, request)
         for abort in instructions.abort:
@@ -191,6 +183,19 @@ class Worker:
     def _submit(self, gateway_id: str, request: Request) -> None:
         self._live[request.id, request.choice, request.attempt] = gateway_id
         self._loop_thread.put(inbox.Submit(request))
+
+    def _measure(self, gateway_id: str, ask: Measure) -> None:
+        """Beside everything else; nobody waits for it but the gateway that asked."""
+        assert self._loop is not None
+        block_bytes = self._built.limits.block_bytes
+        found = self._loop.run_in_executor(None, measure, self._store, ask, block_bytes)
+
+        def tell(done: asyncio.Future[list[Measured]]) -> None:
+            if not done.cancelled():
+                measured = tuple(done.result())
+                self._server.report(gateway_id, load=self._load, measured=measured)
+
+        found.add_done_callback(tell)
 
     # What the engine says -----------------------------------------------------------------------
 
@@ -309,6 +314,8 @@ class Worker:
             pid=os.getpid(),
             num_frames=limits.num_frames,
             keeps_blocks=scheduler.keep_blocks,
+            fabric_host=self._store.address[0],
+            fabric_port=self._store.address[1],
         )
 
 
