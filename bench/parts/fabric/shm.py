@@ -11,9 +11,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from baton.core.lease import LeaseTable
 from baton.core.store_index import StoreIndex
@@ -40,8 +42,9 @@ class Ends:
         secret = b"s" * 32
         rng = np.random.default_rng(0)
         self.frames = rng.permutation(num_blocks).tolist()
-        self.source = rng.integers(0, 256, (num_blocks, block_bytes), dtype=np.uint8)
-        self.pool = np.zeros((num_blocks, block_bytes), np.uint8)
+        self.source = torch.empty((num_blocks, block_bytes), dtype=torch.uint8).numpy()
+        self.source[:] = rng.integers(0, 256, self.source.shape, dtype=np.uint8)
+        self.pool = torch.zeros((num_blocks, block_bytes), dtype=torch.uint8).numpy()
         self.arena = Arena.create(num_blocks, block_bytes, 1, kv_format)
         self.keys = [index.to_bytes(32) for index in range(num_blocks)]
         self.digests = self.write()
@@ -75,8 +78,8 @@ class Ends:
         results = self.transport.fetch(self.grant, self.wanted, time.monotonic() + 60)
         assert all(result is ReadResult.OK for result in results), set(results)
 
-    def fetch_in_python(self) -> None:
-        with python_copier():
+    def fetch_with(self, body: digest.Copier) -> None:
+        with running_on(body):
             self.fetch()
 
     def fetch_first(self) -> None:
@@ -96,7 +99,7 @@ class Ends:
 
 
 def measure(rounds: int) -> list[Row]:
-    rows = [Row(f"copies run on: {digest.copier().name}", 1)]
+    rows = []
     for block_kib in BLOCK_KIB:
         with tempfile.TemporaryDirectory(prefix="baton-fabric-") as name:
             ends = Ends(Path(name) / "run", block_kib << 10)
@@ -114,14 +117,17 @@ def _rows(ends: Ends, block_kib: int, rounds: int) -> list[Row]:
         "store to pool, first after a pause": ends.fetch_first,
         "pool to store": ends.write,
         "pool to pool": ends.pool_to_pool,
-        "store to pool, python body": ends.fetch_in_python,
     }
+    bodies = [body for isa in digest.ISAS[1:] if (body := digest.find_copier(isa)) is not None]
+    for body in (*bodies, digest.PythonCopier("asked for")):
+        cases[f"store to pool, {body.name}"] = partial(ends.fetch_with, body)
     seconds = interleaved(cases, rounds)
     assert np.array_equal(ends.pool, ends.source)
     copy = seconds["copy"]
     speed, spread = middle(TOTAL_BYTES / copy / 1e9)
     size = f"blocks of {block_kib} KiB"
-    rows = [Row(f"{size}: numpy copy", speed, "GB/s", note=spread)]
+    note = f"{spread}; the others run on: {digest.copier().name}"
+    rows = [Row(f"{size}: numpy copy", speed, "GB/s", note=note)]
     for name in list(cases)[1:]:
         value, spread = middle(copy / seconds[name])
         speed, _ = middle(TOTAL_BYTES / seconds[name] / 1e9)
@@ -131,11 +137,11 @@ def _rows(ends: Ends, block_kib: int, rounds: int) -> list[Row]:
 
 
 @contextmanager
-def python_copier() -> Iterator[None]:
-    """Do without the native library meanwhile."""
-    native = digest.copier
-    digest.copier = lambda: digest.PythonCopier("asked for")  # type: ignore[assignment]
+def running_on(body: digest.Copier) -> Iterator[None]:
+    """Copy with `body` meanwhile."""
+    best = digest.copier
+    digest.copier = lambda: body  # type: ignore[assignment]
     try:
         yield
     finally:
-        digest.copier = native
+        digest.copier = best

@@ -40,7 +40,7 @@ KEY_BYTES: Final = 32
 PAGE_BYTES: Final = 4096
 
 _HEADER = struct.Struct("<8sQQQQ32s")  # magic, version, epoch, num_frames, frame_bytes, kv_format
-_EPOCH, _EPOCH_AT = struct.Struct("<Q"), 16
+_U64, _EPOCH_AT = struct.Struct("<Q"), 16
 _FRAME_HEADER = struct.Struct("<QQ32s16s")  # generation, num_bytes, key, digest
 # From <linux/fcntl.h>; spelled out, so that this module can be imported on other systems.
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
@@ -101,6 +101,7 @@ class Arena:
         self.geometry = geometry
         self._memory = memory
         self._bytes: Bytes = np.frombuffer(memory, dtype=np.uint8)
+        self._frames_at, self._stride = geometry.frames_at, geometry.stride  # to ask but once
 
     @classmethod
     def create(cls, num_frames: int, frame_bytes: int, epoch: int, kv_format: KvFormat) -> Arena:
@@ -144,20 +145,20 @@ class Arena:
         if len(key) != KEY_BYTES or data.size > self.geometry.frame_bytes:
             raise ValueError(f"key of {len(key)} bytes, block of {data.size}")
         generation = self.invalidate(frame)
-        start = self.geometry.frame_at(frame)
+        start = self._frames_at + frame * self._stride
         digest = copy_and_digest(self._bytes[start : start + data.size], data)
         header_at = self.geometry.header_at(frame)
         _FRAME_HEADER.pack_into(self._memory, header_at, generation, data.size, key, digest)
-        struct.pack_into("<Q", self._memory, header_at, generation + 1)
+        _U64.pack_into(self._memory, header_at, generation + 1)
         return digest
 
     def invalidate(self, frame: int) -> int:
         """Make `frame` unreadable until it is written again; returns its generation, odd."""
         header_at = self.geometry.header_at(frame)
-        (generation,) = struct.unpack_from("<Q", self._memory, header_at)
+        generation: int = _U64.unpack_from(self._memory, header_at)[0]
         generation += 1 + generation % 2
-        struct.pack_into("<Q", self._memory, header_at, generation)
-        return int(generation)
+        _U64.pack_into(self._memory, header_at, generation)
+        return generation
 
     def close(self) -> None:
         """Unmap and close. Readers who have it mapped may finish."""
@@ -186,7 +187,6 @@ class MappedArena:
         except OSError as error:
             raise ArenaRefused(f"cannot map the arena: {error}") from error
         self._bytes: Bytes = np.frombuffer(self._memory, dtype=np.uint8)
-        # Worked out once: these are asked for with every block.
         self._frames_at, self._stride = self.geometry.frames_at, self.geometry.stride
 
     def read(self, frame: int, key: bytes, digest: bytes, destination: WritableBlock) -> ReadResult:
@@ -195,50 +195,42 @@ class MappedArena:
 
     def read_all(self, wanted: Sequence[Wanted]) -> list[ReadResult]:
         """Copy each block to its destination, if its frame holds its key whole and the copy has
-        its digest. All are copied in one call; one result for each, in order.
+        its digest; one result for each, in order.
 
-        After anything but OK a destination's content is garbage.
+        All are copied in one call, between the checks before and those after. After anything but
+        OK a destination's content is garbage.
         """
+        memory, geometry = self._memory, self.geometry
         results: list[ReadResult] = []
-        copied: list[tuple[int, int]] = []  # index in `wanted`, generation before
+        copied: list[tuple[int, Wanted, int, int]] = []  # where in `results`, generation before
         starts, destinations = [], []
         for index, block in enumerate(wanted):
-            refused, generation = self._before(block)
-            results.append(refused or ReadResult.OK)
-            if refused is None:
-                copied.append((index, generation))
-                starts.append(self._frames_at + block.frame * self._stride)
-                destinations.append(block.destination)
+            if not 0 <= block.frame < geometry.num_frames:
+                results.append(ReadResult.OUT_OF_RANGE)
+                continue
+            header_at = geometry.header_at(block.frame)
+            generation, num_bytes, key, _ = _FRAME_HEADER.unpack_from(memory, header_at)
+            if generation % 2 or key != block.key:
+                results.append(ReadResult.MISSING)
+                continue
+            destination = block.destination
+            if num_bytes != memoryview(destination).nbytes or num_bytes > geometry.frame_bytes:
+                results.append(ReadResult.WRONG_SIZE)
+                continue
+            results.append(ReadResult.OK)
+            copied.append((index, block, header_at, generation))
+            starts.append(self._frames_at + block.frame * self._stride)
+            destinations.append(destination)
         digests = gather_and_digest(self._bytes, starts, destinations)
-        for (index, generation), digest in zip(copied, digests, strict=True):
-            block = wanted[index]
-            if self._header(block.frame)[0] != generation:
+        (epoch,) = _U64.unpack_from(memory, _EPOCH_AT)
+        for (index, block, header_at, generation), digest in zip(copied, digests, strict=True):
+            if _U64.unpack_from(memory, header_at)[0] != generation:
                 results[index] = ReadResult.MISSING
-            elif _EPOCH.unpack_from(self._memory, _EPOCH_AT)[0] != self.geometry.epoch:
+            elif epoch != geometry.epoch:
                 results[index] = ReadResult.STALE_EPOCH
             elif digest != block.digest:
                 results[index] = ReadResult.CORRUPT
         return results
-
-    def _before(self, block: Wanted) -> tuple[ReadResult | None, int]:
-        """Why `block` need not be copied, or None; and its frame's generation."""
-        if not 0 <= block.frame < self.geometry.num_frames:
-            return ReadResult.OUT_OF_RANGE, 0
-        generation, num_bytes, key, _ = self._header(block.frame)
-        if generation % 2 or key != block.key:
-            return ReadResult.MISSING, generation
-        if (
-            num_bytes != memoryview(block.destination).nbytes
-            or num_bytes > self.geometry.frame_bytes
-        ):
-            return ReadResult.WRONG_SIZE, generation
-        return None, generation
-
-    def _header(self, frame: int) -> tuple[int, int, bytes, bytes]:
-        header: tuple[int, int, bytes, bytes] = _FRAME_HEADER.unpack_from(
-            self._memory, self.geometry.header_at(frame)
-        )
-        return header
 
     def close(self) -> None:
         """Unmap."""

@@ -43,9 +43,9 @@ def copy_and_digest(destination: WritableBlock, source: Bytes) -> bytes:
         ValueError: the lengths differ.
         TypeError, ValueError: the destination cannot be written, or has gaps.
     """
-    if memoryview(destination).nbytes != source.size:
-        raise ValueError(f"{source.size} bytes to copy to another length")
-    return gather_and_digest(source, (0,), (destination,))[0]
+    if memoryview(destination).nbytes != source.size or not source.flags.c_contiguous:
+        raise ValueError(f"{source.size} bytes to copy to another length, or with gaps")
+    return copier().gather(source, (0,), (source.size,), (destination,))[0]
 
 
 def gather_and_digest(
@@ -134,7 +134,7 @@ class NativeCopier:
     ) -> list[bytes]:
         if min(sizes, default=0) < _SHORTEST:
             return self._short.gather(memory, starts, sizes, destinations)
-        base = int(memory.ctypes.data)
+        base = _address(memory) if memory.flags.writeable else int(memory.ctypes.data)
         copies = array("Q")
         for start, size, destination in zip(starts, sizes, destinations, strict=True):
             copies.extend((_address(destination), base + start, size))

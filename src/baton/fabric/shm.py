@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 # The current one, and the one before it, from which handoffs may still be read.
 MAX_EPOCHS_PER_SOURCE: Final = 2
 MAX_BATCH_BYTES: Final = 4 << 20
-"""Copied in one call, which the deadline does not break off; a millisecond's work."""
+"""Copied in one call, which the deadline does not break off (or one block that has more)."""
 
 _reply_decoder: msgspec.msgpack.Decoder[Descriptor | Refusal] = msgspec.msgpack.Decoder(
     Descriptor | Refusal
@@ -84,7 +84,9 @@ class ShmTransport:
             )
             return [error.result] * len(wanted)
         results: list[ReadResult] = []
-        for batch in _batches(wanted):
+        at_once = max(1, MAX_BATCH_BYTES // max(1, arena.geometry.frame_bytes))
+        for first in range(0, len(wanted), at_once):
+            batch = wanted[first : first + at_once]
             if time.monotonic() < deadline:
                 results += arena.read_all(batch)
             else:
@@ -139,18 +141,6 @@ class ShmTransport:
             arena.close()
             raise _NoArena(ReadResult.WRONG_FORMAT, "the store's kv_format is not ours")
         return arena
-
-
-def _batches(wanted: Sequence[Wanted]) -> Iterator[Sequence[Wanted]]:
-    """Neighbours that have at most `MAX_BATCH_BYTES` together, or one block that has more."""
-    first, num_bytes = 0, 0
-    for index, block in enumerate(wanted):
-        num_bytes += memoryview(block.destination).nbytes
-        if num_bytes > MAX_BATCH_BYTES and index > first:
-            yield wanted[first:index]
-            first, num_bytes = index, memoryview(block.destination).nbytes
-    if first < len(wanted):
-        yield wanted[first:]
 
 
 def _ask(path: Path, grant: Grant, limit: float, descriptors: list[int]) -> Descriptor | Refusal:
