@@ -1,10 +1,10 @@
-"""Builds the libraries of csrc, if there is a compiler; everything else is in pyproject.toml.
+"""Builds the CPU kernels, if there is a compiler; everything else is in pyproject.toml.
 
-They are plain C++ behind a C ABI, loaded with ctypes: they need neither Python's headers nor
-torch's. Each instruction set is a file compiled with its own flags, and which of them runs is
-decided when the library is loaded. The kernels are not linked to an OpenMP runtime: they take the
+The libraries are plain C++ behind a C ABI, loaded with ctypes: they need neither Python's headers
+nor torch's. Each instruction set is a file compiled with its own flags, and which of them runs is
+decided when the library is loaded. The model's is not linked to an OpenMP runtime: it takes the
 symbols of the one that torch brings, so that a process has one pool of threads and not two. The
-other libraries have one thread, and load without torch.
+fabric's has no threads, and loads without torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("csrc")
+LIBRARIES = {  # where their sources are, and what only they are compiled with
+    "baton.model._kernels": (Path("csrc"), ["-fopenmp"]),
+    "baton.fabric._codec": (Path("csrc/codec"), ["-fno-trapping-math"]),
+}
 FLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"),
     # Results must not depend on what a compiler chooses to fuse or reorder.
@@ -26,50 +29,27 @@ FLAGS = [
 ]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-WIDE = ["-mprefer-vector-width=512"]  # for loops that the compiler turns into vectors itself
-
-LIBRARIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
-    "baton.model._kernels": (
-        ["-fopenmp"],
-        {
-            "dispatch": [],
-            "portable": [],
-            "avx2": AVX2,
-            "avx512": AVX512,
-            "avx512bf16": [*AVX512, "-mavx512bf16"],
-        },
-    ),
-    "baton.fabric._codec": (
-        ["-fno-trapping-math"],
-        {
-            "codec_dispatch": [],
-            "codec_portable": [],
-            "codec_avx2": AVX2,
-            "codec_avx512": [*AVX512, *WIDE],
-        },
-    ),
-}
-"""Module: its flags, and its sources with theirs; a source with flags of its own is for x86."""
+X86 = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 
 
-class BuildLibraries(build_ext):
+class BuildKernels(build_ext):
     """One object a source, each with its flags; a failure leaves a package without that library."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        own_flags, units = LIBRARIES[ext.name]
-        is_x86 = platform.machine() in ("x86_64", "AMD64")
+        directory, flags = LIBRARIES[ext.name]
+        units = ["dispatch", "portable"]
+        if platform.machine() in ("x86_64", "AMD64"):
+            units += [unit for unit in X86 if (directory / f"{unit}.cpp").exists()]
         objects = []
-        for unit, flags in units.items():
-            if flags and not is_x86:
-                continue
+        for unit in units:
             objects += self.compiler.compile(
-                [str(SOURCES / f"{unit}.cpp")],
+                [str(directory / f"{unit}.cpp")],
                 output_dir=self.build_temp,
-                extra_postargs=[*FLAGS, *own_flags, *flags],
-                depends=[str(path) for path in SOURCES.glob("*.h")],
+                extra_postargs=[*FLAGS, *flags, *X86.get(unit, [])],
+                depends=ext.depends,
             )
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,11 +62,11 @@ setup(
     ext_modules=[
         Extension(
             name,
-            sources=[str(SOURCES / f"{unit}.cpp") for unit in units],
-            depends=sorted(map(str, SOURCES.glob("*.h"))),
+            sources=sorted(map(str, directory.glob("*.cpp"))),
+            depends=sorted(map(str, directory.glob("*.h"))),
             optional=True,
         )
-        for name, (_, units) in LIBRARIES.items()
+        for name, (directory, _) in LIBRARIES.items()
     ],
-    cmdclass={"build_ext": BuildLibraries},
+    cmdclass={"build_ext": BuildKernels},
 )

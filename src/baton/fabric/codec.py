@@ -5,7 +5,7 @@
     int8   keys: a scale for each channel; values: for each head of a token   lossy
     int4   sixteen steps over the same groups' own range                      lossy
 
-`csrc/codec.h` defines every byte; `docs/codecs.md` says it in words. The work is done by the
+`csrc/codec/codec.h` defines every byte; `docs/codecs.md` says it in words. The work is done by the
 library that `codec_native` loads or, without one, by `codec_numpy`: the same bytes, many times
 slower. Nothing is kept between calls, and any thread may call; the library releases the GIL.
 
@@ -100,7 +100,7 @@ class Raw:
 
 
 class Lossy:
-    """A codec of `csrc/codec.h`, by the body that this machine has."""
+    """A codec of `csrc/codec/codec.h`, by the body that this machine has."""
 
     def __init__(self, name: Name) -> None:
         self.name: Final = name

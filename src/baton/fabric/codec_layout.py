@@ -1,6 +1,6 @@
 """How long encoded blocks are and where things lie in them; what a body that writes them offers.
 
-`csrc/codec.h` has the definition. Here are only shapes, so that lengths can be checked before
+`csrc/codec/codec.h` has the definition. Here are only shapes, so that lengths can be checked before
 any memory is touched.
 """
 

@@ -1,4 +1,4 @@
-"""The codecs of `csrc` (codec.h explains them), loaded with ctypes.
+"""The codecs of `csrc/codec` (codec.h explains them), loaded with ctypes.
 
 The library is optional, has no threads and needs neither torch nor OpenMP.
 """

@@ -1,4 +1,4 @@
-"""The codecs in numpy: what `csrc/codec.h` defines, byte for byte, without the library.
+"""The codecs in numpy: what `csrc/codec/codec.h` defines, byte for byte, without the library.
 
 It is also what the library is tested against. Everything is float32, one operation at a time; all
 elements of a part are worked on at once, so a few times its size is allocated.

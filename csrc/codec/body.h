@@ -3,9 +3,9 @@
 
 #pragma once
 
-#include "codec_fp8.h"
-#include "codec_int4.h"
-#include "codec_int8.h"
+#include "fp8.h"
+#include "int4.h"
+#include "int8.h"
 
 #define BATON_FOR_BOTH(name)                                                          \
     void encode_##name(const Shape* s, int64_t used, const void* block, uint8_t* to) { \

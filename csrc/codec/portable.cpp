@@ -1,3 +1,3 @@
-#include "codec_body.h"
+#include "body.h"
 
 extern "C" const Codecs baton_codecs_portable = BATON_CODECS("portable");

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "codec_types.h"
+#include "types.h"
 
 namespace {
 
