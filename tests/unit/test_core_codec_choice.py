@@ -127,6 +127,12 @@ def test_with_figures_as_they_are(rate: float, max_kl: float, codec: str, reason
     assert reason in choice.reason
 
 
+def test_a_budget_of_nothing_allows_no_lossy_codec_even_where_no_loss_showed() -> None:
+    spotless = [msgspec.structs.replace(figure, kl=0.0) for figure in FIGURES]
+    assert choose_codec(RAW_BYTES, spotless, gbit(1), 0.0).codec == RAW
+    assert choose_codec(RAW_BYTES, spotless, gbit(1), 1e-9).codec == "int4"
+
+
 def test_without_calibration_the_reason_says_how_to_get_one() -> None:
     assert "baton fabric calibrate" in choose_codec(RAW_BYTES, [], gbit(1), 0.01).reason
     blind = [msgspec.structs.replace(figure, kl=None) for figure in FIGURES]
