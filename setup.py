@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 LIBRARIES = {  # where their sources are, and what only they are compiled with
     "baton.model._kernels": (Path("csrc"), ["-fopenmp"]),
     "baton.fabric._digest": (Path("csrc/digest"), []),
+    "baton.fabric._codec": (Path("csrc/codec"), ["-fno-trapping-math"]),
 }
 FLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"),

@@ -82,7 +82,15 @@ class Parser(argparse.ArgumentParser):
         given = unknown[0].partition("=")[0]
         if not given.startswith("-"):
             raise UsageError(f"unexpected argument {given!r}")
-        raise UsageError(f"unknown option {given}{hint(given, self._option_string_actions)}")
+        raise UsageError(f"unknown option {given}{hint(given, self._options())}")
+
+    def _options(self) -> set[str]:
+        """Of this parser and of its subcommands."""
+        found = set(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found.update(*(command._options() for command in action.choices.values()))
+        return found
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)

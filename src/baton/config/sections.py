@@ -104,6 +104,20 @@ class StoreConfig(Section, frozen=True):
     ] = True
 
 
+class FabricConfig(Section, frozen=True):
+    """Fabric: how KV blocks travel from worker to worker."""
+
+    max_kl: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1e6,
+            description="Most that a lossy wire codec may move any next-token distribution, in "
+            "nats (KL), as baton fabric calibrate measured it; 0 sends every block as it is.",
+        ),
+    ] = 0.01
+
+
 class GatewayConfig(Section, frozen=True):
     """Gateway: the HTTP service."""
 
@@ -186,6 +200,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     store: StoreConfig = StoreConfig()
+    fabric: FabricConfig = FabricConfig()
     gateway: GatewayConfig = GatewayConfig()
     launch: LaunchConfig = LaunchConfig()
     log: LogConfig = LogConfig()
