@@ -30,7 +30,7 @@ from baton.model.native import (
     find_kernels,
 )
 
-ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 512)
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 512, 2048)
 ATTENTION = ((1, 128, 1), (8, 128, 1), (32, 128, 1), (8, 1000, 1), (8, 4096, 1), (1, 2048, 512))
 """Sequences, context, new tokens each."""
 SHAPE = SHAPES["0.5B"]

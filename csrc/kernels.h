@@ -103,10 +103,10 @@ struct Kernels {
     void (*layer)(const Layer* layer, const Step* step, int64_t index);
 };
 
-// The table for an instruction set ("avx512bf16", "avx512", "avx2", "portable"); null if this
-// processor does not have it, or this build does not.
+// The table for an instruction set ("avx512amx", "avx512bf16", "avx512", "avx2", "portable"); null if
+// this processor or this build does not have it, or this process may not use it.
 extern "C" __attribute__((visibility("default"))) const Kernels* baton_kernels(const char* isa);
 
 extern "C" {
-extern const Kernels baton_avx512bf16, baton_avx512, baton_avx2, baton_portable;
+extern const Kernels baton_avx512amx, baton_avx512bf16, baton_avx512, baton_avx2, baton_portable;
 }

@@ -4,7 +4,10 @@
 
 #pragma once
 
-#include "types.h"
+#include "product.h"
+#ifdef __AMX_BF16__
+#include "linear_tiles.h"
+#endif
 
 namespace {
 
@@ -60,37 +63,15 @@ inline void products(int64_t rows, const char* x, int64_t stride, const uint32_t
     }
 }
 
-struct Product {
-    const Linear* w;
-    const char* x;
-    const char* residual;
-    char* y;
-    bool wide;
-};
-
 template <class T>
 inline void rows_by_panel(const Product& p, int64_t row, int64_t rows, int64_t panel) {
     typedef typename T::Value Value;
-    int64_t n = p.w->n, k = p.w->k, bytes = k * (int64_t)sizeof(Value);
+    int64_t k = p.w->k, bytes = k * (int64_t)sizeof(Value);
     float sums[kRows * kPanel];
     const uint32_t* weight = (const uint32_t*)p.w->weight + panel * steps_of<T>(k) * kPanel;
     products<T, kRows, kVectors, kPanel>(rows, p.x + row * bytes, bytes, weight, k, kPanel, sums,
                                          kPanel);
-    for (int64_t part = 0; part < kPanel; part += 16) {
-        int64_t column = panel * kPanel + part, count = n - column;
-        if (count <= 0) return;
-        V16 bias = set1(0);
-        if (p.w->bias) bias = load_up_to((const Value*)p.w->bias + column, count);
-        for (int64_t r = 0; r < rows; ++r) {
-            int64_t at = (row + r) * n + column;
-            V16 value = add(load(sums + r * kPanel + part), bias);
-            if (p.residual) value = add(value, load_up_to((const Value*)p.residual + at, count));
-            if (p.wide)
-                store_up_to((float*)p.y + at, value, count);
-            else
-                store_up_to((Value*)p.y + at, value, count);
-        }
-    }
+    finish_panel<T>(p, sums, row, rows, panel);
 }
 
 // Rows of a tile for m rows in all: of the sizes near kRows the one with the least work, where a
@@ -133,7 +114,11 @@ void linear_any(const Linear* w, const void* x, const void* residual, void* y, i
     Product p = {w, (const char*)x, (const char*)residual, (char*)y, wide != 0};
     if (m == 0) return;
     if (dtype == kBf16)
+#ifdef __AMX_BF16__
+        linear_in_tiles(p, m, threads);
+#else
         linear<Bf16>(p, m, threads);
+#endif
     else
         linear<Fp32>(p, m, threads);
 }

@@ -20,7 +20,7 @@ from baton.model_spec import ModelSpec
 
 VERSION = 2
 """Of the binary interface and of the results' bits; equal to kVersion in kernels.h."""
-ISAS = ("avx512bf16", "avx512", "avx2", "portable")
+ISAS = ("avx512amx", "avx512bf16", "avx512", "avx2", "portable")
 """Instruction sets, best first."""
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 PANEL = 32

@@ -1,0 +1,66 @@
+// Matrix tiles (AMX): eight registers of up to 16 rows of 64 bytes, of which these kernels use six
+// as operands of 2 x 2 products.
+//
+// What `TILE_DOT` adds to an fp32 number is the dot product of 32 pairs of bf16, a chunk: the
+// products of even and of odd pairs, each summed in order with one rounding a step, then both sums
+// together. Numbers under 2^-126 count as 0, as operands and as results. So where chunks begin
+// belongs to the definition of a sum: they begin at multiples of 32, and even a single row takes
+// this way.
+
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+// The compiler knows nothing of these registers: only the order of these statements matters.
+#define TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile ::: "memory")
+#define TILE_LOAD(tile, from, stride) \
+    asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"((int64_t)(stride)) : "memory")
+#define TILE_STORE(tile, to, stride) \
+    asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"((int64_t)(stride)) : "memory")
+// sums += a b, by rows of a and columns of b
+#define TILE_DOT(sums, a, b) \
+    asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sums ::: "memory")
+
+namespace {
+
+constexpr int64_t kTile = 16;   // rows, and words of a row
+constexpr int64_t kChunk = 32;  // numbers along k that one product takes
+
+// This thread's tiles, as long as it works with them: others who use tiles in the same thread set
+// them up anew, and a thread without any is cheaper to switch.
+class Tiles {
+public:
+    ~Tiles() {
+        if (rows_) asm volatile("tilerelease" ::: "memory");
+    }
+    // For `rows` (1 to 32) rows of A: tiles 0 and 1 (sums) and 4 (A) hold the first 16 of them,
+    // 2 and 3 (sums) and 5 (A) the others; 6 and 7 (B) are whole.
+    void set(int64_t rows) {
+        if (rows == rows_) return;
+        rows_ = rows;
+        Config c;
+        memset(&c, 0, sizeof(c));
+        c.palette = 1;
+        int64_t upper = rows < kTile ? rows : kTile, lower = rows - upper;
+        for (int tile = 0; tile < 8; ++tile) {
+            bool is_lower = tile == 2 || tile == 3 || tile == 5;
+            int64_t used = tile >= 6 ? kTile : is_lower ? lower : upper;
+            c.rows[tile] = (uint8_t)used;
+            c.row_bytes[tile] = used ? 64 : 0;
+        }
+        asm volatile("ldtilecfg %0" ::"m"(c) : "memory");
+    }
+
+private:
+    struct alignas(64) Config {
+        uint8_t palette;
+        uint8_t start_row;
+        uint8_t reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    };
+    int64_t rows_ = 0;
+};
+
+}  // namespace
