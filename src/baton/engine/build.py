@@ -124,7 +124,8 @@ def build_engine(
         else LoggedScheduler(scheduler_config, leases, index, decision_sink)
     )
     kv = KvCache(spec, limits.num_blocks, config.engine.block_size, dtype, device)
-    runner = TorchRunner(model, kv, device)
+    draws = kernels if isinstance(kernels, Kernels) else None
+    runner = TorchRunner(model, kv, device, kernels=draws)
     for name, value in msgspec.structs.asdict(limits).items():
         logger.info("engine %s=%s", name, value)
     model.prepare(kv, config.engine.max_num_seqs)
