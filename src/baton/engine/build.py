@@ -127,7 +127,8 @@ def build_engine(
         else LoggedScheduler(scheduler_config, leases, index, decision_sink)
     )
     kv = KvCache(spec, limits.num_blocks, config.engine.block_size, dtype, device)
-    runner = TorchRunner(loaded.model, kv, device)
+    draws = loaded.kernels if isinstance(loaded.kernels, Kernels) else None
+    runner = TorchRunner(loaded.model, kv, device, kernels=draws)
     for name, value in msgspec.structs.asdict(limits).items():
         logger.info("engine %s=%s", name, value)
     loaded.model.prepare(kv, config.engine.max_num_seqs)
