@@ -66,7 +66,9 @@ class ShmTransport:
         self._kv_format_hash = kv_format_hash(kv_format)
         self._arenas: dict[tuple[str, int], MappedArena] = {}  # oldest mapping first
 
-    def fetch(self, grant: Grant, wanted: Sequence[Wanted], deadline: float) -> list[ReadResult]:
+    def fetch(
+        self, grant: Grant, wanted: Sequence[Wanted], deadline: float, codec: str = "raw"
+    ) -> list[ReadResult]:
         """See `Transport.fetch`. Takes at most `ASK_TIMEOUT_S` to reach a source that is new."""
         try:
             arena = self._arena(grant, deadline)
