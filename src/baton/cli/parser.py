@@ -39,6 +39,7 @@ _METAVARS = {
     "launch.decode_cpus": "LIST",
     "gateway.host": "ADDR",
     "gateway.admin_host": "ADDR",
+    "fabric.tcp_host": "ADDR",
 }
 
 

@@ -22,7 +22,7 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -88,6 +88,15 @@ class Geometry(msgspec.Struct, frozen=True):
 
     def frame_at(self, frame: int) -> int:
         return self.frames_at + frame * self.stride
+
+
+class FrameHeader(NamedTuple):
+    """A frame's header: key of 32 bytes, digest of 16; an odd generation means being written."""
+
+    generation: int
+    num_bytes: int
+    key: bytes
+    digest: bytes
 
 
 class Arena:
@@ -231,6 +240,17 @@ class MappedArena:
             elif digest != block.digest:
                 results[index] = ReadResult.CORRUPT
         return results
+
+    def header(self, frame: int) -> FrameHeader:
+        """What stands over `frame`, 0 to num_frames - 1; torn if it is written at this moment."""
+        return FrameHeader._make(
+            _FRAME_HEADER.unpack_from(self._memory, self.geometry.header_at(frame))
+        )
+
+    def stored(self, frame: int, num_bytes: int) -> memoryview:
+        """The first `num_bytes` of `frame` itself, not a copy. Let go of it before `close`."""
+        start = self.geometry.frame_at(frame)
+        return self._bytes[start : start + num_bytes].data
 
     def close(self) -> None:
         """Unmap."""

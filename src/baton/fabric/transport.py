@@ -33,6 +33,7 @@ class ReadResult(enum.StrEnum):
     UNREACHABLE = "unreachable"  # the source does not answer, or not in this protocol
     REFUSED = "refused"  # the source does not accept the grant
     WRONG_FORMAT = "wrong_format"  # the store holds another kv_format than ours
+    CODEC = "codec"  # the source does not know the codec asked for
     TIMED_OUT = "timed_out"  # the deadline passed first
 
 
@@ -46,6 +47,18 @@ class Wanted(msgspec.Struct, frozen=True, eq=False):
     frame: int
     digest: bytes
     destination: WritableBlock
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """Where a worker listens for readers over TCP, in this start of it (`epoch`).
+
+    host: a numeric address.
+    """
+
+    worker_id: str
+    epoch: int
+    host: str
+    port: int
 
 
 class Transport(Protocol):
