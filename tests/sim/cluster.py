@@ -193,7 +193,7 @@ class Cluster:
             if self.chances.get(kind):
                 self.at(rng.uniform(0, 1.0), lambda kind=kind: self._mishap(kind))
 
-    # Setting up --------------------------------------------------------------------------------
+    # Setting up ------------------------------------------------------------------------
 
     def _make_nodes(self) -> None:
         rng = self.rng
@@ -243,7 +243,7 @@ class Cluster:
             self.lives[request.id] = live
             self.at(live.arrives, lambda live=live: self._place(live))
 
-    # Time, chance and links ----------------------------------------------------------------------
+    # Time, chance and links --------------------------------------------------------------
 
     def at(self, when: float, action: Callable[[], None]) -> None:
         self._num_events += 1
@@ -269,7 +269,7 @@ class Cluster:
         self._last_arrival[source, target] = arrives
         self.at(arrives, action)
 
-    # The gateway's instructions ------------------------------------------------------------------
+    # The gateway's instructions ----------------------------------------------------------
 
     def _tell(self, node: Node, message: Callable[[SimWorker], None]) -> None:
         epoch = node.epoch
@@ -357,7 +357,7 @@ class Cluster:
         if live.node is not None:
             self._tell(live.node, lambda worker: worker.scheduler.abort(seq_id))
 
-    # What workers say ------------------------------------------------------------------------------
+    # What workers say ----------------------------------------------------------------------
 
     def to_gateway(self, node: Node, update: Update) -> None:
         epoch = node.epoch
@@ -439,7 +439,7 @@ class Cluster:
             tokens = (*request.prompt, *live.client.received)[:-1]
             self.router.kept(live.node.name, chain(root, tokens, BLOCK_SIZE))
 
-    # Mishaps ---------------------------------------------------------------------------------------
+    # Mishaps -------------------------------------------------------------------------------
 
     def _mishap(self, kind: str) -> None:
         if all(live.client.ended for live in self.lives.values()):
@@ -487,7 +487,7 @@ class Cluster:
             self._abort_leg(live)
             self._ended(live)
 
-    # Running it ------------------------------------------------------------------------------------
+    # Running it ----------------------------------------------------------------------------
 
     def run(self) -> Counter[str]:
         """Carry the history out; returns the counters of all workers and the faults that hit.

@@ -52,7 +52,7 @@ def test_a_seed_is_one_history() -> None:
         assert simulate(seed) == simulate(seed)
 
 
-# The bugs ------------------------------------------------------------------------------------------
+# The bugs ----------------------------------------------------------------------------------
 
 
 def blocks_freed_while_they_are_read(patch: Patch) -> None:

@@ -138,7 +138,9 @@ def measure(rounds: int) -> list[Row]:
 
 def _rows(prefill: Prefill, cold: Run, given: list[Run], kept: list[Run]) -> list[Row]:
     with_s, without_s = (np.array([run.steps_s for run in runs]) for runs in (given, kept))
-    cpu_s, copies_s = (np.array([getattr(run, name) for run in given]) for name in Run.__slots__[1:])
+    cpu_s, copies_s = (
+        np.array([getattr(run, name) for run in given]) for name in Run.__slots__[1:]
+    )
     num_bytes = NUM_BLOCKS * prefill.block_bytes
     step, step_spread = middle(1e3 * without_s.mean(axis=1))
     share, share_spread = middle(100 * cpu_s / without_s.sum(axis=1))

@@ -105,20 +105,6 @@ class StoreConfig(Section, frozen=True):
 
 
 class FabricConfig(Section, frozen=True):
-    """Fabric: how KV blocks travel from worker to worker."""
-
-    max_kl: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=1e6,
-            description="Most that a lossy wire codec may move any next-token distribution, in "
-            "nats (KL), as baton fabric calibrate measured it; 0 sends every block as it is.",
-        ),
-    ] = 0.01
-
-
-class FabricConfig(Section, frozen=True):
     """Fabric: how KV blocks travel between workers."""
 
     transport: Annotated[
@@ -143,6 +129,14 @@ class FabricConfig(Section, frozen=True):
             "any if the transport is tcp."
         ),
     ] = None
+    tcp_advertise: Annotated[
+        str | None,
+        Meta(
+            pattern=r"^.+:\d{1,5}$",
+            description="HOST:PORT that the other workers are told instead of tcp_host and the "
+            "port, where something stands in between.",
+        ),
+    ] = None
     tcp_streams: Annotated[
         int, Meta(ge=1, le=64, description="Most connections of one transfer over TCP.")
     ] = 2
@@ -157,6 +151,15 @@ class FabricConfig(Section, frozen=True):
         str | None, Meta(description="TLS certificate chain of the workers (PEM).")
     ] = None
     tls_key_file: Annotated[str | None, Meta(description="TLS private key (PEM).")] = None
+    max_kl: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1e6,
+            description="Most that a lossy wire codec may move any next-token distribution, in "
+            "nats (KL), as baton fabric calibrate measured it; 0 sends every block as it is.",
+        ),
+    ] = 0.01
     allow_insecure: Annotated[
         bool, Meta(description="Serve blocks beyond loopback without TLS.")
     ] = False

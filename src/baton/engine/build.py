@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from baton.config import Config, format_cpus
+from baton.core.codec_choice import CodecFigures
 from baton.core.decision_log import LoggedScheduler, Sink
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
@@ -19,6 +20,7 @@ from baton.core.store_index import StoreIndex
 from baton.engine.engine import Emitted, Engine
 from baton.engine.runner import TorchRunner
 from baton.errors import ConfigError
+from baton.fabric.calibration import codec_figures, load_calibration
 from baton.model.attention import NUMERICS
 from baton.model.bodies import Body, TritonKernels, choose_body
 from baton.model.checkpoint import Progress
@@ -118,6 +120,8 @@ def build_engine(
         prefix_cache=config.engine.prefix_cache,
         lease_ttl_s=config.store.lease_ttl_s,
         keep_blocks=config.store.keep_blocks and with_store and config.engine.prefix_cache,
+        codecs=_codecs(loaded.fingerprint, kv_format) if config.fabric.listens else (),
+        max_kl=config.fabric.max_kl,
     )
     index = StoreIndex(limits.num_frames)
     leases = LeaseTable(worker_id, epoch, lease_secret, index)
@@ -203,6 +207,11 @@ def resolve_limits(
         num_frames=config.store.max_bytes // block_bytes if with_store else 0,
         block_bytes=block_bytes,
     )
+
+
+def _codecs(fingerprint: bytes, kv_format: KvFormat) -> tuple[CodecFigures, ...]:
+    """What is known of the codecs in which blocks may come over a wire."""
+    return tuple(codec_figures(kv_format, load_calibration(fingerprint, kv_format)))
 
 
 def _describe(kernels: Body) -> str:

@@ -180,14 +180,14 @@ def _flat(buffer: ReadableBlock) -> Bytes:
     return np.frombuffer(buffer, dtype=np.uint8)
 
 
-def _check(
-    fmt: KvFormat, block: Bytes, encoded: Bytes, needed: int, num_tokens: int | None
-) -> int:
+def _check(fmt: KvFormat, block: Bytes, encoded: Bytes, needed: int, num_tokens: int | None) -> int:
     """The number of used slots."""
     if block.size != raw_bytes(fmt):
         raise ValueError(f"a block has {raw_bytes(fmt)} bytes, not {block.size}")
     if encoded.size < needed:
-        raise ValueError(f"an encoded block has {needed} bytes, and there is room for {encoded.size}")
+        raise ValueError(
+            f"an encoded block has {needed} bytes, and there is room for {encoded.size}"
+        )
     used = fmt.block_size if num_tokens is None else num_tokens
     if not 0 <= used <= fmt.block_size:
         raise ValueError(f"a block has {fmt.block_size} slots, not {used}")

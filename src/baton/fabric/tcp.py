@@ -96,20 +96,12 @@ class TcpTransport:
             results[index] = result
         return [result or ReadResult.UNREACHABLE for result in results]
 
-    def forget(self, source: str) -> None:
-        """Close every connection to `source`."""
-        for at in [at for at in self._idle if at[0] == source]:
-            for stream in self._idle.pop(at):
-                stream.close()
-
-    def rest(self) -> None:
-        """Close every connection, and end the helpers; the next fetch makes them again."""
-        self.close()
-
     def close(self) -> None:
         """Close every connection, and end the helpers."""
-        for source in {source for source, _ in self._idle}:
-            self.forget(source)
+        for streams in self._idle.values():
+            for stream in streams:
+                stream.close()
+        self._idle.clear()
         if self._helpers is not None:
             self._helpers.shutdown()
             self._helpers = None

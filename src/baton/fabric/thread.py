@@ -227,4 +227,4 @@ class Fabric:
     def _read_own(
         self, grant: Grant | None, wanted: Sequence[Wanted], deadline: float, codec: str
     ) -> list[ReadResult]:
-        return [self._own.read(w.frame, w.key, w.digest, w.destination) for w in wanted]
+        return self._own.read_all(wanted)

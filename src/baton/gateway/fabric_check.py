@@ -117,9 +117,7 @@ class FabricCheck:
         except TimeoutError:
             return [FabricLink(*names, "-", "the reader does not answer", 0.0, 0.0, 0.0)]
         return [
-            FabricLink(
-                *names, m.transport, m.problem, m.latency_s, m.bytes_per_s, m.cpu_s_per_byte
-            )
+            FabricLink(*names, m.transport, m.problem, m.latency_s, m.bytes_per_s, m.cpu_s_per_byte)
             for m in found
             if m.number == self._num_asked
         ]

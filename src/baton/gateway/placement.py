@@ -27,8 +27,8 @@ import msgspec
 from baton.core.keys import chain, root_key
 from baton.core.router import Placement, Router, WorkerInfo
 from baton.errors import Internal, ServeError, Unavailable, WorkerLost
-from baton.gateway.fabric_check import FabricCheck
 from baton.gateway.dispatch import Readiness, ServedModel
+from baton.gateway.fabric_check import FabricCheck
 from baton.gateway.registry import Registry
 from baton.observe.events import RecentRequests, Waterfall
 from baton.rpc.messages import Hello, StepReport

@@ -1,7 +1,7 @@
 """A worker's block store with its doors, and the ways to the stores of others.
 
-    doors   shm: descriptors of the arena, on this host     tcp: where it is configured     nixl: likewise
-    ways    chosen for each source when its first block is wanted, and logged with the reason
+doors   shm: descriptors of the arena, on this host     tcp: where it is configured     nixl: likewise
+ways    chosen for each source when its first block is wanted, and logged with the reason
 """
 
 from __future__ import annotations
@@ -135,9 +135,7 @@ class Store:
             return NixlTransport(Doors(self._runtime_dir), self._kv_format)
         tls = client_context(self._tls) if self._tls else None
         codecs = {name: codec for name, codec in CODECS.items() if name != RAW}
-        return TcpTransport(
-            self._resolve, self._kv_format, tls, self._config.tcp_streams, codecs
-        )
+        return TcpTransport(self._resolve, self._kv_format, tls, self._config.tcp_streams, codecs)
 
     def ways(self, source: str) -> list[str]:
         """Names of the transports by which blocks of `source` could come."""

@@ -88,7 +88,9 @@ class Worker:
             decision_sink=decision_sink,
         )
         engine = self._built.engine
-        self._store = Store.open(config, worker_id, self._epoch, runtime_dir, lease_secret, self._built)
+        self._store = Store.open(
+            config, worker_id, self._epoch, runtime_dir, lease_secret, self._built
+        )
         engine.fabric = self._store.fabric
         self._loop_thread = EngineLoop(engine, self._on_engine_failed)
         self._server = WorkerServer(self._hello, self, self._secret)
