@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import ssl
@@ -22,8 +23,10 @@ from baton.core.store_index import StoreIndex
 from baton.errors import ConfigError
 from baton.fabric.arena import Arena, Geometry
 from baton.fabric.descriptors import ASK_TIMEOUT_S, MAX_ASK_BYTES, Ask, Refusal, pack
-from baton.fabric.nixl import NixlStore, NixlTransport, agent, store as store_module
-from baton.fabric.nixl.door import Doors, knock
+from baton.fabric.nixl import NixlStore, NixlTransport, agent
+from baton.fabric.nixl import door as door_module
+from baton.fabric.nixl import store as store_module
+from baton.fabric.nixl.door import NUDGE_EVERY_S, Doors, knock
 from baton.fabric.nixl.store import Listen
 from baton.fabric.nixl.wire import MAX_REPLY_BYTES, Opened, Registered, Unreadable
 from baton.fabric.transport import ReadResult, Wanted
@@ -84,6 +87,13 @@ def transport(doors: Doors) -> Iterator[NixlTransport]:
 
 
 # Stores
+
+
+def test_a_frame_that_is_being_written(store: Store, transport: NixlTransport) -> None:
+    store.arena.invalidate(1)
+    assert store.fetch(transport) is ReadResult.MISSING
+    store.arena.write(1, KEY, BLOCK)
+    assert store.fetch(transport) is ReadResult.OK
 
 
 def test_an_arena_whose_frame_is_rewritten_meanwhile(
@@ -182,6 +192,18 @@ def test_a_crowd_at_the_door_does_not_push_readers_out(
         wait_until(lambda: len(store.store._connections) == 8)
         assert peer.door.nudge(time.monotonic() + 1)
         assert store.fetch(transport) is ReadResult.OK
+
+
+def test_readers_of_other_users_are_not_answered(
+    store: Store, transport: NixlTransport, doors: Doors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "peer_uid", lambda _: os.geteuid() + 1)
+        assert store.fetch(transport) is ReadResult.UNREACHABLE
+    with monkeypatch.context() as patch:
+        patch.setattr(door_module, "peer_uid", lambda _: os.geteuid() + 1)
+        assert store.fetch(transport) is ReadResult.UNREACHABLE
+    assert store.fetch(transport) is ReadResult.OK
 
 
 def test_a_store_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,6 +361,21 @@ def test_answers_that_are_none(tmp_path: Path, answer: bytes) -> None:
     ):
         knock(Doors(tmp_path / "run"), mint(), time.monotonic() + 5, b"", 4096)
     assert refused.value.result is ReadResult.UNREACHABLE
+
+
+def test_who_waits_learns_that_the_door_has_closed(store: Store, tmp_path: Path) -> None:
+    answer = pack(honest(store))
+    with contextlib.closing(LiesAtTheDoor(tmp_path / "run", answer)):
+        door = knock(
+            Doors(tmp_path / "run"),
+            mint(),
+            time.monotonic() + 5,
+            store.arena.geometry.kv_format_hash,
+            4096,
+        )
+        turns = itertools.count(1)
+        wait_until(lambda: not door.nudge(next(turns) * NUDGE_EVERY_S))
+        door.close()
 
 
 def test_geometries_come_through_the_wire() -> None:

@@ -214,6 +214,12 @@ def test_the_serving_process_is_started_again(
     assert set(results) <= {ReadResult.OK, ReadResult.UNREACHABLE}
     wait_until(lambda: fetch(transport, writer).num_right == NUM_BLOCKS)
     assert writer.process.poll() is None
+    # Who was not there when it was started again does not even notice.
+    os.kill(writer.serving_pid or 0, signal.SIGKILL)
+    other = NixlTransport(transport._doors, KV_FORMAT)
+    wait_until(lambda: fetch(other, writer).num_right == NUM_BLOCKS)
+    other.close()
+    assert fetch(transport, writer).num_right == NUM_BLOCKS
 
 
 READER = """

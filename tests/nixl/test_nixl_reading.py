@@ -16,6 +16,7 @@ from nixl_writer import frame, key
 
 from baton.fabric.nixl import NixlTransport, sections
 from baton.fabric.nixl.door import Doors
+from baton.fabric.nixl.serving import AWAKE_S
 from baton.fabric.nixl.staging import NUM_PAGES
 from baton.fabric.transport import ReadResult, Wanted
 from baton.types import KvFormat
@@ -70,6 +71,7 @@ def test_blocks_over_tcp(
     transport = NixlTransport(Doors(tmp_path / "run"), KV_FORMAT)
     for _ in range(3):
         assert fetch(transport, writer).num_right == NUM_BLOCKS
+        time.sleep(2 * AWAKE_S)  # the serving process has gone to sleep
     transport.close()
     writer.close()
 
