@@ -9,9 +9,10 @@ PEERS ?= .peers
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+WITH_NIXL := $(VENV)/.with-nixl
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels demo serve check test unit lint types clean sim exact overhead roofline memory peers compare goodput fabric docs
+.PHONY: help install kernels demo serve check test unit lint types clean sim exact overhead roofline memory peers compare goodput fabric docs nixl-test nixl-soak
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -46,6 +47,17 @@ test: $(INSTALLED) ## All tests: unit, property, model check, simulation, numeri
 	$(BIN)/pytest -q tests/unit tests/property tests/model_check tests/sim
 	$(BIN)/pytest -q tests/numerics
 	$(BIN)/pytest -q tests/integration tests/faults
+
+# Without its dependencies: torch is here already, and NIXL takes no more than numpy without CUDA.
+$(WITH_NIXL): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt nixl-cu13
+	touch $@
+
+nixl-test: $(WITH_NIXL) ## Test the nixl transport with the real package, between processes and namespaces
+	$(BIN)/pytest -q --confcutdir=tests/nixl tests/nixl
+
+nixl-soak: $(WITH_NIXL) ## Read through NIXL 200,000 times; a minute or two
+	$(BIN)/python tests/nixl/nixl_soak.py
 
 kernels: $(INSTALLED) ## Build the CPU kernels in place, after a change in csrc
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools

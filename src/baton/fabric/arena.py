@@ -42,6 +42,10 @@ PAGE_BYTES: Final = 4096
 _HEADER = struct.Struct("<8sQQQQ32s")  # magic, version, epoch, num_frames, frame_bytes, kv_format
 _U64, _EPOCH_AT = struct.Struct("<Q"), 16
 _FRAME_HEADER = struct.Struct("<QQ32s16s")  # generation, num_bytes, key, digest
+FRAME_HEADERS: Final = np.dtype(
+    [("generation", "<u8"), ("num_bytes", "<u8"), ("key", "<u8", (4,)), ("digest", "<u8", (2,))]
+)
+"""The same, for whoever reads whole pages of headers."""
 # From <linux/fcntl.h>; spelled out, so that this module can be imported on other systems.
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEAL, _SHRINK, _GROW, _FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10
@@ -257,6 +261,18 @@ class MappedArena:
         if not self._memory.closed:
             del self._bytes
             self._memory.close()
+
+
+def first_bytes(geometry: Geometry) -> bytes:
+    """What the first page of an arena of this geometry begins with."""
+    return _HEADER.pack(
+        MAGIC,
+        VERSION,
+        geometry.epoch,
+        geometry.num_frames,
+        geometry.frame_bytes,
+        geometry.kv_format_hash,
+    )
 
 
 def _validated(fd: int, expected_epoch: int) -> Geometry:
