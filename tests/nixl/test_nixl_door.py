@@ -108,9 +108,7 @@ def test_an_arena_whose_frame_is_rewritten_meanwhile(
 
     monkeypatch.setattr(NixlTransport, "_copy", rewrite_then_copy)
     block = bytearray(4096)
-    results = transport.fetch(
-        mint(), [Wanted(KEY, 1, store.digest, block)], time.monotonic() + 5
-    )
+    results = transport.fetch(mint(), [Wanted(KEY, 1, store.digest, block)], time.monotonic() + 5)
     assert results == [ReadResult.MISSING]
 
 

@@ -242,18 +242,16 @@ def test_after_the_deadline_nothing_is_asked(store: Store, reader: TcpTransport)
 # Connections
 
 
-def test_connections_are_kept_until_a_rest(store: Store, reader: TcpTransport) -> None:
+def test_connections_are_kept_until_they_are_closed(store: Store, reader: TcpTransport) -> None:
     for _ in range(3):
         assert store.works(reader)
     assert store.server is not None
     (connection,) = store.server._connections
-    for let_go in (reader.rest, lambda: reader.forget("p0"), reader.close):
-        reader.forget("another")
-        assert num_connections(store) == 1
-        let_go()
-        until(lambda: num_connections(store) == 0)
-        assert store.works(reader)
-        assert connection not in store.server._connections
+    assert num_connections(store) == 1
+    reader.close()
+    until(lambda: num_connections(store) == 0)
+    assert store.works(reader)
+    assert connection not in store.server._connections
 
 
 def test_a_connection_that_the_server_closed_is_not_used(

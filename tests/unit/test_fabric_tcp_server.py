@@ -105,7 +105,7 @@ def test_a_reader_that_does_not_read_is_cut_off(
         connection.sendall(ask_of(store))
         until(lambda: num_connections(store) == 1)
         assert store.works(reader)
-        reader.rest()
+        reader.close()
         until(lambda: num_connections(store) == 0)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from baton.errors import ConfigError
 from baton.fabric.transport import ReadResult, Transport, Wanted
 from baton.rpc.messages import Measure, Measured
-from baton.types import Grant
 from baton.worker.store import Store
 
 ROUNDS_S: Final = 0.5
@@ -37,20 +36,22 @@ def measure(store: Store, ask: Measure, block_bytes: int) -> list[Measured]:
             found.append(Measured(ask.number, name, str(error)))
             continue
         try:
-            found.append(_measure(way, ask.number, name, sealed.grant, wanted))
+            found.append(_measure(way, ask, name, wanted, block_bytes))
         finally:
             way.close()
     return found
 
 
 def _measure(
-    way: Transport, number: int, name: str, grant: Grant, wanted: list[Wanted]
+    way: Transport, ask: Measure, name: str, wanted: list[Wanted], block_bytes: int
 ) -> Measured:
+    number, grant = ask.number, ask.sealed.grant
     one = wanted[:1]
     result = way.fetch(grant, one, time.monotonic() + FETCH_S)[0]  # connects
     if result is not ReadResult.OK:
         return Measured(number, name, f"a block did not come: {result}")
-    singles, alls = [], []
+    singles: list[float] = []
+    alls: list[float] = []
     started, cpu = time.monotonic(), time.process_time()
     num_blocks = 0
     while not alls or time.monotonic() - started < ROUNDS_S:
@@ -61,7 +62,7 @@ def _measure(
             if bad := [result for result in results if result is not ReadResult.OK]:
                 return Measured(number, name, f"{len(bad)} blocks did not come: {bad[0]}")
             num_blocks += len(blocks)
-    num_bytes = sum(len(memoryview(want.destination)) for want in wanted)
+    num_bytes = len(wanted) * block_bytes
     cpu_s = (time.process_time() - cpu) * len(wanted) / num_blocks
     return Measured(
         number,

@@ -1,6 +1,6 @@
 """A worker's block store with its doors, and the ways to the stores of others.
 
-doors   shm: descriptors of the arena, on this host     tcp: where it is configured     nixl: likewise
+doors   shm: the arena's descriptor, on this host; tcp and nixl where they are configured
 ways    chosen for each source when its first block is wanted, and logged with the reason
 """
 
@@ -108,12 +108,12 @@ class Store:
         logger.info("serving blocks over tcp address=%s tls=%s", server.address, bool(self._tls))
 
     def _open_nixl(self, worker_id: str, arena: Arena, lease_secret: bytes) -> None:
-        from baton.fabric.nixl import NixlStore  # an optional package, loaded where it is asked for
+        from baton.fabric.nixl import NixlStore  # an optional package
 
         nixl = NixlStore(self._runtime_dir, worker_id, arena, lease_secret)
         self._closing.callback(nixl.stop)
 
-    # Ways to others; called on the thread that fetches from `source` -------------------------------
+    # Ways to others; called on the thread that fetches from `source` -----------------------
 
     def _way_to(self, source: str) -> Transport:
         name, reason = self._choose(source)
