@@ -52,6 +52,8 @@ def test_every_flag_sets_its_own_field_and_has_help() -> None:
     for flag in flags():
         if flag.path == "launch.layout":
             text = "4U"
+        elif flag.path == "fabric.tcp_advertise":
+            text = "127.0.0.1:9"
         elif flag.path == "gateway.host":
             text = "::1"
         elif flag.path == "gateway.admin_host":

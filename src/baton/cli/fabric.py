@@ -11,12 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from baton.cli import fabric_check
 from baton.cli.parser import Parser, add_config_flags, config_from
 from baton.cli.terminal import print_table
 from baton.errors import ConfigError
 
-SUMMARY = "calibrate: measure what each wire codec for KV does to a model's next tokens."
+SUMMARY = (
+    "check: measure the ways between the workers of a running deployment.\n"
+    "calibrate: measure what each wire codec for KV does to a model's next tokens."
+)
 EXAMPLES = """\
+  baton fabric check                                              what does the passage of KV cost?
   baton fabric calibrate --model ./my-model                       before serving over a slow link
   baton fabric calibrate --model ./my-model --text chats.txt      on text like your own
 """
@@ -93,5 +98,8 @@ _SUBCOMMANDS: dict[str, _Subcommand] = {
         EXAMPLES,
         _add_calibrate,
         _calibrate,
+    ),
+    "check": _Subcommand(
+        fabric_check.SUMMARY, fabric_check.EXAMPLES, fabric_check.add_arguments, fabric_check.run
     ),
 }

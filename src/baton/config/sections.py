@@ -130,9 +130,8 @@ class FabricConfig(Section, frozen=True):
         ),
     ] = None
     tcp_advertise: Annotated[
-        str | None,
+        Annotated[str, Meta(pattern=r"^.+:\d{1,5}$")] | None,
         Meta(
-            pattern=r"^.+:\d{1,5}$",
             description="HOST:PORT that the other workers are told instead of tcp_host and the "
             "port, where something stands in between.",
         ),
