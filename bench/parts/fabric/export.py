@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,8 +31,7 @@ NUM_BLOCKS = STEP_TOKENS * NUM_STEPS // BLOCK_TOKENS
 TARGET = "≤ 3"
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """One prompt. steps_s: wall time of each step, in the last of which its own copies are awaited.
 
     cpu_s: the fabric thread's. copies_s: wall time of all copies, one after the other.
@@ -127,7 +126,8 @@ def measure(rounds: int) -> list[Row]:
         try:
             cold = prefill.run(hand_off=True)  # frames that no page of memory stands behind yet
             prefill.run(hand_off=False)
-            given, kept = [], []
+            given: list[Run] = []
+            kept: list[Run] = []
             for turn in range(rounds):
                 for hand_off in (True, False) if turn % 2 else (False, True):
                     (given if hand_off else kept).append(prefill.run(hand_off))
@@ -138,9 +138,7 @@ def measure(rounds: int) -> list[Row]:
 
 def _rows(prefill: Prefill, cold: Run, given: list[Run], kept: list[Run]) -> list[Row]:
     with_s, without_s = (np.array([run.steps_s for run in runs]) for runs in (given, kept))
-    cpu_s, copies_s = (
-        np.array([getattr(run, name) for run in given]) for name in Run.__slots__[1:]
-    )
+    cpu_s, copies_s = (np.array(all_) for all_ in zip(*[run[1:] for run in given], strict=True))
     num_bytes = NUM_BLOCKS * prefill.block_bytes
     step, step_spread = middle(1e3 * without_s.mean(axis=1))
     share, share_spread = middle(100 * cpu_s / without_s.sum(axis=1))

@@ -59,7 +59,7 @@ class Ends:
         ]
         start, stride = self.arena.geometry.frames_at, self.arena.geometry.stride
         stored = self.arena._bytes[start:].reshape(num_blocks, stride)[:, :block_bytes]
-        self.pairs = [(w.destination, stored[w.frame]) for w in self.wanted]
+        self.pairs = [(self.pool[n], stored[frame]) for n, frame in enumerate(self.frames)]
 
     def write(self) -> list[bytes]:
         """Pool to store."""
@@ -118,9 +118,11 @@ def _rows(ends: Ends, block_kib: int, rounds: int) -> list[Row]:
         "pool to store": ends.write,
         "pool to pool": ends.pool_to_pool,
     }
-    bodies = [body for isa in digest.ISAS[1:] if (body := digest.find_copier(isa)) is not None]
-    for body in (*bodies, digest.PythonCopier("asked for")):
-        cases[f"store to pool, {body.name}"] = partial(ends.fetch_with, body)
+    bodies: list[digest.Copier] = [digest.PythonCopier("asked for")]
+    bodies += [found for isa in digest.ISAS if (found := digest.find_copier(isa)) is not None]
+    for body in bodies:
+        if body is not digest.copier():
+            cases[f"store to pool, {body.name}"] = partial(ends.fetch_with, body)
     seconds = interleaved(cases, rounds)
     assert np.array_equal(ends.pool, ends.source)
     copy = seconds["copy"]

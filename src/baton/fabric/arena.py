@@ -28,7 +28,7 @@ import msgspec
 import numpy as np
 
 from baton.errors import BatonError, ConfigError
-from baton.fabric.digest import copier, copy_and_digest, gather_and_digest
+from baton.fabric.digest import copier, copy_and_digest, gather_and_digest, num_bytes_of
 from baton.fabric.transport import Bytes, ReadableBlock, ReadResult, Wanted, WritableBlock
 from baton.types import KvFormat
 
@@ -227,7 +227,7 @@ class MappedArena:
                 results.append(ReadResult.MISSING)
                 continue
             destination = block.destination
-            if num_bytes != memoryview(destination).nbytes or num_bytes > geometry.frame_bytes:
+            if num_bytes != num_bytes_of(destination) or num_bytes > geometry.frame_bytes:
                 results.append(ReadResult.WRONG_SIZE)
                 continue
             results.append(ReadResult.OK)

@@ -43,7 +43,7 @@ def copy_and_digest(destination: WritableBlock, source: Bytes) -> bytes:
         ValueError: the lengths differ.
         TypeError, ValueError: the destination cannot be written, or has gaps.
     """
-    if memoryview(destination).nbytes != source.size or not source.flags.c_contiguous:
+    if num_bytes_of(destination) != source.size or not source.flags.c_contiguous:
         raise ValueError(f"{source.size} bytes to copy to another length, or with gaps")
     return copier().gather(source, (0,), (source.size,), (destination,))[0]
 
@@ -62,11 +62,16 @@ def gather_and_digest(
     if not memory.flags.c_contiguous:
         raise ValueError("memory with gaps")
     end = memory.size
-    sizes = [memoryview(destination).nbytes for destination in destinations]
+    sizes = [num_bytes_of(destination) for destination in destinations]
     for start, size in zip(starts, sizes, strict=True):
         if not 0 <= start <= end - size:
             raise ValueError(f"{size} bytes from {start} of {end}")
     return copier().gather(memory, starts, sizes, destinations)
+
+
+def num_bytes_of(block: WritableBlock) -> int:
+    """How long a block is, of whatever kind."""
+    return memoryview(block).nbytes  # type: ignore[arg-type]  # numpy's buffers have types from 3.12
 
 
 class Copier(Protocol):
@@ -146,7 +151,7 @@ class NativeCopier:
 
 def _address(writable: WritableBlock) -> int:
     """Where the bytes of a buffer are, if it can be written and has no gaps."""
-    return ctypes.addressof(c_char.from_buffer(writable))
+    return ctypes.addressof(c_char.from_buffer(writable))  # type: ignore[arg-type]  # as above
 
 
 @cache
