@@ -6,12 +6,14 @@ TORCH ?= torch==2.13.0
 MODEL ?= models/baton-demo
 # Where `make peers` builds other engines.
 PEERS ?= .peers
+# How many times `make fuzz` changes a message of the wire protocol.
+MUTATIONS ?= 100000
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels demo serve check test unit lint types clean exact overhead roofline memory peers compare goodput docs
+.PHONY: help install kernels demo serve check test unit lint types clean exact overhead roofline memory peers compare goodput fuzz docs
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -72,6 +74,9 @@ compare: $(INSTALLED) ## Measure Baton beside transformers, llama.cpp and vLLM: 
 
 goodput: $(INSTALLED) ## Measure goodput of 1P1D, 2U, 1U and of other engines; an hour, resumes
 	$(BIN)/python bench/goodput.py --peers $(PEERS)
+
+fuzz: $(INSTALLED) ## Throw MUTATIONS (100000) random changes of messages at both ends of tcp
+	MUTATIONS=$(MUTATIONS) $(BIN)/pytest -q --timeout 3600 tests/property/test_wire_fuzz.py
 
 docs: $(INSTALLED) ## Write the pages that are made from the code: configuration, metrics
 	$(BIN)/python docs/generate.py

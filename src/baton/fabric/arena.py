@@ -20,7 +20,7 @@ import hashlib
 import mmap
 import os
 import struct
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -88,15 +88,6 @@ class Geometry(msgspec.Struct, frozen=True):
 
     def frame_at(self, frame: int) -> int:
         return self.frames_at + frame * self.stride
-
-
-class FrameHeader(NamedTuple):
-    """A frame's header: key of 32 bytes, digest of 16; an odd generation means being written."""
-
-    generation: int
-    num_bytes: int
-    key: bytes
-    digest: bytes
 
 
 class Arena:
@@ -194,6 +185,7 @@ class MappedArena:
         except OSError as error:
             raise ArenaRefused(f"cannot map the arena: {error}") from error
         self._bytes: Bytes = np.frombuffer(self._memory, dtype=np.uint8)
+        self._frames_at, self._stride = self.geometry.frames_at, self.geometry.stride
 
     def read(self, frame: int, key: bytes, digest: bytes, destination: WritableBlock) -> ReadResult:
         """Copy `frame` to `destination`, if it holds `key` whole and the copy has `digest`.
@@ -217,15 +209,16 @@ class MappedArena:
             return ReadResult.STALE_EPOCH
         return ReadResult.OK if copied == digest else ReadResult.CORRUPT
 
-    def header(self, frame: int) -> FrameHeader:
-        """What stands over `frame`, 0 to num_frames - 1; torn if it is written at this moment."""
-        return FrameHeader._make(
-            _FRAME_HEADER.unpack_from(self._memory, self.geometry.header_at(frame))
-        )
+    def header(self, frame: int) -> tuple[int, int, bytes, bytes]:
+        """What stands over `frame`: generation (odd while it is written), num_bytes, key, digest.
+
+        frame: 0 to num_frames - 1.
+        """
+        return _FRAME_HEADER.unpack_from(self._memory, PAGE_BYTES + frame * _FRAME_HEADER.size)
 
     def stored(self, frame: int, num_bytes: int) -> memoryview:
         """The first `num_bytes` of `frame` itself, not a copy. Let go of it before `close`."""
-        start = self.geometry.frame_at(frame)
+        start = self._frames_at + frame * self._stride
         return self._bytes[start : start + num_bytes].data
 
     def close(self) -> None:
