@@ -6,13 +6,15 @@ TORCH ?= torch==2.13.0
 MODEL ?= models/baton-demo
 # Where `make peers` builds other engines.
 PEERS ?= .peers
+# How many times `make fuzz` changes a message of the wire protocol.
+MUTATIONS ?= 100000
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WITH_NIXL := $(VENV)/.with-nixl
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels demo serve check test unit lint types clean sim exact overhead roofline memory peers compare goodput fabric docs nixl-test nixl-soak
+.PHONY: help install kernels demo serve check test unit lint types clean sim exact overhead roofline memory peers compare goodput fabric fuzz docs nixl-test nixl-soak
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -91,6 +93,9 @@ goodput: $(INSTALLED) ## Measure goodput of 1P1D, 2U, 1U and of other engines; a
 
 fabric: $(INSTALLED) ## Measure how KV blocks travel, beside a plain copy of them; a quarter of an hour
 	$(BIN)/python bench/fabric.py --json results/fabric.json
+
+fuzz: $(INSTALLED) ## Throw MUTATIONS (100000) random changes of messages at both ends of tcp
+	MUTATIONS=$(MUTATIONS) $(BIN)/pytest -q --timeout 3600 tests/property/test_wire_fuzz.py
 
 docs: $(INSTALLED) ## Write the pages that are made from the code: configuration, metrics
 	$(BIN)/python docs/generate.py

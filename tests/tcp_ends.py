@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,7 +17,7 @@ import numpy as np
 from baton.core.lease import LeaseTable
 from baton.core.store_index import StoreIndex
 from baton.fabric.arena import Arena, kv_format_hash
-from baton.fabric.exchange import Exchange
+from baton.fabric.exchange import Exchange, view_of
 from baton.fabric.tcp import TcpTransport
 from baton.fabric.tcp_server import TcpServer
 from baton.fabric.transport import Bytes, Peer, ReadableBlock, ReadResult, Wanted, WritableBlock
@@ -178,6 +183,55 @@ def num_connections(store: Store) -> int:
     return len(store.server._connections)
 
 
+def exchange_of(wanted: Sequence[Wanted]) -> Exchange:
+    return Exchange(wanted, [view_of(block) for block in wanted])
+
+
 def ask_of(store: Store) -> bytes:
-    exchange = Exchange(store.all_wanted())
+    exchange = exchange_of(store.all_wanted())
     return exchange.ask(store.grant, kv_format_hash(store.kv_format), "raw")
+
+
+class Source:
+    """A `Store` in a process of its own, which can be killed and frozen; `twin` is what it holds.
+
+    port: where it listens; 0 takes any free one.
+    """
+
+    def __init__(
+        self, num_blocks: int = 4, block_bytes: int = BLOCK_BYTES, epoch: int = EPOCH, port: int = 0
+    ) -> None:
+        self.twin = Store(num_blocks, block_bytes, epoch, listens=False)
+        arguments = [str(number) for number in (num_blocks, block_bytes, epoch, port)]
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdout is not None
+        self.twin.address = ("127.0.0.1", int(self.process.stdout.readline()))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)  # it takes its time
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        self.twin.close()
+        self.thaw()
+        self.process.communicate(timeout=20)
+
+
+def serve(num_blocks: int, block_bytes: int, epoch: int, port: int) -> None:
+    """Be a source until standard input ends."""
+    with contextlib.closing(Store(num_blocks, block_bytes, epoch, port=port)) as store:
+        print(store.address[1], flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    serve(*map(int, sys.argv[1:]))

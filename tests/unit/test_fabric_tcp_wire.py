@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 
 import msgspec
-import numpy as np
 import pytest
 from tcp_ends import (
     BLOCK_BYTES,
@@ -20,13 +19,14 @@ from tcp_ends import (
     Make,
     Store,
     ask_of,
+    exchange_of,
 )
 
 from baton.fabric.arena import kv_format_hash
-from baton.fabric.exchange import MAX_ASK_BYTES, MIN_ASK_BYTES, Exchange, split
+from baton.fabric.exchange import MAX_ASK_BYTES, MIN_ASK_BYTES, split
 from baton.fabric.stream import Stream
 from baton.fabric.tcp_answers import Answers
-from baton.fabric.transport import ReadResult, Wanted
+from baton.fabric.transport import ReadResult
 from baton.fabric.wire import (
     MAX_BLOCKS,
     MAX_MESSAGE_BYTES,
@@ -62,7 +62,7 @@ def answered(store: Store, spoil: Callable[[], object], codec: str = "raw") -> l
     here, there = Stream(ends[0]), Spoiling(ends[1])
     codecs = {"half": Half()}
     answers = Answers("p0", store.arena, store.kv_format, SECRET, store.leases.allows, codecs)
-    exchange = Exchange(store.all_wanted())
+    exchange = exchange_of(store.all_wanted())
     limit = time.monotonic() + 5.0
     here.send([exchange.ask(store.grant, kv_format_hash(store.kv_format), codec)], limit)
     answers.answer(there.receive_message(limit), there, limit)
@@ -91,18 +91,14 @@ def test_a_frame_that_is_damaged_meanwhile_is_corrupt(make: Make, codec: str) ->
 
 
 def test_asks_are_split_by_bytes_and_by_number() -> None:
-    def parts(sizes: list[int], num_streams: int = 1) -> list[list[int]]:
-        blocks = [Wanted(bytes(32), 0, b"", np.empty(size, np.uint8)) for size in sizes]
-        return split(blocks, num_streams)
-
     third = MIN_ASK_BYTES // 3
-    assert parts([]) == []
-    assert parts([third] * 4) == [[0, 1, 2], [3]]
-    assert parts([2 * MAX_ASK_BYTES, 1, 2 * MAX_ASK_BYTES]) == [[0], [1], [2]]
-    assert [len(part) for part in parts([1] * 600)] == [256, 256, 88]
+    assert split([], 1) == []
+    assert split([third] * 4, 1) == [(0, 3), (3, 4)]
+    assert split([2 * MAX_ASK_BYTES, 1, 2 * MAX_ASK_BYTES], 1) == [(0, 1), (1, 2), (2, 3)]
+    assert split([1] * 600, 1) == [(0, 256), (256, 512), (512, 600)]
     eighths = [MAX_ASK_BYTES // 8] * 64
-    assert {len(part) for part in parts(eighths)} == {8}
-    assert {len(part) for part in parts(eighths, num_streams=4)} == {4}
+    assert {end - start for start, end in split(eighths, 1)} == {8}
+    assert {end - start for start, end in split(eighths, 4)} == {4}
 
 
 def test_messages_have_bounds() -> None:

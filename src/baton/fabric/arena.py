@@ -94,15 +94,6 @@ class Geometry(msgspec.Struct, frozen=True):
         return self.frames_at + frame * self.stride
 
 
-class FrameHeader(NamedTuple):
-    """A frame's header: key of 32 bytes, digest of 16; an odd generation means being written."""
-
-    generation: int
-    num_bytes: int
-    key: bytes
-    digest: bytes
-
-
 class Arena:
     """A worker's own block store, for writing. Call `create`.
 
@@ -245,15 +236,16 @@ class MappedArena:
                 results[index] = ReadResult.CORRUPT
         return results
 
-    def header(self, frame: int) -> FrameHeader:
-        """What stands over `frame`, 0 to num_frames - 1; torn if it is written at this moment."""
-        return FrameHeader._make(
-            _FRAME_HEADER.unpack_from(self._memory, self.geometry.header_at(frame))
-        )
+    def header(self, frame: int) -> tuple[int, int, bytes, bytes]:
+        """What stands over `frame`: generation (odd while it is written), num_bytes, key, digest.
+
+        frame: 0 to num_frames - 1.
+        """
+        return _FRAME_HEADER.unpack_from(self._memory, PAGE_BYTES + frame * _FRAME_HEADER.size)
 
     def stored(self, frame: int, num_bytes: int) -> memoryview:
         """The first `num_bytes` of `frame` itself, not a copy. Let go of it before `close`."""
-        start = self.geometry.frame_at(frame)
+        start = self._frames_at + frame * self._stride
         return self._bytes[start : start + num_bytes].data
 
     def close(self) -> None:

@@ -41,18 +41,21 @@ _RESULTS: Final = {str(result): result for result in ReadResult}
 class Exchange:
     """An ask for some of the blocks of a fetch.
 
-    wanted: 1 to `MAX_BLOCKS`. results: one for each, None until it is known.
+    wanted: 1 to `MAX_BLOCKS`. destinations: theirs, as `view_of` gives them. results: one for
+    each, None until it is known.
     """
 
-    def __init__(self, wanted: Sequence[Wanted]) -> None:
+    def __init__(self, wanted: Sequence[Wanted], destinations: Sequence[memoryview]) -> None:
         self.results: list[ReadResult | None] = [None] * len(wanted)
         self._wanted = wanted
+        self._destinations = destinations
         self._ask_id = os.urandom(ASK_ID_BYTES)
 
     def ask(self, grant: Grant, kv_format_hash: bytes, codec: str) -> bytes:
         """The message to send."""
         blocks = tuple(
-            AskedBlock(block.key, block.frame, view_of(block).nbytes) for block in self._wanted
+            AskedBlock(block.key, block.frame, destination.nbytes)
+            for block, destination in zip(self._wanted, self._destinations, strict=True)
         )
         return pack(Ask(PROTOCOL_VERSION, self._ask_id, kv_format_hash, codec, grant, blocks))
 
@@ -74,9 +77,9 @@ class Exchange:
             self._receive_encoded(stream, answer, limit, kv_format, codec)
 
     def _receive_stored(self, stream: Stream, answer: Blocks, limit: float) -> None:
-        views = [view_of(block).cast("B") for block in self._wanted]
-        coming = self._coming(answer, [view.nbytes for view in views])
-        for index, digest in _digested(stream, coming, [views[n] for n in coming], limit):
+        destinations = self._destinations
+        coming = self._coming(answer, [destination.nbytes for destination in destinations])
+        for index, digest in _digested(stream, coming, [destinations[n] for n in coming], limit):
             right = digest == self._wanted[index].digest
             self.results[index] = ReadResult.OK if right else ReadResult.CORRUPT
         end = decode_end(stream.receive_message(limit))
@@ -136,25 +139,26 @@ class Exchange:
 
 
 def view_of(block: Wanted) -> memoryview:
-    """The destination of `block`."""
-    return memoryview(block.destination)  # type: ignore[arg-type]  # an array is a buffer, too
+    """The destination of `block` as bytes, one after the other; empty as it is."""
+    view = memoryview(block.destination)  # type: ignore[arg-type]  # an array is a buffer, too
+    return view.cast("B") if view.nbytes else view
 
 
-def split(wanted: Sequence[Wanted], num_streams: int) -> list[list[int]]:
-    """Indices of the blocks of each ask, in order: some for each stream, if there are enough.
+def split(lengths: Sequence[int], num_streams: int) -> list[tuple[int, int]]:
+    """From which block to which (exclusive) each ask goes: some for each stream, if it is much.
 
-    An ask has a block at least, and at most `MAX_BLOCKS`.
+    lengths: of all blocks, in bytes. An ask has a block at least, and at most `MAX_BLOCKS`.
     """
-    lengths = [view_of(block).nbytes for block in wanted]
     most = min(max(MIN_ASK_BYTES, sum(lengths) // (4 * num_streams)), MAX_ASK_BYTES)
-    asks: list[list[int]] = []
-    num_bytes = most
+    asks = []
+    start = num_bytes = 0
     for index, length in enumerate(lengths):
-        if num_bytes + length > most or len(asks[-1]) == MAX_BLOCKS:
-            asks.append([])
-            num_bytes = 0
-        asks[-1].append(index)
+        if index > start and (num_bytes + length > most or index - start == MAX_BLOCKS):
+            asks.append((start, index))
+            start, num_bytes = index, 0
         num_bytes += length
+    if start < len(lengths):
+        asks.append((start, len(lengths)))
     return asks
 
 
@@ -165,6 +169,10 @@ def _digested(
     pieces: list[memoryview] = []
     last_of: list[int | None] = []  # for each piece: the index of the block that it completes
     for index, block in zip(indices, blocks, strict=True):
+        if block.nbytes <= PIECE_BYTES:
+            pieces.append(block)
+            last_of.append(index)
+            continue
         for start in range(0, block.nbytes, PIECE_BYTES):
             pieces.append(block[start : start + PIECE_BYTES])
             last_of.append(None)

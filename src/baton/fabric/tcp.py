@@ -84,11 +84,14 @@ class TcpTransport:
             result = ReadResult.UNREACHABLE if peer is None else ReadResult.STALE_EPOCH
             _log(grant, result, "no address is known for it")
             return [result] * len(wanted)
-        results = [_unaskable(block) for block in wanted]
+        views = [view_of(block) for block in wanted]
+        results = [_unaskable(block, view) for block, view in zip(wanted, views, strict=True)]
         asked = [index for index, result in enumerate(results) if result is None]
-        askable = [wanted[index] for index in asked]
+        if len(asked) < len(wanted):
+            wanted, views = [wanted[n] for n in asked], [views[n] for n in asked]
         exchanges = [
-            Exchange([askable[n] for n in indices]) for indices in split(askable, self._num_streams)
+            Exchange(wanted[start:end], views[start:end])
+            for start, end in split([view.nbytes for view in views], self._num_streams)
         ]
         fetch = _Fetch(grant, peer, exchanges, deadline, codec)
         self._run_all(fetch)
@@ -234,20 +237,20 @@ def connect(peer: Peer, tls: ssl.SSLContext | None, limit: float) -> Stream:
     return stream
 
 
-def _unaskable(block: Wanted) -> ReadResult | None:
+def _unaskable(block: Wanted, destination: memoryview) -> ReadResult | None:
     """What a block gets that no ask can be made for; frames are hints of a peer."""
     if len(block.key) != KEY_BYTES:
         return ReadResult.MISSING
     if not 0 <= block.frame < _MAX_FRAME:
         return ReadResult.OUT_OF_RANGE
-    if not view_of(block).nbytes:
+    if not destination.nbytes:
         return ReadResult.WRONG_SIZE
     return None
 
 
 def _log(grant: Grant, result: ReadResult, reason: str) -> None:
     logger.warning(
-        "blocks not read source=%r epoch=%d result=%s reason=%s",
+        "blocks not read source=%r epoch=%d result=%s reason=%r",
         grant.source,
         grant.epoch,
         result,

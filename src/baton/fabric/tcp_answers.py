@@ -113,26 +113,28 @@ class Answers:
 
     def _judge(self, ask: Ask, encoded_bytes: int = 0) -> tuple[list[State], list[_Sent]]:
         """What to say of each block, and which to send: as long as stored, or `encoded_bytes`."""
-        now = time.monotonic()
-        geometry = self._store.geometry
+        now, grant_id = time.monotonic(), ask.grant.grant_id
+        num_frames = self._store.geometry.num_frames
+        longest = self._store.geometry.frame_bytes
         states: list[State] = []
         good: list[_Sent] = []
         for index, block in enumerate(ask.blocks):
-            if not self._allows(ask.grant.grant_id, block.key, now):
+            key, frame = block.key, block.frame
+            if not self._allows(grant_id, key, now):
                 states.append(("refused", 0))
                 continue
-            if block.frame >= geometry.num_frames:
+            if frame >= num_frames:
                 states.append(("out_of_range", 0))
                 continue
-            generation, num_bytes, key, _ = self._store.header(block.frame)
-            fits = block.num_bytes == num_bytes and 0 < num_bytes <= geometry.frame_bytes
-            if generation % 2 or key != block.key:
+            generation, num_bytes, stored_key, _ = self._store.header(frame)
+            fits = block.num_bytes == num_bytes and 0 < num_bytes <= longest
+            if generation % 2 or stored_key != key:
                 states.append(("missing", 0))
             elif not fits or (encoded_bytes and num_bytes != self._kv_format.block_bytes):
                 states.append(("wrong_size", 0))
             else:
                 states.append(("ok", encoded_bytes or num_bytes))
-                good.append((index, block.frame, generation))
+                good.append((index, frame, generation))
         return states, good
 
     def _send_stored(self, ask: Ask, stream: Stream, limit: float) -> None:
@@ -149,7 +151,7 @@ class Answers:
         corrupt, digests = [], []
         for index, frame, _ in good:
             stored = self._store.stored(frame, ask.blocks[index].num_bytes)
-            if xxhash.xxh3_128_digest(stored) == self._store.header(frame).digest:
+            if xxhash.xxh3_128_digest(stored) == self._store.header(frame)[3]:
                 codec.encode(self._kv_format, stored, encoded)
             else:
                 corrupt.append(index)
@@ -160,4 +162,4 @@ class Answers:
 
     def _changed(self, sent: list[_Sent]) -> tuple[int, ...]:
         header = self._store.header
-        return tuple(index for index, frame, was in sent if header(frame).generation != was)
+        return tuple(index for index, frame, was in sent if header(frame)[0] != was)

@@ -142,9 +142,9 @@ class TcpServer:
         try:
             self._converse(connection)
         except ConnectionError as error:
-            logger.debug("a reader has left error=%s", str(error))
+            logger.debug("a reader has left error=%r", str(error))
         except (OSError, Malformed) as error:  # logged as text: its frames have views of the store
-            logger.warning("cut off a reader error=%s", str(error))
+            logger.warning("cut off a reader error=%r", str(error))
         except Exception:
             logger.exception("cut off a reader")  # whatever it is, the others are served
         finally:
