@@ -48,9 +48,7 @@ def times(choice: CodecChoice, known: list[CodecFigures], link: Link) -> float:
 
 
 @given(figures, links, budgets)
-def test_the_best_of_what_is_allowed(
-    known: list[CodecFigures], link: Link, max_kl: float
-) -> None:
+def test_the_best_of_what_is_allowed(known: list[CodecFigures], link: Link, max_kl: float) -> None:
     choice = choose_codec(RAW_BYTES, known, link, max_kl)
     assert choice.predicted_s == times(choice, known, link)
     assert choice.predicted_s <= predict(RAW_BYTES, 0.0, 0.0, link)

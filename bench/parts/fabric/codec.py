@@ -95,7 +95,8 @@ def _repeat(call: Callable[[], None], repeats: int) -> None:
 def _speed(size: str, fmt: KvFormat, rounds: int) -> list[Row]:
     count = TOTAL_BYTES // fmt.block_bytes
     seconds = {
-        name: taken / count for name, taken in interleaved(Blocks(fmt, count).cases(), rounds).items()
+        name: taken / count
+        for name, taken in interleaved(Blocks(fmt, count).cases(), rounds).items()
     }
     cached = interleaved(Blocks(fmt, 1).cases(IN_CACHE_CALLS), rounds)
     rate, spread = middle(fmt.block_bytes / seconds["copy"] / 1e9)
@@ -151,7 +152,9 @@ def _budget(model: str, found: Calibration, limit: float) -> Row:
     chosen = choose_codec(fmt.block_bytes, figures, Link(1e9 / 8), limit).codec
     kl = found.kl(chosen)
     assert kl is not None
-    return Row(f"{model}: KL max of what is chosen at {limit:g}", kl, "nats", f"≤ {limit:g}", chosen)
+    return Row(
+        f"{model}: KL max of what is chosen at {limit:g}", kl, "nats", f"≤ {limit:g}", chosen
+    )
 
 
 if __name__ == "__main__":

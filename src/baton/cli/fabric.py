@@ -67,7 +67,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             name,
             f"{loss.bytes_per_token:,.0f}",
             *(f"{nats:.2g}" for nats in (loss.kl_mean, loss.kl_p99, loss.kl_max)),
-            "always" if name == "raw" else "yes" if 0 < limit and loss.kl_max <= limit else "no",
+            "always" if name == "raw" else "yes" if limit > 0 and loss.kl_max <= limit else "no",
         )
         for name, loss in found.codecs.items()
     ]
