@@ -44,7 +44,9 @@ def test_answers_over_tcp_are_those_of_one_worker(
 
 
 @pytest.mark.parametrize(("flags", "ways"), [((), {"shm"}), (TCP, {"shm", "tcp"})])
-def test_fabric_check_measures_every_way(model: Path, flags: tuple[str, ...], ways: set[str]) -> None:
+def test_fabric_check_measures_every_way(
+    model: Path, flags: tuple[str, ...], ways: set[str]
+) -> None:
     with Victim.start(model, "1P1D", *SMALL, *flags) as served:
         command = [sys.executable, "-m", "baton", "fabric", "check", "--url", served.url]
         command += ["--admin-url", served.admin_url]

@@ -338,6 +338,12 @@ def test_wrong_lengths_are_refused(body: Body, name: str) -> None:
     for num_tokens in (-1, 17):
         with pytest.raises(ValueError, match="slots"):
             own.encode(fmt, block, encoded, num_tokens)
+    kept = block.tobytes(), encoded.tobytes()
+    with pytest.raises(ValueError, match="read-only"):
+        own.encode(fmt, np.roll(block, 2), np.frombuffer(kept[1], np.uint8))
+    with pytest.raises(ValueError, match="read-only"):
+        own.decode(fmt, np.roll(encoded, 2), memoryview(kept[0]))
+    assert kept == (block.tobytes(), encoded.tobytes())
     with pytest.raises(ValueError, match="contiguous"):
         own.encode(fmt, np.append(block, block)[::2], encoded)
 

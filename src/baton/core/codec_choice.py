@@ -3,8 +3,8 @@
     predicted seconds of a block = encode + latency + bytes / bandwidth + decode
 
 The terms are added up, as for a block that travels alone: in a stream they would overlap, so a
-codec that beats raw here beats it there as well. Whatever is not known speaks for raw: a link that nobody
-measured, a codec whose loss nobody measured, a tie.
+codec that beats raw here beats it there as well. Whatever is not known speaks for raw: a link that
+nobody measured, a codec whose loss nobody measured, a tie.
 """
 
 from __future__ import annotations
@@ -57,11 +57,10 @@ def choose_codec(
     if not (0 < link.bytes_per_s < math.inf and 0 <= link.latency_s < math.inf):
         return CodecChoice(RAW, 0.0, "raw: the link has not been measured")
     raw_s = predict(raw_bytes, 0.0, 0.0, link)
-    allowed, refused = [], []
-    for figure in figures:
-        (allowed if _allows(max_kl, figure.kl) else refused).append(figure)
+    known = list(figures)
+    allowed = [figure for figure in known if _allows(max_kl, figure.kl)]
     if not allowed:
-        return CodecChoice(RAW, raw_s, _nothing_allowed(refused, max_kl))
+        return CodecChoice(RAW, raw_s, _nothing_allowed(known, max_kl))
     times = {figure: _predict(figure, link) for figure in allowed}
     # Of equal times, the smaller loss; then the name, so that the order given does not matter.
     best = min(allowed, key=lambda figure: (times[figure], figure.kl, figure.name))

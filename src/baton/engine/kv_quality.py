@@ -203,11 +203,8 @@ def _tokens(
                 "random tokens"
             )
         number = NUM_WINDOWS * (PROMPT_TOKENS + ANSWER_TOKENS)
-        return (
-            [],
-            np.random.default_rng(0).integers(spec.vocab_size, size=number).tolist(),
-            "random",
-        )
+        rng = np.random.default_rng(0)
+        return [], rng.integers(spec.vocab_size, size=number).tolist(), "random"
     file = text_file or BUILT_IN
     try:
         text = file.read_text(encoding="utf-8")

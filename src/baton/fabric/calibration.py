@@ -121,7 +121,8 @@ def load_calibration(
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return _ignored(file, f"it cannot be read: {error}")
+        _warn(file, f"it cannot be read: {error}")
+        return None
     wanted = {
         "version": VERSION,
         "codec_version": codec_native.VERSION,
@@ -131,7 +132,8 @@ def load_calibration(
     }
     for name, value in wanted.items():
         if (other := getattr(found, name)) != value:
-            return _ignored(file, f"its {name} is {other}, here it is {value}")
+            _warn(file, f"its {name} is {other}, here it is {value}")
+            return None
     return found
 
 
@@ -171,7 +173,7 @@ def codec_figures(
     return figures
 
 
-def _ignored(file: Path, reason: str) -> None:
+def _warn(file: Path, reason: str) -> None:
     logger.warning(
         "calibration %s is not used (%s): run baton fabric calibrate again; until then KV blocks "
         "travel raw",

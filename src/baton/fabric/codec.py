@@ -59,8 +59,8 @@ class Codec(Protocol):
         matter, and they come out finite. The two buffers must not overlap.
 
         Raises:
-            ValueError: the source is not one block, the destination is too short, or num_tokens
-                is not within the block.
+            ValueError: the source is not one block, the destination is too short or read-only, or
+                num_tokens is not within the block.
         """
         ...
 
@@ -68,7 +68,8 @@ class Codec(Protocol):
         """Write the encoded block `source` to `destination`. The two must not overlap.
 
         Raises:
-            ValueError: the source is not `encoded_bytes` long, or the destination not one block.
+            ValueError: the source is not `encoded_bytes` long, or the destination is not one block
+                or read-only.
         """
         ...
 
@@ -185,13 +186,18 @@ def _check(fmt: KvFormat, block: Bytes, encoded: Bytes, needed: int, num_tokens:
     if block.size != raw_bytes(fmt):
         raise ValueError(f"a block has {raw_bytes(fmt)} bytes, not {block.size}")
     if encoded.size < needed:
-        raise ValueError(
-            f"an encoded block has {needed} bytes, and there is room for {encoded.size}"
-        )
+        raise ValueError(f"room for {encoded.size} bytes, and an encoded block has {needed}")
+    _check_writable(encoded)
     used = fmt.block_size if num_tokens is None else num_tokens
     if not 0 <= used <= fmt.block_size:
         raise ValueError(f"a block has {fmt.block_size} slots, not {used}")
     return used
+
+
+def _check_writable(target: Bytes) -> None:
+    # The library would write to it all the same.
+    if not target.flags.writeable:
+        raise ValueError("the destination is read-only")
 
 
 def _check_encoded(fmt: KvFormat, encoded: Bytes, block: Bytes, needed: int, name: str) -> None:
@@ -199,3 +205,4 @@ def _check_encoded(fmt: KvFormat, encoded: Bytes, block: Bytes, needed: int, nam
         raise ValueError(f"a block in {name} has {needed} bytes, not {encoded.size}")
     if block.size != raw_bytes(fmt):
         raise ValueError(f"a block has {raw_bytes(fmt)} bytes, not {block.size}")
+    _check_writable(block)

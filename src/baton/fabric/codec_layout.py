@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """An encoded block: parameters, then codes, `num_bytes` in all.
+    """An encoded block: `parameter_bytes` of parameters, then codes, `num_bytes` in all.
 
     parameters: bf16 [layers, width]; places: of one layer's, for K and for V, where each kind
     lies (scale; int4: base, scale), and how it is shaped to go with codes of that part.
@@ -44,14 +44,8 @@ class Layout(NamedTuple):
     places: tuple[tuple[slice, ...], tuple[slice, ...]]
     groups: tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
     codes: tuple[int, int, int, int, int]
-
-    @property
-    def parameter_bytes(self) -> int:
-        return _PARAMETER_BYTES * math.prod(self.parameters)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.parameter_bytes + math.prod(self.codes)
+    parameter_bytes: int
+    num_bytes: int
 
 
 class Body(Protocol):
@@ -92,4 +86,7 @@ def layout_of(fmt: KvFormat, codec: Name) -> Layout:
         tuple(slice(middle + i * v, middle + (i + 1) * v) for i in range(kinds)),
     )
     codes = (layers, 2, tokens, heads, -(-dim // 2) if codec == "int4" else dim)
-    return Layout(shape, (layers, kinds * (k + v)), places, (k_group, v_group), codes)
+    parameters = (layers, kinds * (k + v))
+    first = _PARAMETER_BYTES * math.prod(parameters)
+    groups = (k_group, v_group)
+    return Layout(shape, parameters, places, groups, codes, first, first + math.prod(codes))

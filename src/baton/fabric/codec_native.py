@@ -22,6 +22,8 @@ VERSION: Final = 1
 ISAS: Final = ("avx512", "avx2", "portable")
 """Instruction sets, best first."""
 
+_ALIGNMENT: Final = 4
+"""Of a block's elements, as the library wants them; numpy's own memory has more."""
 _LIBRARY = Path(__file__).with_name("_codec.so")
 
 
@@ -69,16 +71,18 @@ class NativeBody:
         }
 
     def encode(self, codec: Name, layout: Layout, used: int, block: Bytes, encoded: Bytes) -> None:
-        args = _args(layout.shape)
-        source = _aligned(block)
-        self._encode[codec](args, used, source.ctypes.data, encoded.ctypes.data)
+        source = block.ctypes.data
+        if source % _ALIGNMENT:
+            return self.encode(codec, layout, used, block.copy(), encoded)
+        self._encode[codec](_args(layout.shape), used, source, encoded.ctypes.data)
 
     def decode(self, codec: Name, layout: Layout, encoded: Bytes, block: Bytes) -> None:
-        args = _args(layout.shape)
-        target = _aligned(block)
-        self._decode[codec](args, encoded.ctypes.data, target.ctypes.data)
-        if target is not block:
-            np.copyto(block, target)
+        target = block.ctypes.data
+        if target % _ALIGNMENT:
+            aligned = np.empty_like(block)
+            self.decode(codec, layout, encoded, aligned)
+            return np.copyto(block, aligned)
+        self._decode[codec](_args(layout.shape), encoded.ctypes.data, target)
 
 
 @cache
@@ -113,8 +117,3 @@ def best() -> NativeBody | None:
 @cache
 def _args(shape: Shape) -> _ShapeArgs:
     return _ShapeArgs(*shape[:4], DTYPES[shape.dtype])
-
-
-def _aligned(block: Bytes) -> Bytes:
-    """The block, or a copy of it where its elements do not lie as the library wants them."""
-    return block if block.ctypes.data % 4 == 0 else block.copy()

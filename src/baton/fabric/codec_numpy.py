@@ -82,7 +82,8 @@ def _elements(layout: Layout, block: Bytes) -> tuple[_Floats, _Mask]:
 
 
 def _widen(parameters: npt.NDArray[Any]) -> _Floats:
-    return (parameters.astype(np.uint32) << 16).view(np.float32)
+    wide: _Floats = (parameters.astype(np.uint32) << 16).view(np.float32)
+    return wide
 
 
 def _scales(most: _Floats, steps: int) -> tuple[_Words, _Floats]:
@@ -155,7 +156,7 @@ def _decode_fp8(codes: Bytes, parameters: list[_Floats], _: int) -> _Floats:
     size = codes.astype(np.uint32) & 0x7F
     small = (size | _DENORMAL.view(np.uint32)).view(np.float32) - _DENORMAL
     bits = np.where(size < 8, small.view(np.uint32), size + _BIAS << 20)
-    values = (bits | (codes >> 7).astype(np.uint32) << 31).view(np.float32)
+    values: _Floats = (bits | (codes >> 7).astype(np.uint32) << 31).view(np.float32)
     return values * parameters[0]
 
 
