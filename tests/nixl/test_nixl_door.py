@@ -28,7 +28,7 @@ from baton.fabric.nixl import door as door_module
 from baton.fabric.nixl import store as store_module
 from baton.fabric.nixl.door import NUDGE_EVERY_S, Doors, knock
 from baton.fabric.nixl.store import Listen
-from baton.fabric.nixl.wire import MAX_REPLY_BYTES, Opened, Registered, Unreadable
+from baton.fabric.nixl.wire import MAX_REPLY_BYTES, Opened, Registered, Unreadable, checked_reply
 from baton.fabric.transport import ReadResult, Wanted
 from baton.types import Grant, KvFormat
 
@@ -108,9 +108,7 @@ def test_an_arena_whose_frame_is_rewritten_meanwhile(
 
     monkeypatch.setattr(NixlTransport, "_copy", rewrite_then_copy)
     block = bytearray(4096)
-    results = transport.fetch(
-        mint(), [Wanted(KEY, 1, store.digest, block)], time.monotonic() + 5
-    )
+    results = transport.fetch(mint(), [Wanted(KEY, 1, store.digest, block)], time.monotonic() + 5)
     assert results == [ReadResult.MISSING]
 
 
@@ -134,7 +132,8 @@ def test_an_arena_whose_first_page_changes(
     else:
         monkeypatch.setattr(NixlTransport, "_copy", change_then_copy)
     try:
-        wanted = [Wanted(KEY, 1, store.digest, bytearray(4096))]
+        asked = b"another".ljust(32) if when == "before" else KEY
+        wanted = [Wanted(asked, 1, store.digest, bytearray(4096))]
         results = transport.fetch(mint(), wanted, time.monotonic() + 5)
         assert results == [ReadResult.STALE_EPOCH]
     finally:
@@ -326,6 +325,34 @@ def test_a_door_that_lies(
         assert store.fetch(transport) == expected
 
 
+GOOD = Opened(Geometry(EPOCH, 2, 4096, b"h" * 32), Registered("a", 1 << 40, b"metadata"))
+
+
+@pytest.mark.parametrize(
+    ("lie", "expected"),
+    [
+        (geometry(epoch=8), "stale_epoch"),
+        (geometry(kv_format_hash=b"H" * 32), "wrong_format"),
+        (geometry(frame_bytes=4095), "wrong_format"),
+        (geometry(num_frames=0), "unreachable"),
+        (geometry(num_frames=1 << 31), "unreachable"),
+        (registered(address=0), "unreachable"),
+        (registered(address=-4096), "unreachable"),
+        (registered(address=(1 << 40) + 1), "unreachable"),
+        (registered(address=(1 << 63) - 4096), "unreachable"),
+    ],
+)
+def test_what_nixl_never_sees(lie: Callable[[Opened], Opened], expected: str) -> None:
+    def check(opened: Opened) -> Opened:
+        data = msgspec.msgpack.Encoder().encode(opened)
+        return checked_reply(data, EPOCH, b"h" * 32, 4096)
+
+    assert check(GOOD) == GOOD
+    with pytest.raises(Unreadable) as refused:
+        check(lie(GOOD))
+    assert refused.value.result == expected
+
+
 @pytest.mark.parametrize("by", [-4096, 1, 4096])
 def test_an_address_that_is_not_the_arenas(store: Store, tmp_path: Path, by: int) -> None:
     opened = honest(store)
@@ -376,11 +403,6 @@ def test_who_waits_learns_that_the_door_has_closed(store: Store, tmp_path: Path)
         turns = itertools.count(1)
         wait_until(lambda: not door.nudge(next(turns) * NUDGE_EVERY_S))
         door.close()
-
-
-def test_geometries_come_through_the_wire() -> None:
-    opened = Opened(Geometry(1, 2, 3, b"h"), Registered("a", 4096, b"m"))
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(opened), type=Opened) == opened
 
 
 # Readers on other hosts

@@ -63,9 +63,7 @@ def test_nothing_is_fetched_of_nothing(writer: Writer, transport: NixlTransport)
     assert transport.fetch(writer.hello.grant, [], time.monotonic() + 5) == []
 
 
-def test_blocks_over_tcp(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doors: Doors
-) -> None:
+def test_blocks_over_tcp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doors: Doors) -> None:
     monkeypatch.setenv("UCX_TLS", "tcp")
     writer = Writer(tmp_path / "run")
     transport = NixlTransport(Doors(tmp_path / "run"), KV_FORMAT)

@@ -109,9 +109,7 @@ def measure(rounds: int) -> list[Row]:
 
 
 def _rows(ends: Ends, block_kib: int, rounds: int) -> list[Row]:
-    seconds = interleaved(
-        {"copy": ends.copy, "bare": ends.read_bare, "fetch": ends.fetch}, rounds
-    )
+    seconds = interleaved({"copy": ends.copy, "bare": ends.read_bare, "fetch": ends.fetch}, rounds)
     assert np.array_equal(ends.pool, ends.source)
     size = f"blocks of {block_kib} KiB"
     copy_speed, copy_range = middle(TOTAL_BYTES / seconds["copy"] / 1e9)

@@ -1,6 +1,6 @@
 """The serving process as its worker sees it: started, heard of, fed, started again.
 
-    starting ──registered──► serving ──its output ends──► ended ──after a pause──► starting
+starting ──registered──► serving ──its output ends──► ended ──after a pause──► starting
 """
 
 from __future__ import annotations

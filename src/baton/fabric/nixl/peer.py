@@ -83,18 +83,14 @@ class Peer:
         """The memory in which a read that missed its deadline may still land."""
         return self._stuck[1] if self._stuck else None
 
-    def read_pages(
-        self, staging: Staging, after: bool, pages: Numbers, deadline: float
-    ) -> None:
+    def read_pages(self, staging: Staging, after: bool, pages: Numbers, deadline: float) -> None:
         """Read whole pages of the arena, in order, into those of `staging`. Raises as `_read`."""
         start = NUM_PAGES if after else 0
         into = np.arange(start, start + len(pages), dtype=np.int32)
         local = self._lists(staging)[0]
         self._read(staging, local, into, self._remote_pages, pages, deadline)
 
-    def read_frames(
-        self, staging: Staging, bank: int, frames: Numbers, deadline: float
-    ) -> None:
+    def read_frames(self, staging: Staging, bank: int, frames: Numbers, deadline: float) -> None:
         """Read whole frames, in order, into `bank` of `staging`. Raises as `_read`."""
         start = bank * staging.banks.frames_per_bank
         into = np.arange(start, start + len(frames), dtype=np.int32)

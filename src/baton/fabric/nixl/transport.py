@@ -149,7 +149,9 @@ class NixlTransport:
             todo = [turn for turn, result in enumerate(found) if result is ReadResult.OK]
             if todo:
                 frames = section.frames[todo]
-                digests = self._copy(peer, staging, frames, [blocks[turn] for turn in todo], deadline)
+                digests = self._copy(
+                    peer, staging, frames, [blocks[turn] for turn in todo], deadline
+                )
                 peer.read_pages(staging, True, section.pages, deadline)
                 _check_epoch(peer.geometry, staging.page_0(True))
                 after = staging.headers(True, section.places)
@@ -196,9 +198,7 @@ class NixlTransport:
             raise TimeoutError
         at = grant.source, grant.epoch
         if (peer := self._peers.pop(at, None)) is None:
-            door = knock(
-                self._doors, grant, deadline, self._kv_format_hash, self._frame_bytes
-            )
+            door = knock(self._doors, grant, deadline, self._kv_format_hash, self._frame_bytes)
             try:
                 peer = Peer(door)
             except BaseException:
