@@ -170,6 +170,14 @@ def test_a_bad_ask_ends_its_connection_only(
     assert store.fetch(transport) is ReadResult.OK
 
 
+def test_an_ask_that_is_too_long_is_not_waited_for(store: Store) -> None:
+    with store.connect() as connection:
+        started = time.monotonic()
+        connection.sendall(struct.pack(">I", MAX_ASK_BYTES + 1))
+        assert connection.recv(1) == b""
+        assert time.monotonic() - started < ASK_TIMEOUT_S / 2
+
+
 def test_an_ask_that_does_not_come_is_not_waited_for(store: Store) -> None:
     with store.connect() as silent, store.connect() as slow:
         slow.sendall(pack(Ask(mint()))[:20])
@@ -411,14 +419,13 @@ def test_who_waits_learns_that_the_door_has_closed(store: Store, tmp_path: Path)
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
     path = tmp_path / "both.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-        + ["-nodes", "-subj", "/CN=store", "-addext", "subjectAltName=IP:127.0.0.1"]
-        + ["-keyout", str(tmp_path / "key.pem"), "-out", str(path)],
-        check=True,
-        capture_output=True,
+    key_path = tmp_path / "key.pem"
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=store "
+        f"-addext subjectAltName=IP:127.0.0.1 -keyout {key_path} -out {path}"
     )
-    path.write_bytes(path.read_bytes() + (tmp_path / "key.pem").read_bytes())
+    subprocess.run(command.split(), check=True, capture_output=True)
+    path.write_bytes(path.read_bytes() + key_path.read_bytes())
     return path
 
 

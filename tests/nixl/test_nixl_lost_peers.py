@@ -25,7 +25,8 @@ from nixl_ends import (
     wait_until,
 )
 
-from baton.fabric.nixl import NixlTransport, transport as transport_module
+from baton.fabric.nixl import NixlTransport
+from baton.fabric.nixl import transport as transport_module
 from baton.fabric.nixl.door import Doors
 from baton.fabric.transport import ReadResult
 
