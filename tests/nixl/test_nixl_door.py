@@ -28,7 +28,7 @@ from baton.fabric.nixl import door as door_module
 from baton.fabric.nixl import store as store_module
 from baton.fabric.nixl.door import NUDGE_EVERY_S, Doors, knock
 from baton.fabric.nixl.store import Listen
-from baton.fabric.nixl.wire import MAX_REPLY_BYTES, Opened, Registered, Unreadable
+from baton.fabric.nixl.wire import MAX_REPLY_BYTES, Opened, Registered, Unreadable, checked_reply
 from baton.fabric.transport import ReadResult, Wanted
 from baton.types import Grant, KvFormat
 
@@ -132,7 +132,8 @@ def test_an_arena_whose_first_page_changes(
     else:
         monkeypatch.setattr(NixlTransport, "_copy", change_then_copy)
     try:
-        wanted = [Wanted(KEY, 1, store.digest, bytearray(4096))]
+        asked = b"another".ljust(32) if when == "before" else KEY
+        wanted = [Wanted(asked, 1, store.digest, bytearray(4096))]
         results = transport.fetch(mint(), wanted, time.monotonic() + 5)
         assert results == [ReadResult.STALE_EPOCH]
     finally:
@@ -167,6 +168,14 @@ def test_a_bad_ask_ends_its_connection_only(
                 answer += piece
         assert b"Opened" not in answer
     assert store.fetch(transport) is ReadResult.OK
+
+
+def test_an_ask_that_is_too_long_is_not_waited_for(store: Store) -> None:
+    with store.connect() as connection:
+        started = time.monotonic()
+        connection.sendall(struct.pack(">I", MAX_ASK_BYTES + 1))
+        assert connection.recv(1) == b""
+        assert time.monotonic() - started < ASK_TIMEOUT_S / 2
 
 
 def test_an_ask_that_does_not_come_is_not_waited_for(store: Store) -> None:
@@ -324,6 +333,34 @@ def test_a_door_that_lies(
         assert store.fetch(transport) == expected
 
 
+GOOD = Opened(Geometry(EPOCH, 2, 4096, b"h" * 32), Registered("a", 1 << 40, b"metadata"))
+
+
+@pytest.mark.parametrize(
+    ("lie", "expected"),
+    [
+        (geometry(epoch=8), "stale_epoch"),
+        (geometry(kv_format_hash=b"H" * 32), "wrong_format"),
+        (geometry(frame_bytes=4095), "wrong_format"),
+        (geometry(num_frames=0), "unreachable"),
+        (geometry(num_frames=1 << 31), "unreachable"),
+        (registered(address=0), "unreachable"),
+        (registered(address=-4096), "unreachable"),
+        (registered(address=(1 << 40) + 1), "unreachable"),
+        (registered(address=(1 << 63) - 4096), "unreachable"),
+    ],
+)
+def test_what_nixl_never_sees(lie: Callable[[Opened], Opened], expected: str) -> None:
+    def check(opened: Opened) -> Opened:
+        data = msgspec.msgpack.Encoder().encode(opened)
+        return checked_reply(data, EPOCH, b"h" * 32, 4096)
+
+    assert check(GOOD) == GOOD
+    with pytest.raises(Unreadable) as refused:
+        check(lie(GOOD))
+    assert refused.value.result == expected
+
+
 @pytest.mark.parametrize("by", [-4096, 1, 4096])
 def test_an_address_that_is_not_the_arenas(store: Store, tmp_path: Path, by: int) -> None:
     opened = honest(store)
@@ -376,25 +413,19 @@ def test_who_waits_learns_that_the_door_has_closed(store: Store, tmp_path: Path)
         door.close()
 
 
-def test_geometries_come_through_the_wire() -> None:
-    opened = Opened(Geometry(1, 2, 3, b"h"), Registered("a", 4096, b"m"))
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(opened), type=Opened) == opened
-
-
 # Readers on other hosts
 
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
     path = tmp_path / "both.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-        + ["-nodes", "-subj", "/CN=store", "-addext", "subjectAltName=IP:127.0.0.1"]
-        + ["-keyout", str(tmp_path / "key.pem"), "-out", str(path)],
-        check=True,
-        capture_output=True,
+    key_path = tmp_path / "key.pem"
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=store "
+        f"-addext subjectAltName=IP:127.0.0.1 -keyout {key_path} -out {path}"
     )
-    path.write_bytes(path.read_bytes() + (tmp_path / "key.pem").read_bytes())
+    subprocess.run(command.split(), check=True, capture_output=True)
+    path.write_bytes(path.read_bytes() + key_path.read_bytes())
     return path
 
 

@@ -72,9 +72,10 @@ def warm_up() -> None:
     Raises:
         ConfigError: it is not installed, or does not start.
     """
+    errors: tuple[type[Exception], ...] = (*agent_errors(), RuntimeError)
     try:
         new_agent("first")
-    except (*agent_errors(), RuntimeError) as error:
+    except errors as error:
         raise ConfigError(f"NIXL does not start: {error}") from error
 
 

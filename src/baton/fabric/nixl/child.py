@@ -68,8 +68,9 @@ class Child:
         """Take what the process has said. False when it has ended: forget its descriptor first,
         then call `bury`."""
         assert self._process is not None and self._process.stdout is not None
-        data = self._process.stdout.read(MAX_REPLY_BYTES)
-        if data is None:
+        try:
+            data = os.read(self._process.stdout.fileno(), MAX_REPLY_BYTES)
+        except BlockingIOError:
             return True
         if not data:
             return False
