@@ -197,7 +197,7 @@ def test_an_answer_that_comes_twice(eight: Store, stack: contextlib.ExitStack) -
     assert set(way.fetch()) == {"ok"}
     ((_, down),) = way.proxy.recorded
     way.proxy.down = [Duplicate(0, len(down))]
-    way.reader.rest()
+    way.reader.close()
     assert set(way.fetch()) == {"ok"}
     until(lambda: way.struck(Duplicate))
     assert way.recovers()
@@ -213,7 +213,7 @@ def test_answers_in_another_order(make: Make, stack: contextlib.ExitStack) -> No
     second = first_answer(down[first:])
     assert first + second < len(down)
     way.proxy.down = [Reorder(0, first, second)]
-    way.reader.rest()
+    way.reader.close()
     wanted = store.all_wanted()
     assert set(way.fetch(wanted)) == {"unreachable"}
     assert is_untouched(wanted)
@@ -226,7 +226,7 @@ def test_an_answer_from_before(eight: Store, stack: contextlib.ExitStack) -> Non
     assert set(way.fetch()) == {"ok"}
     ((_, down),) = way.proxy.recorded
     way.proxy.down = [Replay(down)]
-    way.reader.rest()
+    way.reader.close()
     wanted = eight.all_wanted()
     assert set(way.fetch(wanted)) == {"unreachable"}
     assert is_untouched(wanted), "though they were the right bytes"

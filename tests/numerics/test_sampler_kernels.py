@@ -1,4 +1,4 @@
-"""The kernels draw the tokens that the sampler's definition draws, or say that they are not sure."""
+"""The kernels draw the tokens that the sampler's definition draws, or say that they are unsure."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_every_flag_sets_its_own_field_and_has_help() -> None:
             text = "::1"
         elif flag.path == "gateway.admin_host":
             text = "localhost"
-        elif flag.path in ("engine.prefix_cache", "store.keep_blocks"):
+        elif flag.path in ("engine.prefix_cache", "store.keep_blocks", "fabric.fetch_early"):
             text = "false"
         elif flag.field.endswith("cpus"):
             text = "0-3,8"

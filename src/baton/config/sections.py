@@ -114,6 +114,12 @@ class FabricConfig(Section, frozen=True):
             "workers of one host, else tcp."
         ),
     ] = "auto"
+    fetch_early: Annotated[
+        bool,
+        Meta(
+            description="Fetch blocks of a prompt while the rest of it is still being computed."
+        ),
+    ] = True
     tcp_host: Annotated[
         str,
         Meta(

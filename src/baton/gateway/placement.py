@@ -110,7 +110,9 @@ class PlacingDispatcher:
         *,
         router: Router,
         lease_ttl_s: float,
+        fetch_early: bool = True,
     ) -> None:
+        self._fetch_early = fetch_early
         self.registry = Registry(
             gateway_id,
             gateway_epoch,
@@ -396,7 +398,7 @@ class PlacingDispatcher:
                 self._release(live)
             live.grant = sealed.grant
             reader = self.registry.link(live.placement.decode)
-            if reader is not None:
+            if reader is not None and self._fetch_early:
                 reader.offer(sealed)
             return None
         if link is not None:

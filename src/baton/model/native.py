@@ -264,7 +264,7 @@ class Kernels:
             logits.data_ptr(),
             logits.stride(0),
             logits.shape[1],
-            (DrawArgs * count)(*draws),
+            (DrawArgs * count)(*(DrawArgs(*draw) for draw in draws)),
             tokens.ctypes.data,
             count,
             torch.get_num_threads(),

@@ -150,8 +150,8 @@ class Instructions(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     blocks that others have sealed and that this worker may soon want; `lend` asks it to open
     blocks of its own. `measure` asks what fetching costs. `renew` and `release` name grants that
     this worker minted. `ack` is the last report index acted upon. `drain` asks it to finish what
-    runs and take nothing new. A worker acts on `offer` before `submit` and on that before `abort`, so that all may stand in one
-    message. `index` is set by the link.
+    runs and take nothing new. A worker acts on `offer` before `submit` and on that before
+    `abort`, so that all may stand in one message. `index` is set by the link.
     """
 
     peers: tuple[Address, ...] | None = None

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.fabric.arena import FRAME_HEADERS, KEY_BYTES, PAGE_BYTES, Geometry
+from baton.fabric.digest import num_bytes_of
 from baton.fabric.nixl.staging import NUM_PAGES
 from baton.fabric.transport import ReadResult, Wanted
 
@@ -70,7 +71,7 @@ def judge(
 ) -> list[ReadResult]:
     """What the header of each block's frame says of it; OK if it may be read."""
     keys = [block.key if len(block.key) == KEY_BYTES else bytes(KEY_BYTES) for block in blocks]
-    sizes = np.array([memoryview(block.destination).nbytes for block in blocks], dtype=np.uint64)
+    sizes = np.array([num_bytes_of(block.destination) for block in blocks], dtype=np.uint64)
     asked = np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 4)
     missing = (headers["generation"] % 2 == 1) | (headers["key"] != asked).any(axis=1)
     misfit = (headers["num_bytes"] != sizes) | (sizes > geometry.frame_bytes)
