@@ -26,8 +26,8 @@ namespace {
 constexpr int64_t kStripe = 64, kStripes = 16, kChunk = kStripe * kStripes;
 constexpr int64_t kScrambleAt = 128, kLastAt = 121, kLowAt = 11, kHighAt = 117;
 
-// How far ahead the source is asked for: a page, since the hardware's own prefetching ends at one.
-constexpr int64_t kAhead = 4096;
+// How far ahead the source is asked for: the hardware's own prefetching ends with a page.
+constexpr int64_t kAhead = 2048;
 
 constexpr uint64_t kWord1 = 0x9E3779B1u, kWord2 = 0x85EBCA77u, kWord3 = 0xC2B2AE3Du;
 constexpr uint64_t kLong1 = 0x9E3779B185EBCA87u, kLong2 = 0xC2B2AE3D27D4EB4Fu,
@@ -51,22 +51,17 @@ alignas(64) constexpr uint8_t kSecret[192] = {
     0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e,
 };
 
-// The sums of everything but the last stripe, while it is copied. `after` is what will be read
-// next, and is asked for when this source has been, where there is so much of it.
+// The sums of everything but the last stripe, while it is copied.
 template <bool kPast>
-Lanes carry_all(const Copy& copy, const Copy& after) {
+Lanes carry_all(const Copy& copy) {
     Lanes sums = load(kStart);
     const int64_t whole = (copy.bytes - 1) / kStripe * kStripe;
     int64_t at = 0;
     for (; at + kChunk <= whole; at += kChunk) {
-        const uint8_t* ahead = copy.from + at + kAhead;
-        if (at + kAhead + kChunk > copy.bytes) {
-            const int64_t into = at + kAhead - copy.bytes;
-            ahead = into + kChunk <= after.bytes ? after.from + (into > 0 ? into : 0) : copy.from;
-        }
+        const int64_t ahead = at + kAhead + kChunk <= copy.bytes ? at + kAhead : at;
 #pragma GCC unroll 16
         for (int64_t n = 0; n < kStripes; n++) {
-            __builtin_prefetch(ahead + kStripe * n);
+            __builtin_prefetch(copy.from + ahead + kStripe * n);
             const int64_t here = at + kStripe * n;
             sums = absorb(sums, carry<kPast>(copy.from + here, copy.to + here), load(kSecret + 8 * n));
         }
@@ -102,9 +97,8 @@ void put(uint8_t* digest, uint64_t value) {
 void copy_all(const Copy* copies, int64_t count, uint8_t* digests) {
     for (int64_t i = 0; i < count; i++, digests += 16) {
         const Copy& copy = copies[i];
-        const Copy& after = copies[i + 1 < count ? i + 1 : i];
         const bool aligned = (uintptr_t)copy.to % kStripe == 0;
-        Lanes sums = aligned ? carry_all<true>(copy, after) : carry_all<false>(copy, after);
+        Lanes sums = aligned ? carry_all<true>(copy) : carry_all<false>(copy);
         settle();
         // From the copy: the source may have changed since most of these bytes were copied.
         Lanes last = load(copy.to + copy.bytes - kStripe);

@@ -120,9 +120,9 @@ def test_many_in_one_call(body: Copier) -> None:
         kinds = (bytearray, lambda size: np.zeros(size, np.uint8), lambda size: aligned(size))
         places = [kinds[n % 3](size) for n, size in enumerate(wanted)]
         pieces = [memory[at : at + size] for at, size in zip(starts, wanted, strict=True)]
-        assert gather_and_digest(memory, starts, places) == [reference(p) for p in pieces]
+        assert gather_and_digest(memory, starts, wanted, places) == [reference(p) for p in pieces]
         assert [bytes(place) for place in places] == [p.tobytes() for p in pieces]
-    assert gather_and_digest(memory, [], []) == []
+    assert gather_and_digest(memory, [], [], []) == []
 
 
 def test_one_changed_byte_changes_the_digest(body: Copier) -> None:
@@ -156,13 +156,23 @@ def test_calls_release_the_gil() -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "size"), [(-1, 300), (1, 1000), (701, 300), (1 << 62, 300), (0, 1001)]
+    ("start", "size"),
+    [(-1, 300), (1, 1000), (701, 300), (1 << 62, 300), (0, 1001), (900, -300), (1200, -300)],
 )
 def test_nothing_is_read_beyond_the_memory(body: Copier, start: int, size: int) -> None:
-    destination = bytearray(size)
+    destination = bytearray(abs(size))
     with pytest.raises(ValueError, match="of 1000"):
-        gather_and_digest(noise(1000), [start], [destination])
-    assert destination == bytes(size)
+        gather_and_digest(noise(1000), [start], [size], [destination])
+    assert destination == bytes(abs(size))
+
+
+@pytest.mark.parametrize("size", [1, 100, 1000])
+def test_nothing_is_written_beyond_a_destination(body: Copier, size: int) -> None:
+    memory = bytearray(size)
+    for place in (memory[:-1], memoryview(memory)[:-1], np.zeros(size - 1, np.uint8)):
+        with pytest.raises(ValueError, match=r"small|bytes to copy"):
+            gather_and_digest(noise(1000), [0], [size], [place])
+    assert memory == bytes(size)
 
 
 @pytest.mark.parametrize("size", [0, 299, 301])
@@ -183,7 +193,7 @@ def test_what_cannot_be_written_or_has_gaps_is_refused(body: Copier, size: int) 
     with pytest.raises(ValueError, match="gaps"):
         copy_and_digest(bytearray(size), noise(2 * size)[::2])
     with pytest.raises(ValueError, match="gaps"):
-        gather_and_digest(noise(2 * size)[::2], [0], [bytearray(size)])
+        gather_and_digest(noise(2 * size)[::2], [0], [size], [bytearray(size)])
 
 
 # Where there is no library, or a wrong one

@@ -207,7 +207,7 @@ class MappedArena:
         memory, geometry = self._memory, self.geometry
         results: list[ReadResult] = []
         copied: list[tuple[int, Wanted, int, int]] = []  # where in `results`, generation before
-        starts, destinations = [], []
+        starts, sizes, destinations = [], [], []
         for index, block in enumerate(wanted):
             if not 0 <= block.frame < geometry.num_frames:
                 results.append(ReadResult.OUT_OF_RANGE)
@@ -224,8 +224,9 @@ class MappedArena:
             results.append(ReadResult.OK)
             copied.append((index, block, header_at, generation))
             starts.append(self._frames_at + block.frame * self._stride)
+            sizes.append(num_bytes)
             destinations.append(destination)
-        digests = gather_and_digest(self._bytes, starts, destinations)
+        digests = gather_and_digest(self._bytes, starts, sizes, destinations)
         (epoch,) = _U64.unpack_from(memory, _EPOCH_AT)
         for (index, block, header_at, generation), digest in zip(copied, digests, strict=True):
             if _U64.unpack_from(memory, header_at)[0] != generation:

@@ -43,28 +43,30 @@ def copy_and_digest(destination: WritableBlock, source: Bytes) -> bytes:
         ValueError: the lengths differ.
         TypeError, ValueError: the destination cannot be written, or has gaps.
     """
-    if num_bytes_of(destination) != source.size or not source.flags.c_contiguous:
-        raise ValueError(f"{source.size} bytes to copy to another length, or with gaps")
-    return copier().gather(source, (0,), (source.size,), (destination,))[0]
+    if num_bytes_of(destination) != source.size:
+        raise ValueError(f"{source.size} bytes to copy to another length")
+    return gather_and_digest(source, (0,), (source.size,), (destination,))[0]
 
 
 def gather_and_digest(
-    memory: Bytes, starts: Sequence[int], destinations: Sequence[WritableBlock]
+    memory: Bytes,
+    starts: Sequence[int],
+    sizes: Sequence[int],
+    destinations: Sequence[WritableBlock],
 ) -> list[bytes]:
-    """Fill each destination with what is in flat `memory` from its start on, in one call.
+    """Copy pieces of flat `memory`, from each start so many bytes, to each destination's begin.
 
-    Returns the 16-byte digest of each copy, in order.
+    Returns the 16-byte digest of each copy, in order. All are copied in one call.
 
     Raises:
-        ValueError: a piece is not within `memory`.
+        ValueError: a piece is not within `memory`, or longer than its destination.
         TypeError, ValueError: a destination cannot be written, or has gaps.
     """
     if not memory.flags.c_contiguous:
         raise ValueError("memory with gaps")
     end = memory.size
-    sizes = [num_bytes_of(destination) for destination in destinations]
     for start, size in zip(starts, sizes, strict=True):
-        if not 0 <= start <= end - size:
+        if not 0 <= start <= start + size <= end:
             raise ValueError(f"{size} bytes from {start} of {end}")
     return copier().gather(memory, starts, sizes, destinations)
 
@@ -75,7 +77,10 @@ def num_bytes_of(block: WritableBlock) -> int:
 
 
 class Copier(Protocol):
-    """A body of `gather_and_digest`, which has checked the pieces. `name` is for the log."""
+    """A body of `gather_and_digest`, which has checked that the pieces are within the memory.
+
+    `name` is for the log.
+    """
 
     name: str
 
@@ -103,7 +108,9 @@ class PythonCopier:
     ) -> list[bytes]:
         digests = []
         for start, size, destination in zip(starts, sizes, destinations, strict=True):
-            target: Bytes = np.frombuffer(destination, dtype=np.uint8)
+            target: Bytes = np.frombuffer(destination, dtype=np.uint8)[:size]
+            if target.size != size:
+                raise ValueError(f"{size} bytes to copy to {target.size}")
             state = xxhash.xxh3_128()
             for at in range(0, size, _PIECE_BYTES):
                 piece = target[at : at + _PIECE_BYTES]
@@ -139,19 +146,21 @@ class NativeCopier:
     ) -> list[bytes]:
         if min(sizes, default=0) < _SHORTEST:
             return self._short.gather(memory, starts, sizes, destinations)
-        base = _address(memory) if memory.flags.writeable else int(memory.ctypes.data)
+        base = int(memory.ctypes.data)
         copies = array("Q")
         for start, size, destination in zip(starts, sizes, destinations, strict=True):
-            copies.extend((_address(destination), base + start, size))
+            copies.extend((_address(destination, size), base + start, size))
         digests = bytearray(DIGEST_BYTES * len(sizes))
-        self._copy(copies.buffer_info()[0], len(sizes), _address(digests))
+        self._copy(copies.buffer_info()[0], len(sizes), _address(digests, len(digests)))
         found = bytes(digests)
         return [found[at : at + DIGEST_BYTES] for at in range(0, len(found), DIGEST_BYTES)]
 
 
-def _address(writable: WritableBlock) -> int:
-    """Where the bytes of a buffer are, if it can be written and has no gaps."""
-    return ctypes.addressof(c_char.from_buffer(writable))  # type: ignore[arg-type]  # as above
+def _address(writable: WritableBlock, size: int) -> int:
+    """Where a buffer begins, if it can be written, has no gaps and at least `size` (> 0) bytes."""
+    # ctypes makes all these checks, of the last byte that is needed.
+    last = c_char.from_buffer(writable, size - 1)  # type: ignore[arg-type]  # as above
+    return ctypes.addressof(last) - (size - 1)
 
 
 @cache
