@@ -50,17 +50,14 @@ void encode_fp8_part(const Shape* s, int64_t used, const typename T::Bits* x, Pa
                      uint8_t* codes) {
     int64_t heads = s->heads, n = heads * s->dim;
     with_dim(s->dim, [=](auto dim) {
-        for (int64_t at = 0; at < heads; at += kGroups) {
-            int64_t count = least(kGroups, heads - at);
-            typename T::Bits most[kGroups] = {};
-            float inverses[kGroups];
-            for (int64_t row = 0; row < used; ++row)
-                for (int64_t i = 0; i < count; ++i) {
-                    typename T::Bits found = most_of<T>(x + row * n + (at + i) * dim, dim);
-                    most[i] = found > most[i] ? found : most[i];
-                }
+        int64_t together = kColumns / dim;
+        typename T::Bits most[kColumns];
+        float inverses[kColumns];
+        for (int64_t at = 0; at < heads; at += together) {
+            int64_t count = least(together, heads - at);
+            most_of_columns<T>(x + at * dim, used, n, count * dim, most);
             for (int64_t i = 0; i < count; ++i) {
-                uint32_t scale = scale_of(T::widen(most[i]));
+                uint32_t scale = scale_of(T::widen(most_of<T>(most + i * dim, dim)));
                 scales[at + i] = (uint16_t)(scale >> 16);
                 inverses[i] = inverse_of(scale);
             }
