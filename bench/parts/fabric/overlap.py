@@ -23,11 +23,11 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+
+from baton.rpc.auth import create_secret
 from parts.big_model import write_model
 from parts.fabric import Row
 from parts.processes import BENCH_DIR, running, wait_until
-
-from baton.rpc.auth import create_secret
 
 PROMPT_TOKENS = 4096
 CHUNK_TOKENS = 512
@@ -60,7 +60,7 @@ def measure(rounds: int) -> list[Row]:
     early, after = (np.array([gap for gap, _ in gaps[name]]) for name in ("early", "after"))
     step_s = float(np.median([step for each in gaps.values() for _, step in each]))
     bound_s = 0.35 * crossing_s + step_s
-    note = f"KV {kv_bytes / 1e6:.0f} MB, crossing {crossing_s:.2f} s, one step {1e3 * step_s:.0f} ms"
+    note = f"KV {kv_bytes / 1e6:.0f} MB crosses in {crossing_s:.2f} s, a step is {step_s:.3f} s"
     span = f"{early.min():.3g} to {early.max():.3g} s"
     return [
         Row("gap, fetched early", float(np.median(early)), "s", f"≤ {bound_s:.3g}", span),
@@ -99,8 +99,14 @@ class _Deployment:
 
             faults = json.dumps([{"type": "Throttle", "bytes_per_s": LINK_BYTES_PER_S}])
             proxy = subprocess.Popen(
-                [sys.executable, "-m", "parts.fault_proxy", f"127.0.0.1:{tcp_port}"]
-                + ["--down", faults],
+                [
+                    sys.executable,
+                    "-m",
+                    "parts.fault_proxy",
+                    f"127.0.0.1:{tcp_port}",
+                    "--down",
+                    faults,
+                ],
                 env={**os.environ, "PYTHONPATH": _python_path()},
                 stdout=subprocess.PIPE,
             )
@@ -121,8 +127,7 @@ class _Deployment:
                 for role, own in (
                     (
                         "prefill",
-                        ("--fabric.tcp-port", str(tcp_port))
-                        + ("--fabric.tcp-advertise", f"127.0.0.1:{proxy_port}"),
+                        ("--fabric.tcp-port", str(tcp_port), "--fabric.tcp-advertise", f"127.0.0.1:{proxy_port}"),
                     ),
                     ("decode", ("--fabric.tcp-port", "0")),
                 )

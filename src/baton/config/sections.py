@@ -116,9 +116,7 @@ class FabricConfig(Section, frozen=True):
     ] = "auto"
     fetch_early: Annotated[
         bool,
-        Meta(
-            description="Fetch blocks of a prompt while the rest of it is still being computed."
-        ),
+        Meta(description="Fetch blocks of a prompt while the rest of it is still being computed."),
     ] = True
     tcp_host: Annotated[
         str,

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.fabric.arena import FRAME_HEADERS, PAGE_BYTES
-from baton.fabric.digest import gather_and_digest
+from baton.fabric.digest import gather_and_digest, num_bytes_of
 from baton.fabric.nixl.agent import MEMORY
 from baton.fabric.transport import Bytes, WritableBlock
 
@@ -46,7 +46,8 @@ class Banks:
         """Copy the first frames of `bank` to `destinations`, in order; the copies' digests."""
         first = bank * self.frames_per_bank
         starts = [(first + turn) * self.stride for turn in range(len(destinations))]
-        return gather_and_digest(self._bytes, starts, destinations)
+        sizes = [num_bytes_of(destination) for destination in destinations]
+        return gather_and_digest(self._bytes, starts, sizes, destinations)
 
 
 class Staging:
