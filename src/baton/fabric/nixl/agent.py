@@ -47,12 +47,12 @@ def nixl() -> Any:
     # Its import closes the process's log handlers and sets logging up anew, onto stdout.
     configure, raises = logging.config.dictConfig, logging.raiseExceptions
     try:
-        logging.config.dictConfig = lambda _: None  # type: ignore[assignment, misc]
+        logging.config.dictConfig = lambda _: None  # type: ignore[assignment]
         return importlib.import_module(PACKAGE)
     except ImportError as error:
         raise ConfigError(f"NIXL cannot be loaded: {error}") from error
     finally:
-        logging.config.dictConfig = configure  # type: ignore[misc]
+        logging.config.dictConfig = configure
         logging.raiseExceptions = raises
 
 
