@@ -113,7 +113,7 @@ class _Deployment:
             stack.callback(proxy.wait)
             stack.callback(proxy.terminate)
             assert proxy.stdout is not None
-            proxy_port = int(proxy.stdout.readline().split()[-1])
+            public = f"127.0.0.1:{int(proxy.stdout.readline())}"
             gateway = start(
                 "-m", "baton", "gateway", "--runtime-dir", str(folder), *common,
                 "--port", str(port), "--admin-port", str(admin_port),
@@ -127,7 +127,7 @@ class _Deployment:
                 for role, own in (
                     (
                         "prefill",
-                        ("--fabric.tcp-port", str(tcp_port), "--fabric.tcp-advertise", f"127.0.0.1:{proxy_port}"),
+                        ("--fabric.tcp-port", str(tcp_port), "--fabric.tcp-advertise", public),
                     ),
                     ("decode", ("--fabric.tcp-port", "0")),
                 )
@@ -139,14 +139,15 @@ class _Deployment:
         """Seconds from token 1 to token 2, and the usual gap after that."""
         prompt = [rng.randrange(100, 30_000) for _ in range(PROMPT_TOKENS - 1)]
         body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "stream": True}
-        body |= {"ignore_eos": True, "model": self._model()}
-        times = []
+        body |= {"ignore_eos": True, "return_token_ids": True, "model": self._model()}
+        times: list[float] = []
         url = f"{self._url}/v1/completions"
         with httpx.stream("POST", url, json=body, timeout=120, trust_env=False) as reply:
             reply.raise_for_status()
             for line in reply.iter_lines():
-                if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["text"]:
-                    times.append(time.monotonic())
+                if line.startswith("data: {"):
+                    ids = json.loads(line[6:])["choices"][0].get("token_ids") or ()
+                    times += [time.monotonic()] * len(ids)
         gaps = np.diff(times)
         return float(gaps[0]), float(np.median(gaps[1:]))
 

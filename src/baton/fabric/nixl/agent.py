@@ -47,12 +47,12 @@ def nixl() -> Any:
     # Its import closes the process's log handlers and sets logging up anew, onto stdout.
     configure, raises = logging.config.dictConfig, logging.raiseExceptions
     try:
-        setattr(logging.config, "dictConfig", lambda _: None)  # noqa: B010
+        logging.config.dictConfig = lambda _: None  # type: ignore[assignment]
         return importlib.import_module(PACKAGE)
     except ImportError as error:
         raise ConfigError(f"NIXL cannot be loaded: {error}") from error
     finally:
-        setattr(logging.config, "dictConfig", configure)  # noqa: B010
+        logging.config.dictConfig = configure
         logging.raiseExceptions = raises
 
 
