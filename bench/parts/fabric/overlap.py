@@ -94,7 +94,8 @@ class _Deployment:
         with contextlib.ExitStack() as stack:
 
             def start(*arguments: str) -> subprocess.Popen[bytes]:
-                log = stack.enter_context((folder / f"{arguments[0]}.log").open("wb"))
+                name = arguments[arguments.index("--id") + 1] if "--id" in arguments else "gateway"
+                log = stack.enter_context((folder / f"{name}.log").open("wb"))
                 return stack.enter_context(running(*arguments, stdout=log.fileno()))
 
             faults = json.dumps([{"type": "Throttle", "bytes_per_s": LINK_BYTES_PER_S}])
@@ -108,6 +109,7 @@ class _Deployment:
                     faults,
                 ],
                 env={**os.environ, "PYTHONPATH": _python_path()},
+                stdin=subprocess.PIPE,  # it ends when this does
                 stdout=subprocess.PIPE,
             )
             stack.callback(proxy.wait)

@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from baton.core.block_pool import BlockPool
+from baton.core.codec_choice import RAW
 from baton.core.limits import SchedulerConfig
 from baton.core.plan import ImportOrder, WantedBlock
 from baton.core.sequence import Sequence, SequenceId, Status
@@ -31,8 +32,8 @@ starts; readers stop a quarter before the end: 2/3 - 1/4.
 OK = "ok"
 CORRUPT = "corrupt"
 
-Sources = dict[Grant | None, list[WantedBlock]]
-"""What to fetch from whom; None is this worker's own store."""
+Sources = dict[tuple[Grant | None, str], list[WantedBlock]]
+"""What to fetch from whom, and in which codec; None is this worker's own store."""
 
 
 @dataclass(slots=True)
@@ -75,11 +76,11 @@ class ImportTable:
         Nothing, if there is no source for the first of them. Orders are numbered from `number`.
         """
         orders: list[ImportOrder] = []
-        for grant, wanted in self._sources(seq, num_hits).items():
+        for (grant, codec), wanted in self._sources(seq, num_hits).items():
             ttl_s = self._config.lease_ttl_s if grant is None else grant.ttl_s
             deadline = now + ttl_s * READ_WINDOW
             number_ = number + len(orders)
-            order = ImportOrder(number_, seq.id, grant, tuple(wanted), deadline, seq.codec)
+            order = ImportOrder(number_, seq.id, grant, tuple(wanted), deadline, codec)
             orders.append(order)
             self._orders[order.number] = order
             self._pool.acquire(want.block for want in wanted)
@@ -110,7 +111,9 @@ class ImportTable:
                 place = (prefix.keys[at], prefix.frames[at], prefix.digests[at])
             else:
                 break
-            sources.setdefault(grant, []).append(WantedBlock(i, seq.blocks[i], *place))
+            # Nobody tells a codec how far a partial block is filled, so that one travels as it is.
+            codec = seq.codec if grant is not None and key else RAW
+            sources.setdefault((grant, codec), []).append(WantedBlock(i, seq.blocks[i], *place))
         return sources
 
     def _usable_handoff(self, seq: Sequence) -> Handoff | None:
