@@ -173,9 +173,7 @@ class ByHand:
             dead = [name for name, each in self._processes.items() if each.poll() is not None]
             assert not dead, f"{dead} ended:\n{self.output()[-3000:]}"
             ready = httpx.get(f"{self.url}/ready", timeout=5, trust_env=False)
-            return ready.status_code == 200 and all(
-                of.get("up") for of in self.counters().values()
-            )
+            return ready.status_code == 200 and all(of.get("up") for of in self.counters().values())
 
         self.until(is_whole, "readiness", START_S)
 
@@ -206,11 +204,8 @@ class ByHand:
         arguments += ["--gateway", f"unix:{self._folder / 'gateway.sock'}"]
         if role == "decode":
             return [*arguments, "--fabric.tcp-port", "0"]
-        through = f"127.0.0.1:{self.proxy.address[1]}"
-        return [*arguments, "--fabric.tcp-port", str(self._tcp_port)] + [
-            "--fabric.tcp-advertise",
-            through,
-        ]
+        arguments += ["--fabric.tcp-port", str(self._tcp_port)]
+        return [*arguments, "--fabric.tcp-advertise", f"127.0.0.1:{self.proxy.address[1]}"]
 
     def _stop(self) -> None:
         for name in (*WORKERS, "gateway"):

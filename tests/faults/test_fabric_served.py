@@ -165,7 +165,7 @@ def test_no_fallbacks_without_faults(served: ByHand, expected: Victim) -> None:
         (Reorder(AT, 500, 700), "corrupt"),
         (Freeze(AT), "timed_out"),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, AnyFault) else "",
+    ids=lambda value: type(value).__name__ if isinstance(value, AnyFault) else None,
 )
 def test_bytes_that_go_wrong(
     served: ByHand, expected: Victim, fault: AnyFault, reason: str
