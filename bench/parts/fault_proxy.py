@@ -361,6 +361,10 @@ class FaultProxy:
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
         self._listener.close()
         self._thread.join()
+        self.drop()
+
+    def drop(self) -> None:
+        """End every connection there is; the next ones get the faults of their own moment."""
         while self._connections:
             self._connections.pop().stop()
 
