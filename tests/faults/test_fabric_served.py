@@ -303,7 +303,10 @@ def test_a_full_store_makes_prompts_wait(early: ByHand, expected: Victim) -> Non
     before, waits = early.lost(), early.counter("prefill-0", "store_full_waits")
     inject(early)
     with ThreadPoolExecutor(len(prompts)) as pool:
-        answers = list(pool.map(lambda prompt: early.ask(prompt, NUM_TOKENS), prompts))
-    assert answers == [expected.ask(prompt, NUM_TOKENS) for prompt in prompts]
-    assert early.counter("prefill-0", "store_full_waits") > waits
+        with early.stopped("decode-0"):  # nobody takes over, so the leases of two hold their frames
+            answers = pool.map(lambda prompt: early.ask(prompt, NUM_TOKENS), prompts)
+            early.until(
+                lambda: early.counter("prefill-0", "store_full_waits") > waits, "a full store"
+            )
+        assert list(answers) == [expected.ask(prompt, NUM_TOKENS) for prompt in prompts]
     assert grown(early, before) == {}
