@@ -295,18 +295,3 @@ def test_a_lease_that_lapses_before_the_read(after: ByHand, expected: Victim) ->
         tokens = asked.result(30)
     assert tokens == expected.ask(prompt, NUM_TOKENS)
     assert grown(after, before) == {"fallback_import_refused": 1}
-
-
-def test_a_full_store_makes_prompts_wait(early: ByHand, expected: Victim) -> None:
-    """Eight prompts of 40 blocks want 320 of 85 frames: two at a time, and all of them right."""
-    prompts = [new_prompt(640) for _ in range(8)]
-    before, waits = early.lost(), early.counter("prefill-0", "store_full_waits")
-    inject(early)
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        with early.stopped("decode-0"):  # nobody takes over, so the leases of two hold their frames
-            answers = pool.map(lambda prompt: early.ask(prompt, NUM_TOKENS), prompts)
-            early.until(
-                lambda: early.counter("prefill-0", "store_full_waits") > waits, "a full store"
-            )
-        assert list(answers) == [expected.ask(prompt, NUM_TOKENS) for prompt in prompts]
-    assert grown(early, before) == {}
