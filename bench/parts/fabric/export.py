@@ -21,7 +21,7 @@ from baton.engine.engine import Emitted
 from baton.engine.inbox import Release, Submit
 from baton.fabric.arena import Arena
 from baton.fabric.shm import ShmTransport
-from baton.fabric.thread import Done, ExportDone, FabricThread
+from baton.fabric.thread import Done, ExportDone, Fabric
 from baton.types import Handoff, Request, SamplingParams, TokenDelta
 from parts.big_model import write_model
 from parts.fabric import Row, middle
@@ -66,7 +66,7 @@ class Prefill:
         self._vocab = built.spec.vocab_size
         self._arena = Arena.create(limits.num_frames, limits.block_bytes, 1, kv_format)
         self._transport = ShmTransport(runtime_dir, kv_format)
-        self._fabric = FabricThread(self._arena, self._transport, self._done)
+        self._fabric = Fabric(self._arena, lambda _: self._transport, self._done)
         self.engine.fabric = self._fabric
         ident = self._fabric._thread.ident
         assert ident is not None

@@ -84,7 +84,7 @@ class Ends:
 
     def fetch_first(self) -> None:
         """As after a pause: the store must be mapped, and each page found, again."""
-        self.transport.rest()
+        self.transport.close()
         self.fetch()
 
     def pool_to_pool(self) -> None:

@@ -81,7 +81,7 @@ class Ends:
         assert results == [ReadResult.OK]
 
     def fetch_one_anew(self, name: str) -> None:
-        self.transports[name].rest()
+        self.transports[name].close()
         self.fetch_one(name)
 
     def receive(self, num_streams: int, as_one: bool) -> None:
