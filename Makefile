@@ -6,17 +6,20 @@ TORCH ?= torch==2.13.0
 MODEL ?= models/baton-demo
 # Where `make peers` builds other engines.
 PEERS ?= .peers
+# How many times `make fuzz` changes a message of the wire protocol.
+MUTATIONS ?= 100000
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+WITH_NIXL := $(VENV)/.with-nixl
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels demo serve check test unit lint types clean exact overhead roofline memory peers compare goodput docs
+.PHONY: help install kernels demo serve check test unit lint types clean sim exact overhead roofline memory peers compare goodput fabric fuzz docs nixl-test nixl-soak
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
@@ -42,14 +45,29 @@ types: $(INSTALLED)
 unit: $(INSTALLED)
 	$(BIN)/pytest -q tests/unit
 
-test: $(INSTALLED) ## All tests: unit, property, model check, numerics, real processes, faults
-	$(BIN)/pytest -q tests/unit tests/property tests/model_check
+test: $(INSTALLED) ## All tests: unit, property, model check, simulation, numerics, real processes, faults
+	$(BIN)/pytest -q tests/unit tests/property tests/model_check tests/sim
 	$(BIN)/pytest -q tests/numerics
 	$(BIN)/pytest -q tests/integration tests/faults
+
+# Without its dependencies: torch is here already, and NIXL takes no more than numpy without CUDA.
+$(WITH_NIXL): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt nixl-cu13
+	touch $@
+
+nixl-test: $(WITH_NIXL) ## Test the nixl transport with the real package, between processes and namespaces
+	$(BIN)/pytest -q --confcutdir=tests/nixl tests/nixl
+
+nixl-soak: $(WITH_NIXL) ## Read through NIXL 200,000 times; a minute or two
+	$(BIN)/python tests/nixl/nixl_soak.py
 
 kernels: $(INSTALLED) ## Build the CPU kernels in place, after a change in csrc
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+SEEDS ?= 100000
+sim: $(INSTALLED) ## Simulate whole deployments on a virtual clock, SEEDS=100000 histories with faults
+	PYTHONPATH=tests $(BIN)/python -m sim.run --seeds $(SEEDS)
 
 exact: $(INSTALLED) ## Ask a running 1P1D every question of the demo model's list; print its exact-answer rate
 	$(BIN)/python examples/exact_answers.py --model $(MODEL)
@@ -72,6 +90,12 @@ compare: $(INSTALLED) ## Measure Baton beside transformers, llama.cpp and vLLM: 
 
 goodput: $(INSTALLED) ## Measure goodput of 1P1D, 2U, 1U and of other engines; an hour, resumes
 	$(BIN)/python bench/goodput.py --peers $(PEERS)
+
+fabric: $(INSTALLED) ## Measure how KV blocks travel, beside a plain copy of them; a quarter of an hour
+	$(BIN)/python bench/fabric.py --json results/fabric.json
+
+fuzz: $(INSTALLED) ## Throw MUTATIONS (100000) random changes of messages at both ends of tcp
+	MUTATIONS=$(MUTATIONS) $(BIN)/pytest -q --timeout 3600 tests/property/test_wire_fuzz.py
 
 docs: $(INSTALLED) ## Write the pages that are made from the code: configuration, metrics
 	$(BIN)/python docs/generate.py

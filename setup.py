@@ -1,9 +1,10 @@
 """Builds the CPU kernels, if there is a compiler; everything else is in pyproject.toml.
 
-The library is plain C++ behind a C ABI, loaded with ctypes: it needs neither Python's headers nor
-torch's. Each instruction set is a file compiled with its own flags, and which of them runs is
-decided when the library is loaded. It is not linked to an OpenMP runtime: it takes the symbols of
-the one that torch brings, so that a process has one pool of threads and not two.
+The libraries are plain C++ behind a C ABI, loaded with ctypes: they need neither Python's headers
+nor torch's. Each instruction set is a file compiled with its own flags, and which of them runs is
+decided when the library is loaded. The model's is not linked to an OpenMP runtime: it takes the
+symbols of the one that torch brings, so that a process has one pool of threads and not two. The
+fabric's has no threads, and loads without torch.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("csrc")
+LIBRARIES = {  # where their sources are, and what only they are compiled with
+    "baton.model._kernels": (Path("csrc"), ["-fopenmp"]),
+    "baton.fabric._digest": (Path("csrc/digest"), []),
+    "baton.fabric._codec": (Path("csrc/codec"), ["-fno-trapping-math"]),
+}
 FLAGS = [
-    *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"),
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"),
     # Results must not depend on what a compiler chooses to fuse or reorder.
     *("-ffp-contract=off", "-fno-math-errno"),
     "-fno-strict-aliasing",  # pairs of bf16 are read as words
@@ -35,22 +40,23 @@ X86 = {
 
 
 class BuildKernels(build_ext):
-    """One object a source, each with its flags; a failure leaves a package without kernels."""
+    """One object a source, each with its flags; a failure leaves a package without that library."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        directory, flags = LIBRARIES[ext.name]
         units = ["dispatch", "portable"]
         if platform.machine() in ("x86_64", "AMD64"):
-            units += X86
+            units += [unit for unit in X86 if (directory / f"{unit}.cpp").exists()]
         objects = []
         for unit in units:
             objects += self.compiler.compile(
-                [str(SOURCES / f"{unit}.cpp")],
+                [str(directory / f"{unit}.cpp")],
                 output_dir=self.build_temp,
-                extra_postargs=[*FLAGS, *X86.get(unit, [])],
-                depends=[str(path) for path in SOURCES.glob("*.h")],
+                extra_postargs=[*FLAGS, *flags, *X86.get(unit, [])],
+                depends=ext.depends,
             )
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,11 +68,12 @@ class BuildKernels(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "baton.model._kernels",
-            sources=sorted(map(str, SOURCES.glob("*.cpp"))),
-            depends=sorted(map(str, SOURCES.glob("*.h"))),
+            name,
+            sources=sorted(map(str, directory.glob("*.cpp"))),
+            depends=sorted(map(str, directory.glob("*.h"))),
             optional=True,
         )
+        for name, (directory, _) in LIBRARIES.items()
     ],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -63,7 +63,7 @@ struct Item {
     int64_t heads;
     int64_t first_segment;
     int64_t last_segment;  // exclusive
-    int64_t partial;       // where the softmax of segment 0 goes, if others walk segments too; or -1
+    int64_t partial;  // where the softmax of segment 0 goes, if others walk segments too; or -1
 };
 
 // An item with what is the same for all of its blocks.
@@ -102,7 +102,8 @@ struct Walk {
         const int64_t* table = s.tables + item.sequence * s.max_blocks + first / s.block_size;
         int64_t step = s.kv_heads * s.head_dim, offset = first % s.block_size;
         while (first < last) {
-            const Value* key = key_at<Value>(s, index, *table++, offset) + item.kv_head * s.head_dim;
+            const Value* key = key_at<Value>(s, index, *table++, offset);
+            key += item.kv_head * s.head_dim;
             for (; offset < s.block_size && first < last; ++offset, ++first, key += step)
                 *keys++ = key;
             offset = 0;
@@ -133,8 +134,10 @@ struct Context {
     template <class Value>
     void advance(const Walk& w, const Walk& next, int64_t block) {
         memcpy(keys, ahead, sizeof(keys));
-        for (int64_t i = 0; i < kContext; ++i)
-            values[i] = keys[i] == kZeros ? kZeros : (const void*)((const Value*)keys[i] + w.to_value());
+        for (int64_t i = 0; i < kContext; ++i) {
+            const Value* key = (const Value*)keys[i];
+            values[i] = keys[i] == kZeros ? key : key + w.to_value();
+        }
         count = w.end - block < kContext ? w.end - block : kContext;
         if (block + kContext < w.end)
             find<Value>(w, block + kContext);

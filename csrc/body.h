@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "rows.h"
+#include "sampling.h"
 
 namespace {
 
@@ -27,6 +28,6 @@ void layer_any(const Layer* l, const Step* s, int64_t index) {
 
 #define BATON_KERNELS(isa)                                                                \
     {                                                                                     \
-        kVersion, isa, pack_any, embed_any, linear_any, rms_norm_any, silu_mul_any, angles,         \
-            rope_write_any, attend_any, layer_any                                         \
+        kInterface, kVersion, isa, pack_any, embed_any, linear_any, rms_norm_any,         \
+            silu_mul_any, angles, rope_write_any, attend_any, layer_any, draw             \
     }

@@ -71,11 +71,28 @@ struct Step {
     int32_t threads;
 };
 
-// Raised with every change of this header or of any result's bits. It is part of the name of the
-// numerics, so that blocks of KV computed before and after do not answer for each other.
+// One draw of a token.
+struct Draw {
+    int64_t row;         // of the logits
+    double largest;      // of these logits, finite
+    double temperature;  // above 0
+    double top_p;        // above 0; 1 and more: off
+    double min_p;        // 0: off
+    int64_t top_k;       // 0: off
+    uint64_t seed;
+    uint64_t choice;
+    int64_t position;
+};
+
+// Raised with every change of this header that a caller would notice; above every version that
+// once stood in its place.
+constexpr int64_t kInterface = 3;
+// Raised with every change of any result's bits. It is part of the name of the numerics, so that
+// blocks of KV computed before and after do not answer for each other.
 constexpr int64_t kVersion = 2;
 
 struct Kernels {
+    int64_t interface;
     int64_t version;
     const char* isa;
     // src [n, k] to packed dst; dst == src is allowed when n % 32 == 0 and k % 2 == 0.
@@ -101,10 +118,14 @@ struct Kernels {
     void (*attend)(const Layer* layer, const Step* step, int64_t index);
     // The whole decoder layer `index`, in and out through step->x.
     void (*layer)(const Layer* layer, const Step* step, int64_t index);
+    // The tokens of `count` draws from rows [vocab] of logits, `stride` apart, without NaN or
+    // infinity but negative; -1 where rounding could decide (see sampling.h).
+    void (*draw)(const float* logits, int64_t stride, int64_t vocab, const Draw* draws,
+                 int64_t* tokens, int64_t count, int32_t threads);
 };
 
-// The table for an instruction set ("avx512amx", "avx512bf16", "avx512", "avx2", "portable"); null if
-// this processor or this build does not have it, or this process may not use it.
+// The table for an instruction set ("avx512amx", "avx512bf16", "avx512", "avx2", "portable"); null
+// if this processor or this build does not have it, or this process may not use it.
 extern "C" __attribute__((visibility("default"))) const Kernels* baton_kernels(const char* isa);
 
 extern "C" {

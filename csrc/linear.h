@@ -15,8 +15,8 @@ namespace {
 // an access to memory, which the hardware's own prefetching does not cover from one row up.
 constexpr int64_t kAhead = 64;
 
-// out[r][column] of R rows of x (`stride` bytes apart) with `columns` columns of a panel of `Width`,
-// N vectors at a time; what the last of these has beyond `columns` is written too.
+// out[r][column] of R rows of x (`stride` bytes apart) with `columns` columns of a panel of
+// `Width`, N vectors at a time; what the last of these has beyond `columns` is written too.
 template <class T, int R, int N, int64_t Width>
 __attribute__((noinline)) void tile(const char* x, int64_t stride, const uint32_t* panel,
                                     int64_t k, int64_t columns, float* out, int64_t out_stride) {

@@ -19,6 +19,12 @@ struct W16 {
 // Register tiles: rows x (kVectors * 16) columns for products, rows x (kWide * 16) for P V.
 constexpr int kVectors = 1, kRows = 5, kBusyRows = 4, kWide = 2, kWideRows = 2;
 
+// A register of doubles, with the compiler's own operators.
+typedef __m256d Doubles;
+inline Doubles fma(Doubles x, Doubles y, Doubles z) { return _mm256_fmadd_pd(x, y, z); }
+// A bit for each lane, set where the number's sign is.
+inline uint32_t signs(Doubles x) { return (uint32_t)_mm256_movemask_pd(x); }
+
 inline V16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline V16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float* p, V16 x) {

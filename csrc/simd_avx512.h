@@ -20,6 +20,12 @@ constexpr int kRows = 14, kBusyRows = 6;
 constexpr int kRows = 12, kBusyRows = 4;
 #endif
 
+// A register of doubles, with the compiler's own operators.
+typedef __m512d Doubles;
+inline Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
+// A bit for each lane, set where the number's sign is.
+inline uint32_t signs(Doubles x) { return _mm512_movepi64_mask(_mm512_castpd_si512(x)); }
+
 inline V16 set1(float x) { return _mm512_set1_ps(x); }
 inline V16 load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, V16 x) { _mm512_storeu_ps(p, x); }

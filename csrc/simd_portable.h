@@ -21,8 +21,18 @@ struct W16 {
 // Register tiles: rows x (kVectors * 16) columns for products, rows x (kWide * 16) for P V.
 constexpr int kVectors = 1, kRows = 2, kBusyRows = 1, kWide = 2, kWideRows = 1;
 
-#define EACH(expression)                        \
-    V16 result;                                 \
+// A register of doubles, with the compiler's own operators.
+typedef double Doubles __attribute__((vector_size(16)));
+inline Doubles fma(Doubles x, Doubles y, Doubles z) { return x * y + z; }
+// A bit for each lane, set where the number's sign is.
+inline uint32_t signs(Doubles x) {
+    uint64_t bits[2];
+    memcpy(bits, &x, 16);
+    return (uint32_t)(bits[0] >> 63 | bits[1] >> 63 << 1);
+}
+
+#define EACH(expression)                                       \
+    V16 result;                                                \
     for (int i = 0; i < 4; ++i) result.part[i] = (expression); \
     return result
 

@@ -17,16 +17,17 @@
 #define TILE_LOAD(tile, from, stride) \
     asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"((int64_t)(stride)) : "memory")
 #define TILE_STORE(tile, to, stride) \
-    asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"((int64_t)(stride)) : "memory")
+    asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"((int64_t)(stride)) \
+                 : "memory")
 // sums += a b, by rows of a and columns of b
 #define TILE_DOT(sums, a, b) \
     asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sums ::: "memory")
 
 namespace {
 
-constexpr int64_t kTile = 16;   // rows, and words of a row
-constexpr int64_t kChunk = 32;  // numbers along k that one product takes
+constexpr int64_t kTile = 16;          // rows, and words of a row
 constexpr int64_t kBlock = 2 * kTile;  // rows that are multiplied at once
+constexpr int64_t kChunk = 32;         // numbers along k that one product takes
 
 // This thread's tiles, as long as it works with them: others who use tiles in the same thread set
 // them up anew, and a thread without any is cheaper to switch.
@@ -72,12 +73,12 @@ struct Operand {
     int64_t step;
 };
 
-// sums [rows][32] (`stride` bytes apart) of `chunks` chunks of a [rows] with b [32 columns], words of
-// pairs; added to what sums hold already unless they are `fresh`. Two: more than 16 rows.
+// sums [rows][32] (`stride` bytes apart) of `chunks` chunks of a [rows] with b [32 columns], words
+// of pairs; added to what sums hold already unless they are `fresh`. Two: more than 16 rows.
 // `meanwhile(i)` runs along with chunk i.
 template <bool Two, class Meanwhile>
-inline void add_chunks(Operand a, Operand b, int64_t chunks, float* sums, int64_t stride, bool fresh,
-                       Meanwhile meanwhile) {
+inline void add_chunks(Operand a, Operand b, int64_t chunks, float* sums, int64_t stride,
+                       bool fresh, Meanwhile meanwhile) {
     const char *upper = (const char*)a.at, *lower = upper + kTile * a.stride;
     const char *left = (const char*)b.at, *right = left + kTile * 4;
     float* below = sums + kTile * stride / 4;

@@ -17,7 +17,7 @@ struct Bf16 {
     typedef uint16_t Value;
     static constexpr int64_t kPack = 2;
     static V16 dot(V16 sum, uint32_t x, W16 w) { return dot_pairs(sum, x, w); }
-    // Sixteen numbers of at least 2^-126, or 0, as `dot` takes them for x; returns what they became.
+    // Sixteen numbers of at least 2^-126, or 0, as `dot` takes them for x; returns what was stored.
     static V16 store_weights(uint32_t* p, V16 x) { return store_narrow((uint16_t*)p, x); }
     // Words for `dot` of 32 columns of kPack rows.
     static void load_columns(const Value* const* rows, int64_t at, W16* two) {

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from sim_engine import Client, Frame, SimWorker, expected_tokens, make_config, make_request
 
+from baton.core.keys import chain, root_key
 from baton.core.limits import SchedulerConfig
 from baton.core.plan import Update
 from baton.core.sequence import Status
-from baton.types import FinishReason, Handoff, Request
+from baton.types import FinishReason, Handoff, Lend, Request, Sealed
 
 SEGMENTS = ((1, 1), (2, 2), (1, 1, 2, 2), (2, 2, 1, 1), (3,))
 SPOILS = ("missing", "corrupt", "stale_epoch", "timed_out")
@@ -41,6 +42,7 @@ class Order(NamedTuple):
     salt: bytes
     split: bool
     on_decode: bool
+    borrow: bool
     deadline_s: float | None
 
 
@@ -52,6 +54,7 @@ orders = st.builds(
     salt=st.sampled_from((b"", b"", b"tenant")),
     split=st.integers(0, 2).map(bool),
     on_decode=st.booleans(),
+    borrow=st.booleans(),
     deadline_s=st.sampled_from((None, None, None, 3.0)),
 )
 
@@ -60,10 +63,20 @@ class ServingMachine(RuleBasedStateMachine):
     """Configure by the class attributes; `check` verifies books after every call."""
 
     prefill_config: SchedulerConfig = make_config(
-        num_blocks=9, num_frames=9, max_num_seqs=4, max_num_batched_tokens=5, lease_ttl_s=5.0
+        num_blocks=9,
+        num_frames=9,
+        max_num_seqs=4,
+        max_num_batched_tokens=5,
+        lease_ttl_s=5.0,
+        keep_blocks=True,
     )
     decode_config: SchedulerConfig = make_config(
-        num_blocks=10, num_frames=1, max_num_seqs=4, max_num_batched_tokens=7
+        num_blocks=10,
+        num_frames=8,
+        max_num_seqs=4,
+        max_num_batched_tokens=7,
+        lease_ttl_s=5.0,
+        keep_blocks=True,
     )
     check = True
     depth = 1
@@ -77,6 +90,8 @@ class ServingMachine(RuleBasedStateMachine):
         self.clients: dict[str, Client] = {}
         self.home: dict[str, SimWorker] = {}
         self.grants: dict[str, list[str]] = {}
+        self.lent: list[Sealed] = []
+        self.early = True  # whether what is sealed is offered to the decode worker
         self.seen: list[Handoff] = []
         self.disturbed = False  # a fault was injected: fallbacks are allowed
         self.export_failed = False
@@ -93,6 +108,16 @@ class ServingMachine(RuleBasedStateMachine):
                 assert delta.error.code in ("deadline_exceeded", "transfer_failed")
                 assert delta.error.code != "deadline_exceeded" or late
                 assert delta.error.code != "transfer_failed" or self.export_failed
+        for sealed in update.sealed:
+            self.grants[sealed.request_id].append(sealed.grant.grant_id)
+            client = self.clients[sealed.request_id]
+            if client.id != (sealed.request_id, sealed.choice, sealed.attempt):
+                continue
+            if sealed.grant.source == "decode":
+                self.lent.append(sealed)
+            elif self.early:
+                self.decode.scheduler.offer(sealed, self.now)
+                self.absorb(self.decode, self.decode.settle())
         for handoff in update.handoffs:
             self.grants[handoff.request_id].append(handoff.grant.grant_id)
             self.seen.append(handoff)
@@ -136,10 +161,33 @@ class ServingMachine(RuleBasedStateMachine):
             hand_off=order.split,
             deadline_s=order.deadline_s,
         )
-        self.clients[name] = Client(request)
+        client = self.clients[name] = Client(request)
         self.grants[name] = []
         on_decode = order.on_decode and not order.split
+        if order.borrow and not on_decode:
+            request = client.next_leg(prefix=self.borrow(client))
         self.send(self.decode if on_decode else self.prefill, request)
+
+    @precondition(lambda self: any(client.finish for client in self.clients.values()))
+    @rule(pick=picks, order=orders)
+    def next_turn(self, pick: int, order: Order) -> None:
+        """A chat goes on: the prefill worker borrows what the decode worker has kept of it."""
+        client = self.pick(pick, lambda client: client.finish is not None)
+        assert client is not None
+        self.copy(0, len(self.decode.exports))
+        history = (*client.request.prompt, *client.received)[:MAX_PROMPT]
+        salt = client.request.salt
+        self.submit(order._replace(prompt=history, salt=salt, on_decode=False, borrow=True))
+
+    def borrow(self, client: Client) -> Sealed:
+        """Ask the decode worker for what it has of the prompt."""
+        request, config = client.request, self.decode_config
+        root = root_key(config.fingerprint, config.numerics, request.salt)
+        keys = chain(root, request.prompt, config.kv_format.block_size)
+        ask = Lend(*client.id, request.tenant, 0, tuple(keys))
+        self.decode.scheduler.lend(ask, self.now)
+        self.absorb(self.decode, self.decode.settle())
+        return self.lent.pop()
 
     @rule(on_decode=st.booleans(), count=st.integers(1, 4))
     def step(self, on_decode: bool, count: int) -> None:
@@ -165,12 +213,16 @@ class ServingMachine(RuleBasedStateMachine):
         if pick % 2:
             self.submit(order._replace(split=False, on_decode=True))
 
-    @precondition(lambda self: self.prefill.exports)
     @rule(pick=picks, count=st.integers(1, 3))
     def copy(self, pick: int, count: int) -> None:
-        for _ in range(min(count, len(self.prefill.exports))):
-            position = pick % len(self.prefill.exports)
-            self.absorb(self.prefill, self.prefill.finish_export(position, self.now))
+        for worker in (self.prefill, self.decode):
+            for _ in range(min(count, len(worker.exports))):
+                position = pick % len(worker.exports)
+                self.absorb(worker, worker.finish_export(position, self.now))
+
+    @rule(yes=st.booleans())
+    def offer_early(self, yes: bool) -> None:
+        self.early = yes
 
     @precondition(lambda self: self.prefill.exports)
     @rule(pick=picks, rare=st.integers(0, 4))
@@ -200,23 +252,30 @@ class ServingMachine(RuleBasedStateMachine):
             self.disturbed = True
             self.forward(client, wrong[other % len(wrong)])
 
-    @precondition(lambda self: self.decode.imports)
+    def fetching(self, pick: int) -> tuple[SimWorker, SimWorker]:
+        """A worker that fetches, and its peer."""
+        pairs = [(self.decode, self.prefill), (self.prefill, self.decode)]
+        pairs = [pair for pair in pairs if pair[0].imports]
+        return pairs[pick % len(pairs)]
+
+    @precondition(lambda self: self.decode.imports or self.prefill.imports)
     @rule(pick=picks)
     def fetch(self, pick: int) -> None:
-        position = pick % len(self.decode.imports)
-        self.absorb(self.decode, self.decode.finish_import(position, self.prefill, self.now))
+        worker, peer = self.fetching(pick)
+        position = pick % len(worker.imports)
+        self.absorb(worker, worker.finish_import(position, peer, self.now))
 
-    @precondition(lambda self: self.decode.imports)
+    @precondition(lambda self: self.decode.imports or self.prefill.imports)
     @rule(pick=picks, first_bad=st.integers(0, 2), reason=st.sampled_from(SPOILS))
     def fetch_fails(self, pick: int, first_bad: int, reason: str) -> None:
         self.disturbed = True
+        worker, peer = self.fetching(pick)
 
         def spoil(results: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(reason if i == first_bad else word for i, word in enumerate(results))
 
-        position = pick % len(self.decode.imports)
-        update = self.decode.finish_import(position, self.prefill, self.now, spoil)
-        self.absorb(self.decode, update)
+        position = pick % len(worker.imports)
+        self.absorb(worker, worker.finish_import(position, peer, self.now, spoil))
 
     @precondition(lambda self: any(frame.key for frame in self.prefill.store.frames))
     @rule(pick=picks, header=st.booleans())
@@ -271,7 +330,7 @@ class ServingMachine(RuleBasedStateMachine):
         if handoff is None:
             # Nobody will read that any more. To go on renewing would be a deadlock: this request
             # may queue behind one that waits for those frames.
-            self.prefill.scheduler.release(tuple(self.grants[request.id]))
+            self.release(request.id)
         if (
             handoff is not None
             and handoff.num_tokens != len(request.prompt) + len(request.emitted) - 1
@@ -315,14 +374,21 @@ class ServingMachine(RuleBasedStateMachine):
             for grant in grants
             if not self.clients[name].ended
         ]
-        self.prefill.scheduler.renew(tuple(alive), self.now)
+        for worker in (self.prefill, self.decode):
+            mine = [grant for grant in alive if grant in worker.leases]
+            worker.scheduler.renew(tuple(mine), self.now)
+
+    def release(self, name: str) -> None:
+        for worker in (self.prefill, self.decode):
+            worker.scheduler.release(tuple(self.grants[name]))
 
     @rule()
     def release_ended(self) -> None:
         for name, client in self.clients.items():
             if client.ended:
-                self.prefill.scheduler.release(tuple(self.grants[name]))
-        self.absorb(self.prefill, self.prefill.settle())
+                self.release(name)
+        for worker in (self.prefill, self.decode):
+            self.absorb(worker, worker.settle())
 
     # The end -----------------------------------------------------------------------------------
 
@@ -332,11 +398,11 @@ class ServingMachine(RuleBasedStateMachine):
                 break
             self.now += 0.01
             self.renew()
-            while self.prefill.exports:
-                self.absorb(self.prefill, self.prefill.finish_export(-1, self.now))
-            while self.decode.imports:
-                update = self.decode.finish_import(-1, self.prefill, self.now)
-                self.absorb(self.decode, update)
+            for worker, peer in ((self.prefill, self.decode), (self.decode, self.prefill)):
+                while worker.exports:
+                    self.absorb(worker, worker.finish_export(-1, self.now))
+                while worker.imports:
+                    self.absorb(worker, worker.finish_import(-1, peer, self.now))
             for client in self.clients.values():
                 if self.waits_for_decode(client):
                     self.forward(client, client.handoff)
@@ -345,15 +411,18 @@ class ServingMachine(RuleBasedStateMachine):
                 self.absorb(worker, worker.step(self.now))
         else:
             raise AssertionError("a request never ended")
-        for worker in (self.prefill, self.decode):
+        self.early = False
+        for worker, peer in ((self.prefill, self.decode), (self.decode, self.prefill)):
+            self.absorb(worker, worker.step(self.now))
+            self.absorb(worker, worker.finish_steps(self.now))
             while worker.exports:
                 self.absorb(worker, worker.finish_export(0, self.now))
             while worker.imports:
-                self.absorb(worker, worker.finish_import(0, self.prefill, self.now))
+                self.absorb(worker, worker.finish_import(0, peer, self.now))
             self.absorb(worker, worker.step(self.now))
             self.absorb(worker, worker.finish_steps(self.now))
-        for grants in self.grants.values():
-            self.prefill.scheduler.release(tuple(grants))
+        for name in self.grants:
+            self.release(name)
         for worker in (self.prefill, self.decode):
             worker.check_empty()
             counters = worker.scheduler.counters

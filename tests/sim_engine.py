@@ -41,6 +41,7 @@ def make_config(
     max_model_len: int = 64,
     prefix_cache: bool = True,
     lease_ttl_s: float = 10.0,
+    keep_blocks: bool = False,
 ) -> SchedulerConfig:
     """A small worker."""
     kv_format = KvFormat(block_size, "fake", 1, 1, 1, 24 * block_size)
@@ -56,6 +57,7 @@ def make_config(
         "exact",
         prefix_cache,
         lease_ttl_s,
+        keep_blocks,
     )
 
 
@@ -226,7 +228,8 @@ def fetch(order: ImportOrder, store: FakeFabric, kv: FakeKv) -> tuple[str, ...]:
     results = []
     for want in order.wanted:
         frame = store.frames[want.frame]
-        if order.grant.epoch != store.epoch or not verify_mac(SECRET, order.grant):
+        grant = order.grant  # None: a worker reads its own store
+        if grant is not None and (grant.epoch != store.epoch or not verify_mac(SECRET, grant)):
             results.append("stale_epoch")
         elif frame.key != want.key:
             results.append("missing")
@@ -246,6 +249,7 @@ class Before:
     def __init__(self, scheduler: Scheduler) -> None:
         self.running = list(scheduler._running.values())
         self.waiting = list(scheduler._waiting)
+        self.arriving = list(scheduler._arriving.values())
         self.decodes = [seq for seq in self.running if seq.num_unscheduled == 1]
         self.awaited = {seq.id for seq in self.running if seq.num_expected > seq.num_tokens}
         prompts = [seq for seq in self.running if seq.num_unscheduled > 1]
@@ -336,7 +340,7 @@ class SimWorker:
 
     def _check_turns(self, before: Before, plan: StepPlan) -> None:
         """No prompt, waiting or begun, is passed by one that came later than it has to bear."""
-        for seq in before.waiting:
+        for seq in (*before.waiting, *before.arriving):
             self._came.setdefault(seq.id, self._num_admitted)
         admitted = [s for s in before.waiting if s.status in (Status.RUNNING, Status.IMPORTING)]
         self._num_admitted += sum(seq.num_tokens for seq in admitted)
@@ -400,11 +404,12 @@ class SimWorker:
     ) -> Update:
         """Carry out one fetch and acknowledge it; `spoil` may turn results into failures."""
         order = self.imports.pop(position)
-        results = spoil(fetch(order, source.store, self.kv))
+        store = self.store if order.grant is None else source.store
+        results = spoil(fetch(order, store, self.kv))
         for want, result in zip(order.wanted, results, strict=True):
             if result not in ("ok", "corrupt"):
                 self.kv.poison(want.block)
-        self.scheduler.imported(order.seq_id, results, now)
+        self.scheduler.imported(order.number, results, now)
         return self.settle()
 
     def num_fallbacks(self) -> int:
@@ -419,16 +424,21 @@ class SimWorker:
         copying = {order.key for order in self.exports}
         copying |= {order.key for order in scheduler._update.exports}
         assert set(scheduler.exports._copying) == copying
-        assert len(scheduler.imports) == len(self.imports)
+        fetching = {order.number for order in (*self.imports, *scheduler._imports)}
+        assert {*scheduler.imports._orders, *scheduler.early._orders} == fetching
         credits = sum(e.credits for e in scheduler.exports._exports.values())
         assert self.index.num_reserved == credits, "a credit leaked"
         for seq in scheduler._sequences.values():
-            where = (seq.id in scheduler._waiting, seq.id in scheduler._running)
-            assert where == (seq.status is Status.WAITING, seq.status is Status.RUNNING)
-            assert seq.status is not Status.WAITING or not seq.blocks
+            places = (scheduler._arriving, scheduler._waiting, scheduler._running)
+            states = (Status.ARRIVING, Status.WAITING, Status.RUNNING)
+            for place, status in zip(places, states, strict=True):
+                assert (seq.id in place) == (seq.status is status)
+            assert seq.status not in (Status.ARRIVING, Status.WAITING) or not seq.blocks
+            if seq.status is Status.ARRIVING:
+                assert len(scheduler.early), "it waits for nothing"
             assert len(seq.blocks) * seq.block_size >= seq.num_computed
             if seq.status is Status.IMPORTING:
-                assert scheduler.imports.num_wanted(seq.id)
+                assert seq.id in scheduler.imports._imports
         assert set(scheduler.exports._exports) <= set(scheduler._sequences)
 
     def check_empty(self) -> None:

@@ -189,14 +189,57 @@ class Handoff(msgspec.Struct, frozen=True):
     frames: tuple[int, ...]
 
 
+class Sealed(msgspec.Struct, frozen=True):
+    """Full blocks of one prompt that lie sealed in a store, and the grant that opens them.
+
+    keys, digests and frames have one entry per block, in sequence order, the first of which is
+    block `first` of the sequence. What a worker says of a prompt that it computes and hands off,
+    or when it is asked to lend what its store holds (`Lend`); the gateway passes it to whoever may
+    want to read.
+    """
+
+    request_id: str
+    choice: int
+    attempt: int
+    grant: Grant
+    first: int
+    keys: tuple[bytes, ...]
+    digests: tuple[bytes, ...]
+    frames: tuple[int, ...]
+
+
+class Landed(msgspec.Struct, frozen=True):
+    """So many blocks of a prompt that a peer had sealed have arrived here early, verified."""
+
+    request_id: str
+    choice: int
+    attempt: int
+    num_blocks: int
+
+
+class Lend(msgspec.Struct, frozen=True):
+    """Ask a worker to open the blocks `keys` of its store, as far as it has them, to a reader.
+
+    The answer is a `Sealed` of the same request, with the leading ones that are there: maybe none.
+    `first` is the place of the first key in the sequence.
+    """
+
+    request_id: str
+    choice: int
+    attempt: int
+    tenant: str
+    first: int
+    keys: tuple[bytes, ...]
+
+
 class Request(msgspec.Struct, frozen=True):
     """One choice of what a client asked, as a worker gets it.
 
     `emitted` are the tokens that earlier legs produced: they count towards `max_tokens`,
     `min_tokens` and penalties, and the next position drawn is `len(prompt) + len(emitted)`.
     `hand_off` asks this worker to stop after one token and export the KV. `handoff` says whose
-    KV to import. `salt` separates tenants' cached blocks. `deadline_s` is what is left, from
-    receipt.
+    KV to import; `prefix` are blocks of the prompt's beginning that a peer lends. `salt`
+    separates tenants' cached blocks. `deadline_s` is what is left, from receipt.
     """
 
     id: str
@@ -207,6 +250,7 @@ class Request(msgspec.Struct, frozen=True):
     emitted: tuple[int, ...] = ()
     hand_off: bool = False
     handoff: Handoff | None = None
+    prefix: Sealed | None = None
     deadline_s: float | None = None
     tenant: str = ""
     salt: bytes = b""

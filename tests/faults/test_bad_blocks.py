@@ -22,7 +22,7 @@ from baton.engine.inbox import Release, Submit
 from baton.fabric.arena import Arena
 from baton.fabric.descriptors import DescriptorServer
 from baton.fabric.shm import ShmTransport
-from baton.fabric.thread import FabricThread
+from baton.fabric.thread import Fabric
 from baton.types import Handoff, Request, SamplingParams, TokenDelta
 
 NUM_PROMPT = 100  # six full blocks and a partial one
@@ -53,8 +53,9 @@ class End:
         self.handoffs: list[Handoff] = []
         self.arena = Arena.create(limits.num_frames, limits.block_bytes, epoch, kv_format)
         self.descriptors = DescriptorServer(runtime_dir, name, self.arena, secret)
-        self.transport = ShmTransport(runtime_dir, kv_format)
-        self.fabric = FabricThread(self.arena, self.transport, self.engine.inbox.put)
+        self.fabric = Fabric(
+            self.arena, lambda _: ShmTransport(runtime_dir, kv_format), self.engine.inbox.put
+        )
         self.engine.fabric = self.fabric
 
     def _emitted(self, emitted: Emitted) -> None:
@@ -84,7 +85,6 @@ class End:
     def close(self) -> None:
         self.fabric.stop()
         self.descriptors.stop()
-        self.transport.close()
         self.arena.close()
 
 
@@ -112,6 +112,8 @@ def pair(model: Path, tmp_path: Path) -> Iterator[Pair]:
             ends.append(end)
         yield Pair(*ends)
         for end in ends:
+            while end.engine.scheduler.num_transfers:
+                end.engine.wait()  # blocks that are kept are still being copied
             end.engine.scheduler.check()
             assert end.engine.scheduler.num_sequences == 0
             assert end.engine.scheduler.pool.num_free == 64

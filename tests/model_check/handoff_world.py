@@ -16,7 +16,7 @@ from typing import Any
 from sim_engine import Client, Frame, SimWorker, make_config, make_request
 
 from baton.core.sequence import Status
-from baton.types import FinishReason, Handoff, Request, TokenDelta
+from baton.types import FinishReason, Handoff, Request, Sealed, TokenDelta
 
 PROMPT = (1, 2, 3)  # one full block and a partial one
 TTL_TICKS = 3
@@ -39,9 +39,9 @@ class World:
         self.prefill = SimWorker(CONFIG, "prefill", 1)
         self.decode = SimWorker(CONFIG, "decode", 1)
         self.to_prefill: list[Message] = []
-        self.from_prefill: list[TokenDelta | Handoff] = []
+        self.from_prefill: list[TokenDelta | Handoff | Sealed] = []
         self.to_decode: list[Message] = []
-        self.from_decode: list[TokenDelta | Handoff] = []
+        self.from_decode: list[TokenDelta | Handoff | Sealed] = []
         self.client = Client(make_request("r", PROMPT, 2, hand_off=True))
         self.on_decode = False
         self.grants: list[str] = []
@@ -58,7 +58,8 @@ class World:
             shared += [seq.request for seq in worker.scheduler._sequences.values()]
             shared += [*worker.exports, *worker.imports]
             shared += worker.kv.blocks + worker.store.frames + [worker.runner]
-            shared += [order for _, order in worker.scheduler.imports._orders.values()]
+            shared += worker.scheduler.imports._orders.values()
+            shared += worker.scheduler.early._orders.values()
         copied = copy.deepcopy(self, {id(thing): thing for thing in shared})
         for worker in (copied.prefill, copied.decode):
             worker.runner = copy.copy(worker.runner)
@@ -126,6 +127,9 @@ class World:
                 self.newest = max(self.newest, what.attempt)
         elif kind == "abort":
             worker.scheduler.abort(what)
+        elif kind == "offer":
+            worker.scheduler.offer(what, self.now)
+            self._report(worker, worker.step(self.now))
         elif kind == "renew":
             worker.scheduler.renew(what, self.now)
         else:
@@ -133,7 +137,7 @@ class World:
 
     def _report(self, worker: SimWorker, update: Any) -> None:
         channel = self.from_prefill if worker is self.prefill else self.from_decode
-        channel += [*update.deltas, *update.handoffs]
+        channel += [*update.deltas, *update.sealed, *update.handoffs]
 
     def _to_prefill(self, position: int) -> None:
         self._deliver(self.prefill, self.to_prefill.pop(0))
@@ -180,15 +184,19 @@ class World:
     def _from_decode(self, position: int) -> None:
         self._receive(self.from_decode.pop(0))
 
-    def _receive(self, message: TokenDelta | Handoff) -> None:
+    def _receive(self, message: TokenDelta | Handoff | Sealed) -> None:
         client = self.client
         if isinstance(message, TokenDelta):
             if not client.ended:
                 client.take(message)
         elif client.ended or message.attempt != client.request.attempt:
             self.to_prefill.append(("release", (message.grant.grant_id,)))  # nobody needs it
-        else:
+        elif isinstance(message, Sealed):
             self.grants.append(message.grant.grant_id)
+            self.to_decode.append(("offer", message))
+        else:
+            if message.grant.grant_id not in self.grants:
+                self.grants.append(message.grant.grant_id)
             client.take_handoff(message)
             self._place(hand_off=False, handoff=message)
         self._release_if_ended()
@@ -265,9 +273,13 @@ class World:
 def _message_key(message: Any) -> Hashable:
     if isinstance(message, TokenDelta):
         return (message.attempt, message.first_index, message.token_ids, message.finish)
+    if isinstance(message, Sealed):
+        return ("sealed", message.attempt, message.grant.grant_id, message.grant.epoch)
     if isinstance(message, Handoff):
         return (message.attempt, message.grant.grant_id, message.grant.epoch, message.digests)
     kind, what = message
+    if isinstance(what, Sealed):
+        return (kind, _message_key(what))
     if isinstance(what, Request):
         handoff = what.handoff and _message_key(what.handoff)
         return (kind, what.attempt, what.emitted, what.hand_off, handoff)
@@ -286,7 +298,10 @@ def _worker_key(worker: SimWorker, now: float) -> Hashable:
         tuple(map(tuple, worker.kv.blocks)),
         tuple((frame.key, tuple(frame.slots)) for frame in worker.store.frames),
         tuple(order.key for order in worker.exports),
-        tuple((o.seq_id, o.grant.epoch, tuple(w.block for w in o.wanted)) for o in worker.imports),
+        tuple(
+            (o.seq_id, o.grant and o.grant.epoch, tuple(w.block for w in o.wanted))
+            for o in worker.imports
+        ),
         tuple(
             (
                 seq.id,
@@ -303,7 +318,7 @@ def _worker_key(worker: SimWorker, now: float) -> Hashable:
         tuple(scheduler._running),
         tuple(scheduler._attempts._latest.values()),
         tuple(
-            (seq_id, e.credits, e.state, tuple((p.key, p.digest) for p in e.parts))
+            (seq_id, e.credits, e.state, e.grant, tuple((p.key, p.digest) for p in e.parts))
             for seq_id, e in exports._exports.items()
         ),
         tuple(exports._waiting),

@@ -25,12 +25,12 @@ from baton.config import Layout, load_config
 from baton.core.scheduler import Scheduler
 from baton.engine.build import build_engine
 from baton.engine.engine import Emitted
-from baton.engine.inbox import Release, Submit
+from baton.engine.inbox import Offer, Release, Submit
 from baton.engine.loop import EngineLoop
 from baton.fabric.arena import Arena
 from baton.fabric.descriptors import DescriptorServer
 from baton.fabric.shm import ShmTransport
-from baton.fabric.thread import FabricThread
+from baton.fabric.thread import Fabric
 from baton.types import FinishReason, Grant, Request, SampledLogprobs, TokenDelta
 
 ANSWER_TIMEOUT_S = 100.0
@@ -47,6 +47,7 @@ class Answer:
     logprobs: list[SampledLogprobs] = field(default_factory=list)
     finish: FinishReason | None = None
     grant: Grant | None = None
+    handed_off: bool = False
 
 
 class _Worker:
@@ -74,17 +75,17 @@ class _Worker:
         self.scheduler: Scheduler = built.engine.scheduler
         self._arena = Arena.create(limits.num_frames, limits.block_bytes, epoch, kv_format)
         self._descriptors = DescriptorServer(runtime_dir, name, self._arena, secret)
-        self._transport = ShmTransport(runtime_dir, kv_format)
-        self._fabric = FabricThread(self._arena, self._transport, built.engine.inbox.put)
+        self._fabric = Fabric(
+            self._arena, lambda _: ShmTransport(runtime_dir, kv_format), built.engine.inbox.put
+        )
         built.engine.fabric = self._fabric
         self.loop = EngineLoop(built.engine, lambda error: emitted.put((name, error)))
         self.loop.start()
 
     def close(self) -> None:
+        self._fabric.stop()  # its last answers go before the engine's end
         self.loop.stop()
-        self._fabric.stop()
         self._descriptors.stop()
-        self._transport.close()
         self._arena.close()
 
     def check_empty(self) -> None:
@@ -164,10 +165,14 @@ class Engines:
                 raise news
             for delta in news.update.deltas:
                 self._take(answers[delta.request_id], name, delta)
+            for sealed in news.update.sealed:
+                answer = answers[sealed.request_id]
+                answer.grant = sealed.grant
+                self._workers[answer.decode].loop.put(Offer(sealed))
             for handoff in news.update.handoffs:
                 answer = answers[handoff.request_id]
-                assert answer.grant is None and len(answer.token_ids) == 1
-                answer.grant = handoff.grant
+                assert not answer.handed_off and len(answer.token_ids) == 1
+                answer.grant, answer.handed_off = handoff.grant, True
                 second = msgspec.structs.replace(
                     answer.request,
                     hand_off=False,
@@ -184,5 +189,5 @@ class Engines:
         answer.token_ids += delta.token_ids
         answer.logprobs += delta.logprobs or ()
         answer.finish = delta.finish
-        if answer.grant is not None and len(answer.token_ids) == 2:
+        if answer.grant is not None and (len(answer.token_ids) == 2 or answer.finish):
             self._workers[answer.prefill].loop.put(Release((answer.grant.grant_id,)))

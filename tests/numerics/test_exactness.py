@@ -106,7 +106,7 @@ class Recorder:
         self.seen: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
         self.num_again = 0
 
-    def sample(self, logits: Tensor, rows: list[SampleRow]) -> object:
+    def sample(self, logits: Tensor, rows: list[SampleRow], kernels: Kernels | None) -> object:
         for one, row in zip(logits, rows, strict=True):
             key = (tuple(row.prompt), tuple(row.output))
             if key in self.seen:
@@ -114,7 +114,7 @@ class Recorder:
                 assert torch.equal(one, self.seen[key])
             else:
                 self.seen[key] = one.clone()
-        return sample(logits, rows)
+        return sample(logits, rows, kernels)
 
 
 @pytest.fixture

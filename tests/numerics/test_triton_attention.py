@@ -6,7 +6,7 @@ apart than they are long.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -22,15 +22,9 @@ from baton.model.attention_triton import (
 )
 from baton.model_spec import ModelSpec, RopeSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Chunk = tuple[int, int]  # tokens computed before, new tokens
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def spec(heads: int, kv_heads: int, head_dim: int) -> ModelSpec:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,17 +20,11 @@ from baton.model.cuda_layers import CudaLayers
 from baton.model.loader import load_weights
 from baton.model_spec import load_model_spec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VARIANTS = ["llama-mha-biases-tied", "qwen3-biases-windowed"]
 # Of the logits; in bf16 both bodies round after every step, and not at the same places.
 NEAR = {"float32": 1e-5, "bfloat16": 3e-2}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

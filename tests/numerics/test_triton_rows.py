@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from numerics.triton_here import DEVICE, ROUNDED, error, random
@@ -18,15 +16,9 @@ from baton.model.triton_ops import (
 )
 from baton.model_spec import RopeSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EPS = 1e-5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["float32", "bfloat16"])

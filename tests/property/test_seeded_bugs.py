@@ -183,15 +183,15 @@ def digest_not_checked(patch: Patch) -> None:
 
 def handoff_keys_not_checked(patch: Patch) -> None:
     """A handoff is imported without comparing its keys with the request's tokens."""
-    original = ImportTable.usable
+    original = ImportTable._usable_handoff
 
-    def usable(self: ImportTable, seq: Sequence) -> bool:
+    def usable(self: ImportTable, seq: Sequence) -> object:
         handoff = seq.request.handoff
         if handoff is None or seq.num_preemptions:
-            return False
-        return handoff.num_tokens == seq.num_tokens - 1 or original(self, seq)
+            return None
+        return handoff if handoff.num_tokens == seq.num_tokens - 1 else original(self, seq)
 
-    patch.setattr(ImportTable, "usable", usable)
+    patch.setattr(ImportTable, "_usable_handoff", usable)
 
 
 def all_of_a_broken_fetch_used(patch: Patch) -> None:
@@ -200,7 +200,7 @@ def all_of_a_broken_fetch_used(patch: Patch) -> None:
     patch.setattr(
         ImportTable,
         "finish",
-        lambda self, seq_id, results: (original(self, seq_id, results)[0], len(results)),
+        lambda self, number, results: original(self, number, ("ok",) * len(results)),
     )
 
 
@@ -208,17 +208,21 @@ def import_block_freed_at_abort(patch: Patch) -> None:
     """A fetch does not hold the blocks that it writes into."""
     original = ImportTable.order
 
-    def order(self: ImportTable, seq: Sequence, num_hits: int, now: float) -> object:
-        ordered = original(self, seq, num_hits, now)
-        self._pool.release([want.block for want in ordered.wanted])
-        return ordered
+    def ordered(self: ImportTable, *args: object) -> object:
+        orders = original(self, *args)  # type: ignore[arg-type]
+        for order in orders:
+            self._pool.release([want.block for want in order.wanted])
+        return orders
 
-    def finish(self: ImportTable, seq_id: object, results: tuple[str, ...]) -> object:
-        seq, _ = self._orders.pop(seq_id)  # type: ignore[call-overload]
-        return seq, [*results, "end"].index(next((r for r in results if r != "ok"), "end"))
+    finish = ImportTable.finish
 
-    patch.setattr(ImportTable, "order", order)
-    patch.setattr(ImportTable, "finish", finish)
+    def finished(self: ImportTable, number: int, results: tuple[str, ...]) -> object:
+        for want in self._orders[number].wanted:
+            self._pool._refs[want.block] += 1
+        return finish(self, number, results)
+
+    patch.setattr(ImportTable, "order", ordered)
+    patch.setattr(ImportTable, "finish", finished)
 
 
 def commit_before_last_seal(patch: Patch) -> None:

@@ -52,16 +52,20 @@ def test_every_flag_sets_its_own_field_and_has_help() -> None:
     for flag in flags():
         if flag.path == "launch.layout":
             text = "4U"
+        elif flag.path == "fabric.tcp_advertise":
+            text = "127.0.0.1:9"
         elif flag.path == "gateway.host":
             text = "::1"
         elif flag.path == "gateway.admin_host":
             text = "localhost"
-        elif flag.path == "engine.prefix_cache":
+        elif flag.path in ("engine.prefix_cache", "store.keep_blocks", "fabric.fetch_early"):
             text = "false"
         elif flag.field.endswith("cpus"):
             text = "0-3,8"
-        elif flag.path.startswith("gateway.tls"):
-            continue  # needs its pair: tested below
+        elif flag.path == "fabric.tcp_host":
+            text = "::1"
+        elif ".tls_" in flag.path:
+            continue  # needs others: tested below
         else:
             others = [choice for choice in flag.kind.split("|") if choice != flag.default]
             text = samples.get(flag.kind, others[-1])
@@ -99,6 +103,14 @@ def test_every_flag_sets_its_own_field_and_has_help() -> None:
         ("launch: {restart_backoff_s: 60}", r"restart_backoff_max_s is less"),
         ("gateway: {tls_cert_file: a}", r"tls_cert_file is set without gateway.tls_key_file"),
         ("gateway: {tls_key_file: a}", r"tls_key_file is set without gateway.tls_cert_file"),
+        ("fabric: {tls_key_file: a}", r"set without fabric.tls_ca_file and fabric.tls_cert_file"),
+        (
+            "fabric: {tls_ca_file: a, tls_key_file: b}",
+            r"tls_ca_file is set without fabric",
+        ),
+        ("fabric: {tcp_host: 0.0.0.0}", r"no address that other workers could connect to: give"),
+        ("fabric: {tcp_host: '::'}", r"fabric.tcp_host :: is no address"),
+        ("fabric: {transport: smoke}", r"expected auto\|nixl\|shm\|tcp"),
     ],
 )
 def test_errors_name_the_field_and_what_to_change(tmp_path: Path, text: str, message: str) -> None:
@@ -192,6 +204,18 @@ def test_listening_beyond_loopback_needs_tls_and_keys_or_the_word() -> None:
             load_config(None, {**open_host, **partial})
     load_config(None, {**open_host, **tls, **keys})
     load_config(None, {**open_host, "gateway.allow_insecure": "true"})
+
+
+@pytest.mark.parametrize("listens", [{"fabric.transport": "tcp"}, {"fabric.tcp_port": "0"}])
+def test_serving_blocks_beyond_loopback_needs_tls_or_the_word(listens: dict[str, str]) -> None:
+    beyond = {"fabric.tcp_host": "10.0.0.1", **listens}
+    with pytest.raises(ConfigError, match=r"10\.0\.0\.1 can be reached.*--fabric\.allow-insecure"):
+        load_config(None, beyond)
+    tls = {f"fabric.tls_{name}_file": name for name in ("ca", "cert", "key")}
+    assert load_config(None, {**beyond, **tls}).fabric.listens
+    load_config(None, {**beyond, "fabric.allow_insecure": "true"})
+    assert load_config(None, listens).fabric.listens
+    assert not load_config(None, {"fabric.tcp_host": "10.0.0.1"}).fabric.listens, "nor exposed"
 
 
 def test_the_admin_listener_stays_on_loopback_even_with_tls() -> None:

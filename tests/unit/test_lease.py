@@ -82,6 +82,20 @@ def test_renewal_moves_the_deadline(table: LeaseTable) -> None:
     assert table.expire(14.0) == ["g"]
 
 
+def test_what_a_grant_allows(table: LeaseTable) -> None:
+    table.mint("g", "t", 6.0, now=0.0)
+    assert not table.allows("g", A, now=1.0), "covers nothing yet"
+    table.cover("g", A)
+    assert table.allows("g", A, now=5.9)
+    assert not table.allows("g", B, now=1.0)
+    assert not table.allows("other", A, now=1.0)
+    assert not table.allows("g", A, now=6.0), "over, though nobody has called expire"
+    assert table.renew("g", now=5.0)
+    assert table.allows("g", A, now=10.9)
+    table.release("g")
+    assert not table.allows("g", A, now=5.0)
+
+
 def test_released_grants_leave_no_trace(table: LeaseTable) -> None:
     table.mint("stays", "t", 5.0, now=0.0)
     for n in range(10_000):

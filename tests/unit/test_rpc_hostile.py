@@ -24,6 +24,7 @@ from baton.rpc.channel import ANNOUNCE_METHOD, STREAM_METHOD, connect
 from baton.rpc.client import announce
 from baton.rpc.messages import (
     MAX_MESSAGE_BYTES,
+    PROTOCOL_VERSION,
     Announce,
     AnnounceReply,
     Instructions,
@@ -181,7 +182,7 @@ def test_announce_retries_until_there_is_a_gateway(tmp_path: Path) -> None:
         stranger = await announce(address, message, b"x" * 32)
         assert (stranger.accepted, "UNAUTHENTICATED" in stranger.reason) == (False, True)
         skewed = await announce(address, Announce("p", "unix:x", Role.PREFILL, 1, 99), SECRET)
-        assert (skewed.accepted, "protocol 1" in skewed.reason) == (False, True)
+        assert (skewed.accepted, f"protocol {PROTOCOL_VERSION}" in skewed.reason) == (False, True)
         assert len(seen) == 2
         async with connect(address) as channel:
             with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):

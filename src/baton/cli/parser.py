@@ -39,6 +39,7 @@ _METAVARS = {
     "launch.decode_cpus": "LIST",
     "gateway.host": "ADDR",
     "gateway.admin_host": "ADDR",
+    "fabric.tcp_host": "ADDR",
 }
 
 
@@ -82,7 +83,15 @@ class Parser(argparse.ArgumentParser):
         given = unknown[0].partition("=")[0]
         if not given.startswith("-"):
             raise UsageError(f"unexpected argument {given!r}")
-        raise UsageError(f"unknown option {given}{hint(given, self._option_string_actions)}")
+        raise UsageError(f"unknown option {given}{hint(given, self._options())}")
+
+    def _options(self) -> set[str]:
+        """Of this parser and of its subcommands."""
+        found = set(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found.update(*(command._options() for command in action.choices.values()))
+        return found
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)

@@ -33,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--weights-fd", type=int, metavar="FD", help="Descriptor of the host's packed weights."
     )
-    add_config_flags(parser, only=("model", "engine", "store", "launch", "log"))
+    add_config_flags(parser, only=("model", "engine", "store", "fabric", "launch", "log"))
 
 
 def run(args: argparse.Namespace) -> int:

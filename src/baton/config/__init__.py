@@ -14,6 +14,7 @@ from baton.config.load import Overrides, load_config, to_yaml
 from baton.config.sections import (
     Config,
     EngineConfig,
+    FabricConfig,
     GatewayConfig,
     LaunchConfig,
     LogConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "SHARED",
     "Config",
     "EngineConfig",
+    "FabricConfig",
     "Flag",
     "GatewayConfig",
     "LaunchConfig",

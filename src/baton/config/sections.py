@@ -95,6 +95,82 @@ class StoreConfig(Section, frozen=True):
     lease_ttl_s: Annotated[
         Seconds, Meta(description="Seconds for which a lease holds without renewal.")
     ] = 10.0
+    keep_blocks: Annotated[
+        bool,
+        Meta(
+            description="Keep every computed block in the store while there is room, for prompts "
+            "that begin alike after the KV cache has evicted it, and for other workers."
+        ),
+    ] = True
+
+
+class FabricConfig(Section, frozen=True):
+    """Fabric: how KV blocks travel between workers."""
+
+    transport: Annotated[
+        Literal["auto", "shm", "tcp", "nixl"],
+        Meta(
+            description="Way of the blocks: shm (shared memory), tcp or nixl; auto is shm between "
+            "workers of one host, else tcp."
+        ),
+    ] = "auto"
+    fetch_early: Annotated[
+        bool,
+        Meta(description="Fetch blocks of a prompt while the rest of it is still being computed."),
+    ] = True
+    tcp_host: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="Address on which a worker serves its blocks over TCP, and under which "
+            "the others reach it.",
+        ),
+    ] = "127.0.0.1"
+    tcp_port: Annotated[
+        Annotated[int, Meta(ge=0, le=65535)] | None,
+        Meta(
+            description="Port for that, of each worker; 0 takes any free one; by default none, or "
+            "any if the transport is tcp."
+        ),
+    ] = None
+    tcp_advertise: Annotated[
+        Annotated[str, Meta(pattern=r"^.+:\d{1,5}$")] | None,
+        Meta(
+            description="HOST:PORT that the other workers are told instead of tcp_host and the "
+            "port, where something stands in between.",
+        ),
+    ] = None
+    tcp_streams: Annotated[
+        int, Meta(ge=1, le=64, description="Most connections of one transfer over TCP.")
+    ] = 2
+    tls_ca_file: Annotated[
+        str | None,
+        Meta(
+            description="The deployment's own certificate authority (PEM): whoever has a "
+            "certificate of it may connect. Needs tls_cert_file and tls_key_file."
+        ),
+    ] = None
+    tls_cert_file: Annotated[
+        str | None, Meta(description="TLS certificate chain of the workers (PEM).")
+    ] = None
+    tls_key_file: Annotated[str | None, Meta(description="TLS private key (PEM).")] = None
+    max_kl: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1e6,
+            description="Most that a lossy wire codec may move any next-token distribution, in "
+            "nats (KL), as baton fabric calibrate measured it; 0 sends every block as it is.",
+        ),
+    ] = 0.01
+    allow_insecure: Annotated[
+        bool, Meta(description="Serve blocks beyond loopback without TLS.")
+    ] = False
+
+    @property
+    def listens(self) -> bool:
+        """Whether workers serve their blocks over TCP."""
+        return self.transport == "tcp" or self.tcp_port is not None
 
 
 class GatewayConfig(Section, frozen=True):
@@ -179,6 +255,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     store: StoreConfig = StoreConfig()
+    fabric: FabricConfig = FabricConfig()
     gateway: GatewayConfig = GatewayConfig()
     launch: LaunchConfig = LaunchConfig()
     log: LogConfig = LogConfig()
@@ -204,6 +281,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
         if not gateway.allow_insecure:
             _check_listeners(gateway)
+        _check_fabric(self.fabric)
         if gateway.port == gateway.admin_port != 0:
             raise ConfigError(
                 f"gateway.port and gateway.admin_port are both {gateway.port}: "
@@ -235,6 +313,37 @@ def _check_listeners(gateway: GatewayConfig) -> None:
             "admin listener has neither TLS nor API keys: use 127.0.0.1, or say "
             "--gateway.allow-insecure"
         )
+
+
+def _check_fabric(fabric: FabricConfig) -> None:
+    names = ("tls_ca_file", "tls_cert_file", "tls_key_file")
+    missing = [name for name in names if getattr(fabric, name) is None]
+    if 0 < len(missing) < len(names):
+        given = next(name for name in names if name not in missing)
+        raise ConfigError(
+            f"fabric.{given} is set without {' and '.join(f'fabric.{name}' for name in missing)}: "
+            "give all three, or none"
+        )
+    if is_any_address(fabric.tcp_host):
+        raise ConfigError(
+            f"fabric.tcp_host {fabric.tcp_host} is no address that other workers could connect "
+            "to: give the one of this machine under which they reach it"
+        )
+    is_open = fabric.listens and not is_loopback(fabric.tcp_host)
+    if is_open and missing and not fabric.allow_insecure:
+        raise ConfigError(
+            f"fabric.tcp_host {fabric.tcp_host} can be reached from other machines, and "
+            "fabric.tls_ca_file, fabric.tls_cert_file and fabric.tls_key_file are not set: "
+            "set them, listen on 127.0.0.1, or say --fabric.allow-insecure"
+        )
+
+
+def is_any_address(host: str) -> bool:
+    """Whether `host` stands for every address of this machine: 0.0.0.0, ::."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -22,9 +22,9 @@ from baton.core.scheduler import Scheduler
 from baton.core.sequence import SequenceId
 from baton.core.store_index import StoreIndex
 from baton.errors import BatonError
-from baton.types import Request
+from baton.types import Lend, Request, Sealed, StageTimes
 
-VERSION = 1
+VERSION = 2
 MAX_RECORD_BYTES = 64 << 20
 
 Sink = Callable[[bytes], object]
@@ -68,8 +68,23 @@ class Exported(msgspec.Struct, frozen=True, tag="e", array_like=True):
 
 
 class Imported(msgspec.Struct, frozen=True, tag="i", array_like=True):
-    seq_id: SequenceId
+    number: int
     results: tuple[str, ...]
+    now: float
+    elapsed_s: float
+
+
+class Linked(msgspec.Struct, frozen=True, tag="w", array_like=True):
+    source: str
+
+
+class Offered(msgspec.Struct, frozen=True, tag="o", array_like=True):
+    sealed: Sealed
+    now: float
+
+
+class Lent(msgspec.Struct, frozen=True, tag="t", array_like=True):
+    ask: Lend
     now: float
 
 
@@ -110,6 +125,16 @@ class Placed(msgspec.Struct, frozen=True, tag="p", array_like=True):
     decision: bytes
 
 
+class Timed(msgspec.Struct, frozen=True, tag="m", array_like=True):
+    worker_id: str
+    times: StageTimes
+
+
+class Kept(msgspec.Struct, frozen=True, tag="k", array_like=True):
+    worker_id: str
+    keys: tuple[bytes, ...]
+
+
 class Prefilled(msgspec.Struct, frozen=True, tag="q", array_like=True):
     request_id: str
     choice: int
@@ -122,9 +147,20 @@ class Finished(msgspec.Struct, frozen=True, tag="f", array_like=True):
 
 Header = WorkerHeader | RouterHeader
 SchedulerRecord = (
-    Added | Aborted | Drained | Exported | Imported | Renewed | Released | Scheduled | Updated
+    Added
+    | Aborted
+    | Drained
+    | Exported
+    | Imported
+    | Linked
+    | Offered
+    | Lent
+    | Renewed
+    | Released
+    | Scheduled
+    | Updated
 )
-RouterRecord = Joined | Left | Placed | Prefilled | Finished
+RouterRecord = Joined | Left | Placed | Timed | Kept | Prefilled | Finished
 Record = SchedulerRecord | RouterRecord
 
 _encoder = msgspec.msgpack.Encoder()
@@ -192,7 +228,11 @@ def plan_hash(plan: StepPlan) -> bytes:
             for chunk in plan.chunks
         ],
         [
-            (order.seq_id, [(want.index, want.block, want.key) for want in order.wanted])
+            (
+                order.number,
+                order.codec,
+                [(want.index, want.block, want.key) for want in order.wanted],
+            )
             for order in plan.imports
         ],
     )
@@ -237,9 +277,23 @@ class LoggedScheduler(Scheduler):
         self._write(Exported(key, digest, now))
         super().exported(key, digest, now)
 
-    def imported(self, seq_id: SequenceId, results: tuple[str, ...], now: float) -> None:
-        self._write(Imported(seq_id, results, now))
-        super().imported(seq_id, results, now)
+    def imported(
+        self, number: int, results: tuple[str, ...], now: float, elapsed_s: float = 0.0
+    ) -> None:
+        self._write(Imported(number, results, now, elapsed_s))
+        super().imported(number, results, now, elapsed_s)
+
+    def link(self, source: str) -> None:
+        self._write(Linked(source))
+        super().link(source)
+
+    def offer(self, sealed: Sealed, now: float) -> None:
+        self._write(Offered(sealed, now))
+        super().offer(sealed, now)
+
+    def lend(self, ask: Lend, now: float) -> None:
+        self._write(Lent(ask, now))
+        super().lend(ask, now)
 
     def renew(self, grant_ids: tuple[str, ...], now: float) -> None:
         self._write(Renewed(grant_ids, now))
@@ -288,6 +342,14 @@ class LoggedRouter(Router):
         finally:
             decision = placement_hash(placement)
             self._write(Placed(request_id, choice, num_tokens, tuple(keys), decision))
+
+    def timed(self, worker_id: str, times: StageTimes) -> None:
+        self._write(Timed(worker_id, times))
+        super().timed(worker_id, times)
+
+    def kept(self, worker_id: str, keys: Sequence[bytes]) -> None:
+        self._write(Kept(worker_id, tuple(keys)))
+        super().kept(worker_id, keys)
 
     def prefilled(self, request_id: str, choice: int) -> None:
         self._write(Prefilled(request_id, choice))

@@ -1,12 +1,19 @@
 """The giving half of a handoff: blocks out of the pool, into the store, under one grant.
 
     OPEN ──close(num_tokens)──▶ SEALING ──last digest──▶ COMMITTED   (a `Handoff` leaves)
-      └────────abandon────────────┴──▶ gone, holds dropped
+      │ tell: sealed so far       │
+      └────────abandon────────────┴──▶ gone, holds and lease dropped
     a copy that failed: FAILED, and the sequence ends with a typed error
 
-The commit record is made when every block is sealed and not before. Until then the export holds
-its keys in the store; from then on the grant's lease does. `ExportTable` owns all exports of one
-worker, together with its store index and lease table.
+Full blocks are told of as they are sealed, from the first on and each once, so that a reader may
+fetch them early; the grant is minted with the first of them. The commit record is made when every
+block is sealed and not before. Until then the export holds its keys in the store; from then on the
+grant's lease does.
+
+Blocks of sequences that are not handed off go to the store as well, if they are to be kept and
+there is a frame for them: nobody waits for those.
+
+`ExportTable` owns all exports of one worker, together with its store index and lease table.
 """
 
 from __future__ import annotations
@@ -19,8 +26,8 @@ from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
 from baton.core.plan import ExportOrder
 from baton.core.sequence import Sequence, SequenceId
-from baton.core.store_index import StoreIndex
-from baton.types import Handoff
+from baton.core.store_index import StoreFull, StoreIndex
+from baton.types import Grant, Handoff, Lend, Sealed
 
 
 class ExportState(enum.Enum):
@@ -43,6 +50,8 @@ class _Export:
     state: ExportState = ExportState.OPEN
     num_tokens: int = 0
     num_unsealed: int = 0
+    num_told: int = 0
+    grant: Grant | None = None
     parts: list[_Part] = field(default_factory=list)
 
 
@@ -72,6 +81,11 @@ class ExportTable:
     @property
     def num_copying(self) -> int:
         return len(self._copying)
+
+    @property
+    def num_awaited(self) -> int:
+        """Copies under way that a handoff waits for."""
+        return len(self._waiting)
 
     def is_copying(self, key: bytes) -> bool:
         return key in self._copying
@@ -125,12 +139,7 @@ class ExportTable:
             export.num_unsealed += 1
             self._waiting.setdefault(key, []).append((export, part))
         export.parts.append(part)
-        if not begun.write:
-            return None
-        block = seq.blocks[index]
-        self._pool.acquire([block])
-        self._copying[key] = block
-        return ExportOrder(seq.id, index, block, begun.frame, key)
+        return self._copy(seq, index, begun.frame, key) if begun.write else None
 
     def sealed(self, key: bytes, digest: bytes | None) -> list[Sequence]:
         """A copy ended, with its digest or (None) badly. Returns the sequences it concerned."""
@@ -154,22 +163,91 @@ class ExportTable:
     def failed(self, seq_id: SequenceId) -> bool:
         return self._exports[seq_id].state is ExportState.FAILED
 
+    def keep(self, seq: Sequence) -> list[ExportOrder]:
+        """Give the full blocks of `seq` that were not given before, as far as there is room."""
+        keys = seq.class_keys(seq.num_computed)
+        orders = []
+        for i in range(seq.num_kept, len(keys)):
+            try:
+                begun = self.index.begin(keys[i], reserved=False)
+            except StoreFull:
+                break  # the rest would be of no use without this one
+            if begun.write:
+                orders.append(self._copy(seq, i, begun.frame, keys[i]))
+        seq.num_kept = len(keys)
+        return orders
+
+    def _copy(self, seq: Sequence, index: int, frame: int, key: bytes) -> ExportOrder:
+        block = seq.blocks[index]
+        self._pool.acquire([block])
+        self._copying[key] = block
+        return ExportOrder(seq.id, index, block, frame, key)
+
+    def tell(self, seq_id: SequenceId, now: float) -> Sealed | None:
+        """The full blocks that are sealed, up to the first that is not, and were not told yet."""
+        export = self._exports.get(seq_id)
+        if export is None:
+            return None
+        parts, first = export.parts, export.num_told
+        last = min(len(parts), export.seq.num_computed // export.seq.block_size)
+        while export.num_told < last and parts[export.num_told].digest:
+            export.num_told += 1
+        if export.num_told == first:
+            return None
+        told = parts[first : export.num_told]
+        return Sealed(
+            *seq_id,
+            self._grant(export, export.num_told, now),
+            first,
+            tuple(part.key for part in told),
+            tuple(part.digest for part in told if part.digest),
+            tuple(part.frame for part in told),
+        )
+
+    def _grant(self, export: _Export, num_parts: int, now: float) -> Grant:
+        """The right to read the first parts of an export; a new one if the lease has run out."""
+        grant = export.grant
+        if grant is None or grant.grant_id not in self.leases:
+            request = export.seq.request
+            grant = self._mint(request.id, request.choice, request.attempt, request.tenant, now)
+            export.grant = grant
+        for part in export.parts[:num_parts]:
+            covered = self.leases.cover(grant.grant_id, part.key)
+            assert covered, "a key that the export holds can be covered"
+        return grant
+
+    def _mint(self, request_id: str, choice: int, attempt: int, tenant: str, now: float) -> Grant:
+        self._num_grants += 1  # so that no id comes twice, whatever ids the requests have
+        grant_id = f"{request_id}.{choice}.{attempt}.{self._num_grants}"
+        return self.leases.mint(grant_id, tenant, self._config.lease_ttl_s, now)
+
+    def lend(self, ask: Lend, now: float) -> Sealed:
+        """Open to a reader the leading ones of the blocks it asks for that are sealed here."""
+        grant = self._mint(ask.request_id, ask.choice, ask.attempt, ask.tenant, now)
+        lent = []
+        for key in ask.keys:
+            entry = self.index.lookup(key)
+            if entry is None or not entry.sealed or not self.leases.cover(grant.grant_id, key):
+                break
+            lent.append(entry)
+        return Sealed(
+            ask.request_id,
+            ask.choice,
+            ask.attempt,
+            grant,
+            ask.first,
+            ask.keys[: len(lent)],
+            tuple(entry.digest for entry in lent),
+            tuple(entry.frame for entry in lent),
+        )
+
     def commit(self, seq_id: SequenceId, now: float) -> Handoff | None:
         """The commit record, once every block is sealed; else None. Ends the export."""
         export = self._exports[seq_id]
         if export.state is not ExportState.SEALING or export.num_unsealed:
             return None
         request = export.seq.request
-        self._num_grants += 1  # so that no id comes twice, whatever ids the requests have
-        grant = self.leases.mint(
-            f"{request.id}.{request.choice}.{request.attempt}.{self._num_grants}",
-            request.tenant,
-            self._config.lease_ttl_s,
-            now,
-        )
-        for part in export.parts:
-            covered = self.leases.cover(grant.grant_id, part.key)
-            assert covered, "a key that the export holds can be covered"
+        grant = self._grant(export, len(export.parts), now)
         self._drop(seq_id)
         return Handoff(
             request_id=request.id,
@@ -185,8 +263,11 @@ class ExportTable:
 
     def abandon(self, seq_id: SequenceId) -> None:
         """Forget the export, if there is one; what is being copied is dropped when it arrives."""
-        if seq_id in self._exports:
+        export = self._exports.get(seq_id)
+        if export is not None:
             self._drop(seq_id)
+            if export.grant is not None:
+                self.leases.release(export.grant.grant_id)
 
     def _drop(self, seq_id: SequenceId) -> None:
         export = self._exports.pop(seq_id)

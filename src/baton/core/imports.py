@@ -1,20 +1,26 @@
-"""The taking half of a handoff: verified blocks out of a peer's store, into the pool.
+"""Blocks that a sequence takes out of stores, its own worker's or a peer's, into the pool.
 
-    order ──▶ FETCHING ──results──▶ the longest verified prefix counts as computed
-                  └──abort──▶ blocks stay referenced until the fetch is acknowledged
+    order ──▶ FETCHING ──results of all orders──▶ the longest verified prefix counts as computed
+                  └──abort──▶ blocks stay referenced until the fetches are acknowledged
 
-What could not be fetched or did not verify is recomputed, and a counter named
+For each block after those that the pool has, there is one source, the first of: this worker's own
+store, the commit record of a handoff, a prefix that a peer lends. The first block without one ends
+the list. What could not be fetched or did not verify is recomputed, and a counter named
 `fallback_import_<reason>` is raised: a wrong block is never used.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 
 from baton.core.block_pool import BlockPool
+from baton.core.codec_choice import RAW
 from baton.core.limits import SchedulerConfig
 from baton.core.plan import ImportOrder, WantedBlock
 from baton.core.sequence import Sequence, SequenceId, Status
+from baton.core.store_index import StoreIndex
+from baton.types import Grant, Handoff
 
 READ_WINDOW = 5 / 12
 """Share of a lease's time to live within which a fetch must end.
@@ -24,25 +30,97 @@ starts; readers stop a quarter before the end: 2/3 - 1/4.
 """
 
 OK = "ok"
+CORRUPT = "corrupt"
+
+Sources = dict[tuple[Grant | None, str], list[WantedBlock]]
+"""What to fetch from whom, and in which codec; None is this worker's own store."""
+
+
+@dataclass(slots=True)
+class _Import:
+    """What one sequence waits for: blocks from `first` on; results by index as they come.
+
+    `own` are the indices of blocks that come from this worker's store.
+    """
+
+    seq: Sequence
+    first: int
+    num_orders: int
+    own: frozenset[int]
+    results: dict[int, str] = field(default_factory=dict)
 
 
 class ImportTable:
-    """Fetches of one worker that are under way; pure, owned by the scheduler."""
+    """Fetches for sequences of one worker that are under way; pure, owned by the scheduler."""
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool, counters: Counter[str]) -> None:
+    def __init__(
+        self, config: SchedulerConfig, pool: BlockPool, index: StoreIndex, counters: Counter[str]
+    ) -> None:
         self._config = config
         self._pool = pool
+        self._index = index
         self._counters = counters
-        self._orders: dict[SequenceId, tuple[Sequence, ImportOrder]] = {}
+        self._orders: dict[int, ImportOrder] = {}
+        self._imports: dict[SequenceId, _Import] = {}
 
     def __len__(self) -> int:
-        return len(self._orders)
+        """Sequences whose blocks are being fetched, those that ended meanwhile included."""
+        return len(self._imports)
 
-    def usable(self, seq: Sequence) -> bool:
-        """Whether the handoff of `seq` can be used here; if not, the reason is counted."""
+    def __contains__(self, number: int) -> bool:
+        return number in self._orders
+
+    def order(self, seq: Sequence, num_hits: int, now: float, number: int) -> list[ImportOrder]:
+        """Ask for the blocks of `seq` from `num_hits` on; takes the transfers' references.
+
+        Nothing, if there is no source for the first of them. Orders are numbered from `number`.
+        """
+        orders: list[ImportOrder] = []
+        for (grant, codec), wanted in self._sources(seq, num_hits).items():
+            ttl_s = self._config.lease_ttl_s if grant is None else grant.ttl_s
+            deadline = now + ttl_s * READ_WINDOW
+            number_ = number + len(orders)
+            order = ImportOrder(number_, seq.id, grant, tuple(wanted), deadline, codec)
+            orders.append(order)
+            self._orders[order.number] = order
+            self._pool.acquire(want.block for want in wanted)
+        if orders:
+            mine = [order.wanted for order in orders if order.grant is None]
+            own = frozenset(want.index for wanted in mine for want in wanted)
+            self._imports[seq.id] = _Import(seq, num_hits, len(orders), own)
+        return orders
+
+    def _sources(self, seq: Sequence, num_hits: int) -> Sources:
+        """Where each block comes from, up to the first that is nowhere; holds its own."""
+        covered = seq.num_tokens - 1  # the last token is always computed
+        keys, own_keys = seq.full_keys(covered), seq.class_keys(covered)
+        handoff = self._usable_handoff(seq)
+        prefix = None if seq.num_preemptions else seq.request.prefix
+        sources: Sources = {}
+        for i in range(num_hits, self._config.num_blocks_for(covered)):
+            key, own_key = (keys[i], own_keys[i]) if i < len(keys) else (None, b"")
+            grant: Grant | None = None
+            entry = self._index.lookup(own_key) if key and self._config.prefix_cache else None
+            if entry and entry.sealed and self._index.hold(own_key):
+                place = (own_key, entry.frame, entry.digest)
+            elif handoff is not None:
+                grant = handoff.grant
+                place = (handoff.keys[i], handoff.frames[i], handoff.digests[i])
+            elif prefix is not None and key in prefix.keys[max(0, i - prefix.first) :][:1]:
+                grant, at = prefix.grant, i - prefix.first
+                place = (prefix.keys[at], prefix.frames[at], prefix.digests[at])
+            else:
+                break
+            # Nobody tells a codec how far a partial block is filled, so that one travels as it is.
+            codec = seq.codec if grant is not None and key else RAW
+            sources.setdefault((grant, codec), []).append(WantedBlock(i, seq.blocks[i], *place))
+        return sources
+
+    def _usable_handoff(self, seq: Sequence) -> Handoff | None:
+        """The handoff of `seq`, if it can be used here; if not, the reason is counted."""
         handoff = seq.request.handoff
         if handoff is None or seq.num_preemptions:
-            return False
+            return None
         num_blocks = self._config.num_blocks_for(handoff.num_tokens)
         if handoff.kv_format != self._config.kv_format:
             reason = "format"
@@ -52,49 +130,56 @@ class ImportTable:
             reason = "length"
         elif (handoff.request_id, handoff.choice) != seq.id[:2]:
             reason = "request"
-        else:
-            if list(handoff.keys) == seq.handoff_keys(handoff.num_tokens, handoff.attempt):
-                return True
+        elif list(handoff.keys) != seq.handoff_keys(handoff.num_tokens, handoff.attempt):
             reason = "key"
+        else:
+            return handoff
         self._counters[f"fallback_import_{reason}"] += 1
-        return False
+        return None
 
-    def order(self, seq: Sequence, num_hits: int, now: float) -> ImportOrder:
-        """Ask for the blocks of `seq` from `num_hits` on; takes the transfer's references."""
-        handoff = seq.request.handoff
-        assert handoff is not None
-        wanted = tuple(
-            WantedBlock(i, seq.blocks[i], handoff.keys[i], handoff.frames[i], handoff.digests[i])
-            for i in range(num_hits, len(handoff.keys))
-        )
-        self._pool.acquire(want.block for want in wanted)
-        deadline = now + handoff.grant.ttl_s * READ_WINDOW
-        order = ImportOrder(seq.id, handoff.grant, wanted, deadline)
-        self._orders[seq.id] = (seq, order)
-        return order
-
-    def finish(self, seq_id: SequenceId, results: tuple[str, ...]) -> tuple[Sequence, int]:
+    def finish(self, number: int, results: tuple[str, ...]) -> tuple[Sequence, int] | None:
         """A fetch was acknowledged, with a word a block: `ok`, or why it may not be used.
 
-        Returns the sequence and how many blocks, from the first wanted one on, verified. The
-        transfer's references are dropped; those of the sequence, if it still lives, remain.
+        At the last one of a sequence that still waits: that sequence, and how many blocks, from
+        the first wanted one on, verified. The transfer's references are dropped; those of the
+        sequence, if it still lives, remain.
         """
-        seq, order = self._orders.pop(seq_id)
+        order = self._orders.pop(number)
+        assert order.seq_id is not None
         self._pool.release([want.block for want in order.wanted])
-        if seq.status is not Status.IMPORTING:
-            return seq, 0  # it ended meanwhile, and nothing falls back
+        if order.grant is None:
+            self._unhold(order, results)
+        waiting = self._imports[order.seq_id]
+        waiting.results.update(zip((want.index for want in order.wanted), results, strict=True))
+        waiting.num_orders -= 1
+        if waiting.num_orders:
+            return None
+        del self._imports[order.seq_id]
+        if waiting.seq.status is not Status.IMPORTING:
+            return None  # it ended meanwhile, and nothing falls back
         num_verified = 0
-        for result in results:
-            if result != OK:
-                self._counters[f"fallback_import_{result}"] += 1
+        for i in range(waiting.first, waiting.first + len(waiting.results)):
+            if waiting.results[i] != OK:
+                self._counters[f"fallback_import_{waiting.results[i]}"] += 1
                 break
             num_verified += 1
-        self._counters["imported_blocks"] += num_verified
-        return seq, num_verified
+            self._counters["restored_blocks" if i in waiting.own else "imported_blocks"] += 1
+        return waiting.seq, num_verified
 
-    def num_wanted(self, seq_id: SequenceId) -> int | None:
-        """Blocks of the fetch under way for a sequence; None if there is none."""
-        return len(self._orders[seq_id][1].wanted) if seq_id in self._orders else None
+    def _unhold(self, order: ImportOrder, results: tuple[str, ...]) -> None:
+        for want, result in zip(order.wanted, results, strict=True):
+            entry = self._index.lookup(want.key)
+            if result == CORRUPT and entry is not None and entry.sealed:
+                self._index.fail(want.key)  # it must answer nobody else
+            self._index.unhold(want.key)
+
+    def order_of(self, number: int) -> ImportOrder:
+        """The fetch of that number, which is under way."""
+        return self._orders[number]
+
+    def num_wanted(self, number: int) -> int | None:
+        """Blocks of a fetch under way; None if there is none of that number."""
+        return len(self._orders[number].wanted) if number in self._orders else None
 
     def blocks_in_transfer(self) -> list[int]:
-        return [want.block for _, order in self._orders.values() for want in order.wanted]
+        return [want.block for order in self._orders.values() for want in order.wanted]

@@ -4,7 +4,8 @@
     key  = SHA-256(parent key, token ids of the block)
 
 A key names the tokens of its block and of everything before it, under one set of weights, one
-way of computing and one tenant. The stored form (`KvFormat`) is not part of it. A block that is
+way of computing and one tenant. The stored form (`KvFormat`) is not part of it; KV that was ever
+lossy has keys of its own. A block that is
 not full belongs to one attempt of one request alone: its key covers these as well.
 """
 
@@ -39,6 +40,14 @@ def chain(root: bytes, token_ids: Seq[int], block_size: int) -> list[bytes]:
         parent = block_key(parent, token_ids[start : start + block_size])
         keys.append(parent)
     return keys
+
+
+def lossy_key(key: bytes, codec: str) -> bytes:
+    """Key of a block whose KV, or that of one before it, went through a lossy codec.
+
+    It answers no look-up for `key`, nor for another codec.
+    """
+    return hashlib.sha256(b"lossy" + codec.encode() + b"\0" + key).digest()
 
 
 def private_key(

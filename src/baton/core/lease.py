@@ -8,7 +8,8 @@ holds nothing. The minter's monotonic clock, passed in as `now`, alone judges a 
 wire goes only a duration, and readers stop a quarter before its end (`imports.READ_WINDOW`).
 
 The engine thread owns the `LeaseTable`. The fabric checks MACs without it (`verify_mac`), with
-the secret that is drawn anew for every epoch and never leaves the process.
+the secret that is drawn anew for every epoch and never leaves the process; of the table itself it
+may only ask what it `allows`.
 """
 
 from __future__ import annotations
@@ -97,6 +98,15 @@ class LeaseTable:
             return False
         lease.keys[key] = None
         return True
+
+    def allows(self, grant_id: str, key: bytes, now: float) -> bool:
+        """Whether a lease that is alive at `now` covers `key`.
+
+        Safe from other threads, for it only looks up in dictionaries; `now` judges, not whether
+        `expire` has been called yet.
+        """
+        lease = self._leases.get(grant_id)
+        return lease is not None and now < lease.deadline and key in lease.keys
 
     def renew(self, grant_id: str, now: float) -> bool:
         """Start the time to live anew. False if the lease is gone or past its deadline."""

@@ -6,12 +6,18 @@ import math
 
 import msgspec
 
+from baton.core.codec_choice import CodecFigures
 from baton.errors import InvalidRequest
 from baton.types import KvFormat, Request
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True):
-    """Resolved limits of a worker. `fingerprint` and `numerics` root the content keys."""
+    """Resolved limits of a worker. `fingerprint` and `numerics` root the content keys.
+
+    `keep_blocks`: every full block that is computed goes into the store as well, for the time when
+    the pool has evicted it and for peers. `codecs`: what is known of those that this worker can
+    read; `max_kl`: nats by which KV that came over a wire may move a next-token distribution.
+    """
 
     kv_format: KvFormat
     num_blocks: int
@@ -24,6 +30,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True):
     numerics: str
     prefix_cache: bool = True
     lease_ttl_s: float = 10.0
+    keep_blocks: bool = False
+    codecs: tuple[CodecFigures, ...] = ()
+    max_kl: float = 0.0
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""

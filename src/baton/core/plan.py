@@ -7,9 +7,19 @@ from typing import Protocol
 
 import msgspec
 
+from baton.core.codec_choice import RAW
 from baton.core.sequence import Sequence, SequenceId
 from baton.errors import ServeError
-from baton.types import FinishReason, Grant, Handoff, SampledLogprobs, StageTimes, TokenDelta
+from baton.types import (
+    FinishReason,
+    Grant,
+    Handoff,
+    Landed,
+    SampledLogprobs,
+    Sealed,
+    StageTimes,
+    TokenDelta,
+)
 
 
 class Chunk(msgspec.Struct, frozen=True, eq=False):
@@ -31,7 +41,7 @@ class Chunk(msgspec.Struct, frozen=True, eq=False):
 
 @dataclass(frozen=True, slots=True)
 class WantedBlock:
-    """A block to fetch from a peer's store into pool block `block`."""
+    """A block to fetch from a store into pool block `block`; `index` is its place in the prompt."""
 
     index: int
     block: int
@@ -42,10 +52,18 @@ class WantedBlock:
 
 @dataclass(frozen=True, slots=True)
 class ImportOrder:
-    seq_id: SequenceId
-    grant: Grant
+    """Fetch blocks from a peer's store or, without a grant, from this worker's own.
+
+    `number` names the order in its answer. `seq_id` is who waits for it; nobody does for blocks
+    that are fetched early. `codec` is the form in which they may travel.
+    """
+
+    number: int
+    seq_id: SequenceId | None
+    grant: Grant | None
     wanted: tuple[WantedBlock, ...]
     deadline: float
+    codec: str = RAW
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +103,8 @@ class Update:
 
     deltas: list[TokenDelta] = field(default_factory=list)
     exports: list[ExportOrder] = field(default_factory=list)
+    sealed: list[Sealed] = field(default_factory=list)
+    landed: list[Landed] = field(default_factory=list)
     handoffs: list[Handoff] = field(default_factory=list)
     times: list[StageTimes] = field(default_factory=list)
 

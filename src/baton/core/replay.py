@@ -132,10 +132,17 @@ def _drive(
                 if not scheduler.exports.is_copying(key):
                     raise _Parted("the log seals a block that was not given to the store")
                 scheduler.exported(key, digest, now)
-            case log.Imported(seq_id, results, now):
-                if scheduler.imports.num_wanted(seq_id) != len(results):
+            case log.Linked(source):
+                scheduler.link(source)
+            case log.Imported(number, results, now, elapsed_s):
+                fetches = scheduler.early if number in scheduler.early else scheduler.imports
+                if fetches.num_wanted(number) != len(results):
                     raise _Parted("the log ends a fetch that was not asked for")
-                scheduler.imported(seq_id, results, now)
+                scheduler.imported(number, results, now, elapsed_s)
+            case log.Offered(sealed, now):
+                scheduler.offer(sealed, now)
+            case log.Lent(ask, now):
+                scheduler.lend(ask, now)
             case log.Renewed(grant_ids, now):
                 scheduler.renew(grant_ids, now)
             case log.Released(grant_ids):
@@ -177,6 +184,10 @@ def _route(records: Iterator[log.Record]) -> Iterator[tuple[bytes, bytes] | None
                 except Unavailable:
                     placement = None
                 decided = (decision, log.placement_hash(placement))
+            case log.Timed(worker_id, times):
+                router.timed(worker_id, times)
+            case log.Kept(worker_id, keys):
+                router.kept(worker_id, keys)
             case log.Prefilled(request_id, choice):
                 router.prefilled(request_id, choice)
             case log.Finished(request_id, choice):

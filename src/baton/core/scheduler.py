@@ -21,21 +21,36 @@ from collections import Counter
 from baton.core.admission import OutputLengths
 from baton.core.attempts import AttemptMemory
 from baton.core.block_pool import BlockPool
+from baton.core.early import EarlyFetches
 from baton.core.exports import ExportTable
-from baton.core.imports import ImportTable
+from baton.core.imports import OK, ImportTable
 from baton.core.in_flight import MAX_DEPTH, InFlight, may_run_ahead
 from baton.core.keys import root_key
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
+from baton.core.links import LinkTable
 from baton.core.plan import Chunk, ImportOrder, StepOutput, StepPlan, Update, error_delta
 from baton.core.prompt_order import PromptQueue, rank
 from baton.core.sequence import Sequence, SequenceId, Status
 from baton.core.store_index import StoreIndex
 from baton.errors import DeadlineExceeded, ServeError, TransferFailed, Unavailable
-from baton.types import FinishReason, Request, SampledLogprobs, TokenDelta, WorkerLoad
+from baton.types import (
+    FinishReason,
+    Lend,
+    Request,
+    SampledLogprobs,
+    Sealed,
+    TokenDelta,
+    WorkerLoad,
+)
 
 _RUNNING = Status.RUNNING  # read for every sequence in every step
-_STAGES = {Status.WAITING: "queue", Status.IMPORTING: "transfer", Status.EXPORTING: "export"}
+_STAGES = {
+    Status.ARRIVING: "transfer",
+    Status.WAITING: "queue",
+    Status.IMPORTING: "transfer",
+    Status.EXPORTING: "export",
+}
 
 COUNTERS = (
     "refused",
@@ -48,6 +63,9 @@ COUNTERS = (
     "prefix_query_tokens",
     "prefix_hit_tokens",
     "imported_blocks",
+    "restored_blocks",
+    "early_blocks",
+    "lent_blocks",
     "store_full_waits",
     "late_renewals",
     "leases_expired",
@@ -64,19 +82,24 @@ class Scheduler:
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.pool = BlockPool(config.num_blocks)
         self.exports = ExportTable(config, self.pool, index, leases)
-        self.imports = ImportTable(config, self.pool, self.counters)
+        self.imports = ImportTable(config, self.pool, index, self.counters)
+        self.early = EarlyFetches(self.pool, self.counters)
+        self.links = LinkTable(config)
         self._leases = leases
         self._in_flight = InFlight(self.pool)
         # A decode takes one token of the budget, so no more of them may run than it has.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._attempts = AttemptMemory()
+        self._arriving: dict[SequenceId, Sequence] = {}
         self._waiting = PromptQueue()
         self._running: dict[SequenceId, Sequence] = {}
         self._chunks: dict[SequenceId, Chunk] = {}
         self._budget = 0
         self._deadlines: list[tuple[float, SequenceId]] = []
         self._num_added = 0
+        self._num_fetches = 0
+        self._imports: list[ImportOrder] = []
         self._num_admitted_tokens = 0
         self._lengths = OutputLengths()
         self._step = 0
@@ -109,7 +132,13 @@ class Scheduler:
         seq.order = self._num_added
         seq.admitted_before = self._num_admitted_tokens
         self._sequences[seq.id] = seq
-        self._waiting.add(seq)
+        if request.handoff is not None:
+            seq.codec = self.links.codec(seq.id, request.handoff.grant.source)
+        if request.handoff is not None and self.early.awaits(seq.class_keys(seq.num_tokens - 1)):
+            seq.status = Status.ARRIVING
+            self._arriving[seq.id] = seq
+        else:
+            self._waiting.add(seq)
         if seq.deadline is not None:
             heapq.heappush(self._deadlines, (seq.deadline, seq.id))
 
@@ -134,18 +163,55 @@ class Scheduler:
                 self._fail(seq, now, error)
             elif seq.status is Status.EXPORTING:
                 self._try_commit(seq, now)
+            self._tell(seq, now)
 
-    def imported(self, seq_id: SequenceId, results: tuple[str, ...], now: float) -> None:
-        """A fetch ended; one word a wanted block, `ok` or the reason why it may not be used."""
-        seq, num_verified = self.imports.finish(seq_id, results)
-        if seq.status is not Status.IMPORTING:
+    def offer(self, sealed: Sealed, now: float) -> None:
+        """Blocks that this worker may soon want can be had; it fetches them if there is room."""
+        if self.config.prefix_cache and not self._draining:
+            spare = self.pool.num_free - sum(map(self._growth, self._running.values()))
+            seq_id = (sealed.request_id, sealed.choice, sealed.attempt)
+            codec = self.links.codec(seq_id, sealed.grant.source)
+            order = self.early.offer(sealed, codec, spare, now, self._num_fetches)
+            if order is not None:
+                self._num_fetches += 1
+                self._imports.append(order)
+
+    def lend(self, ask: Lend, now: float) -> None:
+        """Open blocks of the store to a reader; the answer is among what was sealed."""
+        lent = self.exports.lend(ask, now)
+        self.counters["lent_blocks"] += len(lent.keys)
+        self._update.sealed.append(lent)
+
+    def link(self, source: str) -> None:
+        """Blocks of `source` come over a network; until this is said, through shared memory."""
+        self.links.reached_by_wire(source)
+
+    def imported(
+        self, number: int, results: tuple[str, ...], now: float, elapsed_s: float = 0.0
+    ) -> None:
+        """A fetch ended; one word a wanted block, `ok` or the reason why it may not be used.
+
+        elapsed_s: how long it took, without the time in which it waited for others.
+        """
+        order = (self.early if number in self.early else self.imports).order_of(number)
+        if all(result == OK for result in results):
+            self.links.observe(order.grant, order.codec, len(results), elapsed_s)
+        if number in self.early:
+            landed = self.early.finish(number, results)
+            if landed is not None:
+                self._update.landed.append(landed)
+            self._arrived()
             return
-        handoff = seq.request.handoff
-        assert handoff is not None
+        done = self.imports.finish(number, results)
+        if done is None:
+            return
+        seq, num_verified = done
         if num_verified:
             computed = seq.num_computed + num_verified * seq.block_size
-            seq.num_computed = seq.num_scheduled = min(computed, handoff.num_tokens)
+            # The last token is always computed, and the last block may be a partial one.
+            seq.num_computed = seq.num_scheduled = min(computed, seq.num_tokens - 1)
             seq.num_imported_blocks = num_verified
+            seq.num_kept = seq.num_computed // seq.block_size
             self._publish(seq)
         seq.import_done = now
         seq.status = Status.RUNNING
@@ -179,13 +245,13 @@ class Scheduler:
         for seq in decodes:
             if seq.status is _RUNNING and self._grow(seq):
                 self._plan(seq)
-        imports: list[ImportOrder] = []
         # Whoever was preempted in this step must not take the blocks back in the same step.
         admits = self.counters["preemptions"] == num_preempted
-        self._plan_prompts(prompts, admits, imports, now)
+        self._plan_prompts(prompts, admits, now)
         if self._chunks:
             self._in_flight.begin(self._step, self._chunks)
-        return StepPlan(self._step, tuple(self._chunks.values()), tuple(imports))
+        imports, self._imports = tuple(self._imports), []
+        return StepPlan(self._step, tuple(self._chunks.values()), imports)
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> None:
         """Take in what a step computed. Steps end in the order in which they were planned."""
@@ -203,8 +269,11 @@ class Scheduler:
             seq.num_computed = chunk.start + chunk.num_tokens
             if seq.num_computed >= (seq.num_published + 1) * seq.block_size:
                 self._publish(seq)
+                if self.config.keep_blocks and not seq.request.hand_off:
+                    self._update.exports += self.exports.keep(seq)
             if seq.request.hand_off:
                 self._update.exports += self.exports.export_full_blocks(seq)
+                self._tell(seq, now)
             if chunk.samples:
                 (token,) = tokens
                 num_generated += 1
@@ -227,7 +296,7 @@ class Scheduler:
     @property
     def num_transfers(self) -> int:
         """Copies and fetches that have not been acknowledged."""
-        return self.exports.num_copying + len(self.imports)
+        return self.exports.num_copying + len(self.imports) + len(self.early)
 
     def is_drained(self) -> bool:
         """Nothing is accepted, nothing is left, and nobody may still read from the store."""
@@ -246,7 +315,7 @@ class Scheduler:
             num_total_blocks=self.pool.num_blocks,
             num_free_blocks=self.pool.num_free,
             num_running=self._num_active(),
-            num_waiting=len(self._waiting),
+            num_waiting=len(self._waiting) + len(self._arriving),
             num_waiting_tokens=sum(seq.num_remaining for seq in self._waiting)
             + sum(seq.num_remaining for seq in self._running.values() if seq.num_remaining > 1),
         )
@@ -265,8 +334,12 @@ class Scheduler:
             if not self._in_flight:
                 assert seq.num_scheduled == seq.num_computed, f"{seq.id} awaits no step"
                 assert seq.num_expected == seq.num_tokens, f"{seq.id} awaits no token"
-        transfers = (*self.exports.blocks_in_transfer(), *self.imports.blocks_in_transfer())
-        for block in (*transfers, *self._in_flight.held_blocks()):
+        for block in (
+            *self.exports.blocks_in_transfer(),
+            *self.imports.blocks_in_transfer(),
+            *self.early.blocks_in_transfer(),
+            *self._in_flight.held_blocks(),
+        ):
             wanted[block] += 1
         for block, refs in enumerate(wanted):
             assert self.pool.refs(block) == refs, f"block {block}: {refs} owners"
@@ -276,9 +349,7 @@ class Scheduler:
     def _num_active(self) -> int:
         return len(self._running) + len(self.imports)
 
-    def _plan_prompts(
-        self, prompts: list[Sequence], admits: bool, imports: list[ImportOrder], now: float
-    ) -> None:
+    def _plan_prompts(self, prompts: list[Sequence], admits: bool, now: float) -> None:
         """Share the rest of the budget among prompts, and admit those whose turn it is."""
         promised = 0
         if admits and self._waiting and self._num_active() < self._max_running:
@@ -289,7 +360,7 @@ class Scheduler:
             admits = admits and bool(self._waiting) and self._num_active() < self._max_running
             if admits and not (begun and rank(begun[-1]) < rank(self._waiting.head)):
                 seq = self._waiting.head
-                admits = self._admit(seq, promised, imports, now)
+                admits = self._admit(seq, promised, now)
                 if admits:
                     promised += self._growth(seq)
                     if seq.status is _RUNNING:
@@ -352,14 +423,14 @@ class Scheduler:
         rest = self._lengths.predict_rest(seq.request, seq.num_generated)
         return self.config.num_blocks_for(rest)
 
-    def _admit(self, seq: Sequence, promised: int, imports: list[ImportOrder], now: float) -> bool:
+    def _admit(self, seq: Sequence, promised: int, now: float) -> bool:
         """Move the head of the queue to running or importing, if there is room for it.
 
         `promised` blocks are free now and will be wanted by those that run already.
         """
         # The last token is always computed: without it there is nothing to draw from.
         covered = seq.num_tokens - 1
-        keys = seq.full_keys(covered)
+        keys = seq.class_keys(covered)
         hits = self.pool.lookup(keys) if self.config.prefix_cache else []
         needed = self.config.num_blocks_for(seq.num_tokens) - len(hits)
         wanted = needed + self.pool.num_unreferenced(hits)
@@ -374,20 +445,37 @@ class Scheduler:
         self._num_admitted_tokens += seq.num_tokens
         self.pool.acquire(hits)
         seq.blocks = hits + self.pool.allocate(needed)
-        seq.num_published = len(hits)
+        seq.num_published = seq.num_kept = len(hits)
         seq.num_computed = seq.num_scheduled = len(hits) * seq.block_size
         if not seq.first_scheduled:
             seq.first_scheduled = now
             seq.num_cached = seq.num_computed
         self.counters["prefix_query_tokens"] += covered
         self.counters["prefix_hit_tokens"] += seq.num_computed
-        if seq.num_computed < covered and self.imports.usable(seq):
+        orders: list[ImportOrder] = []
+        if seq.num_computed < covered:
+            orders = self.imports.order(seq, len(hits), now, self._num_fetches)
+        if orders:
             seq.status = Status.IMPORTING
-            imports.append(self.imports.order(seq, len(hits), now))
+            self._num_fetches += len(orders)
+            self._imports += orders
         else:
             seq.status = Status.RUNNING
             self._running[seq.id] = seq
         return True
+
+    def _arrived(self) -> None:
+        """Blocks came early: whoever waited for nothing else may be admitted."""
+        for seq in list(self._arriving.values()):
+            if not self.early.awaits(seq.class_keys(seq.num_tokens - 1)):
+                del self._arriving[seq.id]
+                seq.status = Status.WAITING
+                self._waiting.add(seq)
+
+    def _tell(self, seq: Sequence, now: float) -> None:
+        sealed = self.exports.tell(seq.id, now)
+        if sealed is not None:
+            self._update.sealed.append(sealed)
 
     def _count_prompt(self, seq: Sequence, chunk: Chunk) -> None:
         num_prompt = min(seq.num_prompt - chunk.start, chunk.num_tokens)
@@ -398,7 +486,7 @@ class Scheduler:
     def _publish(self, seq: Sequence) -> None:
         num_full = seq.num_computed // seq.block_size
         if self.config.prefix_cache and num_full > seq.num_published:
-            keys = seq.full_keys(seq.num_computed)
+            keys = seq.class_keys(seq.num_computed)
             for i in range(seq.num_published, num_full):
                 self.pool.publish(seq.blocks[i], keys[i])
         seq.num_published = num_full
@@ -470,6 +558,7 @@ class Scheduler:
         del self._sequences[seq.id]
         self._attempts.end(seq.id)
         self._waiting.discard(seq.id)
+        self._arriving.pop(seq.id, None)
         self._running.pop(seq.id, None)
         self.exports.abandon(seq.id)
         self._in_flight.drop(seq)

@@ -1,7 +1,8 @@
 """What the engine knows of one choice of one request.
 
+    ARRIVING ──its early fetches end──▶ WAITING
     WAITING ──admit──▶ RUNNING ──stop, length──▶ FINISHED
-       ▲  └──admit with handoff──▶ IMPORTING ──▶ RUNNING
+       ▲  └──admit, blocks to fetch──▶ IMPORTING ──▶ RUNNING
        └────preempt────── RUNNING ──first token, hand_off──▶ EXPORTING ──commit──▶ FINISHED
     any ──abort, deadline──▶ FINISHED
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import enum
 
 from baton.core import keys as content_keys
+from baton.core.codec_choice import RAW
 from baton.types import Request, StageTimes
 
 SequenceId = tuple[str, int, int]
@@ -20,6 +22,7 @@ SequenceId = tuple[str, int, int]
 
 
 class Status(enum.Enum):
+    ARRIVING = enum.auto()
     WAITING = enum.auto()
     IMPORTING = enum.auto()
     RUNNING = enum.auto()
@@ -35,15 +38,18 @@ class Sequence:
     blocks as far as they have been worked out. `order` counts sequences as they come, and
     `admitted_before` is the age that `prompt_order` knows. With steps in flight, `num_scheduled`
     (tokens computed or being computed) and `num_expected` (tokens there or being drawn) run ahead
-    of `num_computed` and `num_tokens`; else they are equal to them. Times are the caller's
+    of `num_computed` and `num_tokens`; else they are equal to them. `codec` is that of the KV it
+    took over; what it computes from that is of the same numerics class. Times are the caller's
     monotonic seconds, 0.0 until known.
     """
 
     __slots__ = (
+        "_lossy_keys",
         "admitted_before",
         "arrived",
         "block_size",
         "blocks",
+        "codec",
         "deadline",
         "exported",
         "finished",
@@ -55,6 +61,7 @@ class Sequence:
         "num_computed",
         "num_expected",
         "num_imported_blocks",
+        "num_kept",
         "num_preemptions",
         "num_prompt_computed",
         "num_published",
@@ -74,12 +81,15 @@ class Sequence:
         self.token_ids: list[int] = [*request.prompt, *request.emitted]
         self.block_size = block_size
         self.root = root
+        self.codec = RAW
         self.keys: list[bytes] = []
+        self._lossy_keys: list[bytes] = []
         self.blocks: list[int] = []
         self.num_computed = 0
         self.num_scheduled = 0
         self.num_expected = len(self.token_ids)
         self.num_published = 0
+        self.num_kept = 0
         self.num_cached = 0
         self.told_cached = False
         self.num_prompt_computed = 0
@@ -129,6 +139,15 @@ class Sequence:
             self.keys.append(content_keys.block_key(parent, self.token_ids[start : start + size]))
         return self.keys[:wanted]
 
+    def class_keys(self, num_tokens: int) -> list[bytes]:
+        """As `full_keys`, in the numerics class of this sequence: what its blocks are found by."""
+        keys = self.full_keys(num_tokens)
+        if self.codec == RAW:
+            return keys
+        lossy = self._lossy_keys
+        lossy += [content_keys.lossy_key(key, self.codec) for key in keys[len(lossy) :]]
+        return lossy[: len(keys)]
+
     def handoff_keys(self, num_tokens: int, attempt: int) -> list[bytes]:
         """Keys of all blocks of the first `num_tokens` tokens, as `attempt` hands them off.
 
@@ -148,6 +167,7 @@ class Sequence:
         self.num_scheduled = 0
         self.num_expected = len(self.token_ids)
         self.num_published = 0
+        self.num_kept = 0
 
     def stage_times(self) -> StageTimes:
         """Where the time of a finished sequence went."""

@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from baton.config import Config, format_cpus
+from baton.core.codec_choice import CodecFigures
 from baton.core.decision_log import LoggedScheduler, Sink
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
@@ -19,6 +20,7 @@ from baton.core.store_index import StoreIndex
 from baton.engine.engine import Emitted, Engine
 from baton.engine.runner import TorchRunner
 from baton.errors import ConfigError
+from baton.fabric.calibration import codec_figures, load_calibration
 from baton.model.attention import NUMERICS
 from baton.model.bodies import Body, TritonKernels, choose_body
 from baton.model.checkpoint import Progress
@@ -49,6 +51,18 @@ class EngineLimits(msgspec.Struct, frozen=True):
     num_blocks: int
     num_frames: int
     block_bytes: int
+
+
+class LoadedModel(msgspec.Struct, frozen=True):
+    """A model that is ready to run. `numerics` names what its results may be mixed with."""
+
+    spec: ModelSpec
+    model: Transformer
+    kernels: Body
+    device: str
+    dtype: str
+    fingerprint: bytes
+    numerics: str
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -82,18 +96,8 @@ def build_engine(
         ModelError: the checkpoint cannot be served.
         ConfigError: the limits do not fit the model or the machine.
     """
-    spec = load_model_spec(model_dir)
-    device = _device(config)
-    dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
-    kernels = choose_body(config.engine.kernels, spec, dtype, device)
-    if isinstance(kernels, Kernels):
-        packed = load_packed(model_dir, spec, dtype, kernels, weights_fd, progress)
-        fingerprint, model = packed.fingerprint, Transformer(spec, packed)
-    else:
-        weights = load_weights(model_dir, spec, dtype, device, progress)
-        fingerprint, model = weights.fingerprint, Transformer(spec, weights, kernels)
+    loaded = load_model(config, model_dir, weights_fd, progress)
+    spec, device, dtype = loaded.spec, loaded.device, loaded.dtype
     limits = resolve_limits(config, spec, device, dtype, with_store)
     kv_format = KvFormat(
         block_size=config.engine.block_size,
@@ -111,10 +115,13 @@ def build_engine(
         max_num_batched_tokens=config.engine.max_num_batched_tokens,
         max_model_len=limits.max_model_len,
         vocab_size=spec.vocab_size,
-        fingerprint=fingerprint,
-        numerics=f"{device}-{NUMERICS if kernels is None else kernels.numerics}-{dtype}",
+        fingerprint=loaded.fingerprint,
+        numerics=loaded.numerics,
         prefix_cache=config.engine.prefix_cache,
         lease_ttl_s=config.store.lease_ttl_s,
+        keep_blocks=config.store.keep_blocks and with_store and config.engine.prefix_cache,
+        codecs=_codecs(loaded.fingerprint, kv_format) if config.fabric.listens else (),
+        max_kl=config.fabric.max_kl,
     )
     index = StoreIndex(limits.num_frames)
     leases = LeaseTable(worker_id, epoch, lease_secret, index)
@@ -124,12 +131,41 @@ def build_engine(
         else LoggedScheduler(scheduler_config, leases, index, decision_sink)
     )
     kv = KvCache(spec, limits.num_blocks, config.engine.block_size, dtype, device)
-    runner = TorchRunner(model, kv, device)
+    draws = loaded.kernels if isinstance(loaded.kernels, Kernels) else None
+    runner = TorchRunner(loaded.model, kv, device, kernels=draws)
     for name, value in msgspec.structs.asdict(limits).items():
         logger.info("engine %s=%s", name, value)
-    model.prepare(kv, config.engine.max_num_seqs)
-    logger.info("engine kernels=%s", _describe(kernels))
+    loaded.model.prepare(kv, config.engine.max_num_seqs)
+    logger.info("engine kernels=%s", _describe(loaded.kernels))
     return Built(Engine(scheduler, runner, kv, emit), limits, scheduler_config, spec)
+
+
+def load_model(
+    config: Config,
+    model_dir: Path,
+    weights_fd: int | None = None,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """The model alone, on the device and in the type that `config` asks for.
+
+    Raises:
+        ModelError: the checkpoint cannot be served.
+        ConfigError: what was asked for cannot be had here.
+    """
+    spec = load_model_spec(model_dir)
+    device = _device(config)
+    dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
+    kernels = choose_body(config.engine.kernels, spec, dtype, device)
+    if isinstance(kernels, Kernels):
+        packed = load_packed(model_dir, spec, dtype, kernels, weights_fd, progress)
+        fingerprint, model = packed.fingerprint, Transformer(spec, packed)
+    else:
+        weights = load_weights(model_dir, spec, dtype, device, progress)
+        fingerprint, model = weights.fingerprint, Transformer(spec, weights, kernels)
+    numerics = f"{device}-{NUMERICS if kernels is None else kernels.numerics}-{dtype}"
+    return LoadedModel(spec, model, kernels, device, dtype, fingerprint, numerics)
 
 
 def resolve_limits(
@@ -171,6 +207,11 @@ def resolve_limits(
         num_frames=config.store.max_bytes // block_bytes if with_store else 0,
         block_bytes=block_bytes,
     )
+
+
+def _codecs(fingerprint: bytes, kv_format: KvFormat) -> tuple[CodecFigures, ...]:
+    """What is known of the codecs in which blocks may come over a wire."""
+    return tuple(codec_figures(kv_format, load_calibration(fingerprint, kv_format)))
 
 
 def _describe(kernels: Body) -> str:

@@ -30,8 +30,8 @@ from baton.errors import Internal
 from baton.fabric.thread import (
     ExportDone,
     ExportJob,
+    Fabric,
     FabricFailed,
-    FabricThread,
     FetchDone,
     FetchJob,
 )
@@ -43,7 +43,7 @@ STEP_TIME_WEIGHT = 0.1
 """Of the newest step in the moving average that `WorkerLoad.step_s` tells."""
 
 SEAL_WAIT_SHARE = 0.1
-"""Of a step's usual time, how long the engine waits for a handoff to become complete."""
+"""Of a step's usual time, how long the engine waits for the copies of blocks for handoffs."""
 
 
 class Emitted(msgspec.Struct, frozen=True):
@@ -75,7 +75,7 @@ class Engine:
     ) -> None:
         self.scheduler = scheduler
         self.inbox: Inbox = SimpleQueue()
-        self.fabric: FabricThread | None = None
+        self.fabric: Fabric | None = None
         self.stopping = False
         self.progress = 0
         self._runner = runner
@@ -99,7 +99,7 @@ class Engine:
         if pending and (pending == self._runner.depth or not plan.chunks):
             self._collect()
         self._pass_on(stepped=bool(pending))
-        if self.scheduler.exports.num_sealing:
+        if self.scheduler.exports.num_awaited:
             self._await_seals()
         return bool(pending)
 
@@ -142,14 +142,18 @@ class Engine:
         drained = self.scheduler.is_drained()
         load = self.load()
         # A message that came, or a lease that ran out, may show in nothing but the load.
-        if stepped or update.deltas or update.handoffs or load != self._told or drained:
+        news = update.deltas or update.sealed or update.landed or update.handoffs
+        if stepped or news or load != self._told or drained:
             self._told = load
             self._emit(Emitted(update, load, dict(self.scheduler.counters), drained))
 
     def _await_seals(self) -> None:
-        """Give a handoff's last copies a moment: their answers would else wait for a whole step."""
+        """Give the copies for handoffs a moment: their answers would else wait for a whole step.
+
+        The copies go faster while nothing is computed, and readers can begin a step earlier.
+        """
         limit = time.monotonic() + SEAL_WAIT_SHARE * self._step_s
-        while self.scheduler.exports.num_sealing:
+        while self.scheduler.exports.num_awaited:
             try:
                 self._receive(self.inbox.get(timeout=max(0.0, limit - time.monotonic())))
             except Empty:
@@ -171,6 +175,12 @@ class Engine:
                 scheduler.add(request, self._clock())
             case messages.Abort(seq_id):
                 scheduler.abort(seq_id)
+            case messages.Offer(sealed):
+                scheduler.offer(sealed, self._clock())
+            case messages.Wire(source):
+                scheduler.link(source)
+            case messages.Lend(ask):
+                scheduler.lend(ask, self._clock())
             case messages.Renew(grant_ids):
                 scheduler.renew(grant_ids, self._clock())
             case messages.Release(grant_ids):
@@ -204,10 +214,12 @@ class Engine:
         def land(index: int) -> None:
             self._kv.land(*landing[index])
 
-        self.fabric.fetch(FetchJob(order.seq_id, order.grant, wanted, order.deadline, land))
+        self.fabric.fetch(
+            FetchJob(order.number, order.grant, wanted, order.deadline, land, order.codec)
+        )
 
     def _finish_import(self, done: FetchDone) -> None:
-        seq_id = done.tag
-        assert isinstance(seq_id, tuple)
+        number = done.tag
+        assert isinstance(number, int)
         results = tuple(result.value for result in done.results)
-        self.scheduler.imported(seq_id, results, self._clock())
+        self.scheduler.imported(number, results, self._clock(), done.elapsed_s)

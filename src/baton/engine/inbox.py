@@ -8,7 +8,8 @@ import msgspec
 
 from baton.core.sequence import SequenceId
 from baton.fabric.thread import Done
-from baton.types import Request
+from baton.types import Lend as LendAsk
+from baton.types import Request, Sealed
 
 
 class Submit(msgspec.Struct, frozen=True):
@@ -17,6 +18,20 @@ class Submit(msgspec.Struct, frozen=True):
 
 class Abort(msgspec.Struct, frozen=True):
     seq_id: SequenceId
+
+
+class Offer(msgspec.Struct, frozen=True):
+    sealed: Sealed
+
+
+class Lend(msgspec.Struct, frozen=True):
+    ask: LendAsk
+
+
+class Wire(msgspec.Struct, frozen=True):
+    """Blocks of `source` come over a network."""
+
+    source: str
 
 
 class Renew(msgspec.Struct, frozen=True):
@@ -35,5 +50,5 @@ class Stop(msgspec.Struct, frozen=True):
     """End the loop after this turn."""
 
 
-Message = Submit | Abort | Renew | Release | Drain | Stop | Done
+Message = Submit | Abort | Offer | Wire | Lend | Renew | Release | Drain | Stop | Done
 Inbox = SimpleQueue[Message]

@@ -21,6 +21,7 @@ from torch import Tensor
 from baton.core.plan import Chunk, StepOutput, StepPlan
 from baton.engine.inputs import Drawn, Inputs
 from baton.model.kv_cache import KvCache
+from baton.model.native import Kernels
 from baton.model.sampler import (
     Sampled,
     SampleRow,
@@ -39,9 +40,16 @@ class TorchRunner:
     """Runs plans on `model` over `kv`; `depth` steps may be submitted before one is collected."""
 
     def __init__(
-        self, model: Transformer, kv: KvCache, device: str, depth: int | None = None
+        self,
+        model: Transformer,
+        kv: KvCache,
+        device: str,
+        depth: int | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
+        """On a CPU `kernels` may draw the tokens; they change none."""
         self._model = model
+        self._kernels = kernels
         self._kv = kv
         self._device = torch.device(device)
         self._inputs = Inputs(kv.block_size, self._device)
@@ -65,7 +73,7 @@ class TorchRunner:
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
         rows = [_row(chunk) for chunk in sampling]
         if self._depth == 1:
-            drawn: list[Sampled] | _Greedy = sample(logits, rows)
+            drawn: list[Sampled] | _Greedy = sample(logits, rows, self._kernels)
         else:
             drawn = self._draw_ahead(logits, rows, sampling)
         self._steps.append(_Step(plan, drawn, started))
@@ -91,7 +99,7 @@ class TorchRunner:
         """Draw, and leave the tokens on the device for the next step."""
         drawn: list[Sampled] | _Greedy
         if any(row is not None for row in rows):
-            drawn = sample(logits, rows)
+            drawn = sample(logits, rows, self._kernels)
             token_ids = torch.tensor([one.token_id for one in drawn], device=self._device)
         else:
             token_ids, largest = largest_logits(logits)

@@ -17,35 +17,39 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 import numpy as np
-import xxhash
 
 from baton.errors import BatonError, ConfigError
-from baton.fabric.transport import Bytes, ReadableBlock, ReadResult, WritableBlock
+from baton.fabric.digest import copier, copy_and_digest, gather_and_digest, num_bytes_of
+from baton.fabric.transport import Bytes, ReadableBlock, ReadResult, Wanted, WritableBlock
 from baton.types import KvFormat
+
+logger = logging.getLogger(__name__)
 
 MAGIC: Final = b"BATONKV\0"
 VERSION: Final = 1
 KEY_BYTES: Final = 32
-DIGEST_BYTES: Final = 16
 PAGE_BYTES: Final = 4096
 
 _HEADER = struct.Struct("<8sQQQQ32s")  # magic, version, epoch, num_frames, frame_bytes, kv_format
-_EPOCH_AT = 16
+_U64, _EPOCH_AT = struct.Struct("<Q"), 16
 _FRAME_HEADER = struct.Struct("<QQ32s16s")  # generation, num_bytes, key, digest
+FRAME_HEADERS: Final = np.dtype(
+    [("generation", "<u8"), ("num_bytes", "<u8"), ("key", "<u8", (4,)), ("digest", "<u8", (2,))]
+)
+"""The same, for whoever reads whole pages of headers."""
 # From <linux/fcntl.h>; spelled out, so that this module can be imported on other systems.
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEAL, _SHRINK, _GROW, _FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10
 _SEALS = _SEAL | _SHRINK | _GROW | _FUTURE_WRITE
-# Large enough to release the GIL for (xxhash does so over 100 kB), small enough that the digest
-# reads from cache what the copy has just brought there.
-_PIECE_BYTES = 256 << 10
 
 
 class ArenaRefused(BatonError):
@@ -101,6 +105,7 @@ class Arena:
         self.geometry = geometry
         self._memory = memory
         self._bytes: Bytes = np.frombuffer(memory, dtype=np.uint8)
+        self._frames_at, self._stride = geometry.frames_at, geometry.stride  # to ask but once
 
     @classmethod
     def create(cls, num_frames: int, frame_bytes: int, epoch: int, kv_format: KvFormat) -> Arena:
@@ -129,6 +134,7 @@ class Arena:
             raise ConfigError(
                 f"cannot make a block store of {geometry.total_bytes} bytes: {error}"
             ) from error
+        logger.info("store num_frames=%d digest=%s", num_frames, copier().name)
         return cls(fd, memory, geometry)
 
     def write(self, frame: int, key: bytes, source: ReadableBlock) -> bytes:
@@ -143,20 +149,20 @@ class Arena:
         if len(key) != KEY_BYTES or data.size > self.geometry.frame_bytes:
             raise ValueError(f"key of {len(key)} bytes, block of {data.size}")
         generation = self.invalidate(frame)
-        start = self.geometry.frame_at(frame)
+        start = self._frames_at + frame * self._stride
         digest = copy_and_digest(self._bytes[start : start + data.size], data)
         header_at = self.geometry.header_at(frame)
         _FRAME_HEADER.pack_into(self._memory, header_at, generation, data.size, key, digest)
-        struct.pack_into("<Q", self._memory, header_at, generation + 1)
+        _U64.pack_into(self._memory, header_at, generation + 1)
         return digest
 
     def invalidate(self, frame: int) -> int:
         """Make `frame` unreadable until it is written again; returns its generation, odd."""
         header_at = self.geometry.header_at(frame)
-        (generation,) = struct.unpack_from("<Q", self._memory, header_at)
+        generation: int = _U64.unpack_from(self._memory, header_at)[0]
         generation += 1 + generation % 2
-        struct.pack_into("<Q", self._memory, header_at, generation)
-        return int(generation)
+        _U64.pack_into(self._memory, header_at, generation)
+        return generation
 
     def close(self) -> None:
         """Unmap and close. Readers who have it mapped may finish."""
@@ -185,28 +191,63 @@ class MappedArena:
         except OSError as error:
             raise ArenaRefused(f"cannot map the arena: {error}") from error
         self._bytes: Bytes = np.frombuffer(self._memory, dtype=np.uint8)
+        self._frames_at, self._stride = self.geometry.frames_at, self.geometry.stride
 
     def read(self, frame: int, key: bytes, digest: bytes, destination: WritableBlock) -> ReadResult:
-        """Copy `frame` to `destination`, if it holds `key` whole and the copy has `digest`.
+        """`read_all` of one block."""
+        return self.read_all((Wanted(key, frame, digest, destination),))[0]
 
-        After anything but OK the destination's content is garbage.
+    def read_all(self, wanted: Sequence[Wanted]) -> list[ReadResult]:
+        """Copy each block to its destination, if its frame holds its key whole and the copy has
+        its digest; one result for each, in order.
+
+        All are copied in one call, between the checks before and those after. After anything but
+        OK a destination's content is garbage.
         """
-        if not 0 <= frame < self.geometry.num_frames:
-            return ReadResult.OUT_OF_RANGE
-        target: Bytes = np.frombuffer(destination, dtype=np.uint8)
-        header_at = self.geometry.header_at(frame)
-        generation, num_bytes, stored_key, _ = _FRAME_HEADER.unpack_from(self._memory, header_at)
-        if generation % 2 or stored_key != key:
-            return ReadResult.MISSING
-        if num_bytes != target.size or num_bytes > self.geometry.frame_bytes:
-            return ReadResult.WRONG_SIZE
-        start = self.geometry.frame_at(frame)
-        copied = copy_and_digest(target, self._bytes[start : start + num_bytes])
-        if _FRAME_HEADER.unpack_from(self._memory, header_at)[0] != generation:
-            return ReadResult.MISSING
-        if struct.unpack_from("<Q", self._memory, _EPOCH_AT)[0] != self.geometry.epoch:
-            return ReadResult.STALE_EPOCH
-        return ReadResult.OK if copied == digest else ReadResult.CORRUPT
+        memory, geometry = self._memory, self.geometry
+        results: list[ReadResult] = []
+        copied: list[tuple[int, Wanted, int, int]] = []  # where in `results`, generation before
+        starts, sizes, destinations = [], [], []
+        for index, block in enumerate(wanted):
+            if not 0 <= block.frame < geometry.num_frames:
+                results.append(ReadResult.OUT_OF_RANGE)
+                continue
+            header_at = geometry.header_at(block.frame)
+            generation, num_bytes, key, _ = _FRAME_HEADER.unpack_from(memory, header_at)
+            if generation % 2 or key != block.key:
+                results.append(ReadResult.MISSING)
+                continue
+            destination = block.destination
+            if num_bytes != num_bytes_of(destination) or num_bytes > geometry.frame_bytes:
+                results.append(ReadResult.WRONG_SIZE)
+                continue
+            results.append(ReadResult.OK)
+            copied.append((index, block, header_at, generation))
+            starts.append(self._frames_at + block.frame * self._stride)
+            sizes.append(num_bytes)
+            destinations.append(destination)
+        digests = gather_and_digest(self._bytes, starts, sizes, destinations)
+        (epoch,) = _U64.unpack_from(memory, _EPOCH_AT)
+        for (index, block, header_at, generation), digest in zip(copied, digests, strict=True):
+            if _U64.unpack_from(memory, header_at)[0] != generation:
+                results[index] = ReadResult.MISSING
+            elif epoch != geometry.epoch:
+                results[index] = ReadResult.STALE_EPOCH
+            elif digest != block.digest:
+                results[index] = ReadResult.CORRUPT
+        return results
+
+    def header(self, frame: int) -> tuple[int, int, bytes, bytes]:
+        """What stands over `frame`: generation (odd while it is written), num_bytes, key, digest.
+
+        frame: 0 to num_frames - 1.
+        """
+        return _FRAME_HEADER.unpack_from(self._memory, PAGE_BYTES + frame * _FRAME_HEADER.size)
+
+    def stored(self, frame: int, num_bytes: int) -> memoryview:
+        """The first `num_bytes` of `frame` itself, not a copy. Let go of it before `close`."""
+        start = self._frames_at + frame * self._stride
+        return self._bytes[start : start + num_bytes].data
 
     def close(self) -> None:
         """Unmap."""
@@ -215,14 +256,16 @@ class MappedArena:
             self._memory.close()
 
 
-def copy_and_digest(destination: Bytes, source: Bytes) -> bytes:
-    """Copy flat bytes, piece by piece, and return the XXH3-128 of the *destination*."""
-    state = xxhash.xxh3_128()
-    for start in range(0, source.size, _PIECE_BYTES):
-        piece = destination[start : start + _PIECE_BYTES]
-        np.copyto(piece, source[start : start + _PIECE_BYTES])
-        state.update(piece.data)
-    return state.digest()
+def first_bytes(geometry: Geometry) -> bytes:
+    """What the first page of an arena of this geometry begins with."""
+    return _HEADER.pack(
+        MAGIC,
+        VERSION,
+        geometry.epoch,
+        geometry.num_frames,
+        geometry.frame_bytes,
+        geometry.kv_format_hash,
+    )
 
 
 def _validated(fd: int, expected_epoch: int) -> Geometry:

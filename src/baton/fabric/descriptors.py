@@ -62,12 +62,28 @@ class Refusal(msgspec.Struct, frozen=True, tag=True):
     reason: Literal["refused", "stale_epoch"]
 
 
-_decode_ask = msgspec.msgpack.Decoder(Ask).decode
+decode_ask = msgspec.msgpack.Decoder(Ask).decode
 
 
-def socket_path(runtime_dir: Path, source: str) -> Path | None:
+def refusal(ask: Ask, source: str, epoch: int, secret: bytes) -> Refusal | None:
+    """Why the store of `source` in `epoch` does not answer; None if the ask is good.
+
+    secret: the one that the worker's `LeaseTable` mints with. Says nothing about expiry.
+    """
+    grant = ask.grant
+    if ask.protocol != PROTOCOL_VERSION or grant.source != source:
+        return Refusal("refused")
+    if grant.epoch != epoch:
+        return Refusal("stale_epoch")
+    if not verify_mac(secret, grant):
+        logger.warning("refused a grant with a wrong MAC tenant=%r", grant.tenant)
+        return Refusal("refused")
+    return None
+
+
+def socket_path(runtime_dir: Path, source: str, kind: str = "kv") -> Path | None:
     """Where the worker `source` listens; None if that is not the name of a worker."""
-    return runtime_dir / f"{source}.kv.sock" if _SOURCE.fullmatch(source) else None
+    return runtime_dir / f"{source}.{kind}.sock" if _SOURCE.fullmatch(source) else None
 
 
 def peer_uid(connection: socket.socket) -> int:
@@ -91,13 +107,8 @@ class DescriptorServer:
         self._source = source
         self._arena = arena
         self._secret = secret
-        path = socket_path(runtime_dir, source)
-        if path is None:
-            raise ConfigError(f"worker id {source!r} must match {_SOURCE.pattern}")
-        _claim_runtime_dir(runtime_dir)
-        self._path = path
-        self._listener = _listen(path)
-        self._inode = path.stat().st_ino
+        self._listener, self._path = listen(runtime_dir, source)
+        self._inode = self._path.stat().st_ino
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -184,18 +195,11 @@ class DescriptorServer:
         self._drop(connection)
 
     def _answer(self, connection: socket.socket, data: bytes) -> None:
-        ask = _decode_ask(data)
-        grant = ask.grant
-        reply: Descriptor | Refusal
+        ask = decode_ask(data)
+        reply: Descriptor | Refusal | None
+        reply = refusal(ask, self._source, self._arena.geometry.epoch, self._secret)
         descriptors: list[int] = []
-        if ask.protocol != PROTOCOL_VERSION or grant.source != self._source:
-            reply = Refusal("refused")
-        elif grant.epoch != self._arena.geometry.epoch:
-            reply = Refusal("stale_epoch")
-        elif not verify_mac(self._secret, grant):
-            logger.warning("refused a grant with a wrong MAC tenant=%r", grant.tenant)
-            reply = Refusal("refused")
-        else:
+        if reply is None:
             reply = Descriptor(self._arena.geometry)
             descriptors = [self._arena.fd]
         socket.send_fds(connection, [pack(reply)], descriptors)
@@ -222,7 +226,12 @@ def _claim_runtime_dir(path: Path) -> None:
         raise ConfigError(f"runtime_dir {path} must be a directory of this user with mode 0700")
 
 
-def _listen(path: Path) -> socket.socket:
+def listen(runtime_dir: Path, source: str, kind: str = "kv") -> tuple[socket.socket, Path]:
+    """A listener for readers on this host, and where it is. See `DescriptorServer` for errors."""
+    path = socket_path(runtime_dir, source, kind)
+    if path is None:
+        raise ConfigError(f"worker id {source!r} must match {_SOURCE.pattern}")
+    _claim_runtime_dir(runtime_dir)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.unlink(missing_ok=True)  # of an earlier start
@@ -232,4 +241,4 @@ def _listen(path: Path) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigError(f"runtime_dir: cannot listen at {path}: {error}") from error
-    return listener
+    return listener, path

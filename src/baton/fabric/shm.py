@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 # The current one, and the one before it, from which handoffs may still be read.
 MAX_EPOCHS_PER_SOURCE: Final = 2
+MAX_BATCH_BYTES: Final = 4 << 20
+"""Copied in one call, which the deadline does not break off (or one block that has more)."""
 
 _reply_decoder: msgspec.msgpack.Decoder[Descriptor | Refusal] = msgspec.msgpack.Decoder(
     Descriptor | Refusal
@@ -66,7 +68,9 @@ class ShmTransport:
         self._kv_format_hash = kv_format_hash(kv_format)
         self._arenas: dict[tuple[str, int], MappedArena] = {}  # oldest mapping first
 
-    def fetch(self, grant: Grant, wanted: Sequence[Wanted], deadline: float) -> list[ReadResult]:
+    def fetch(
+        self, grant: Grant, wanted: Sequence[Wanted], deadline: float, codec: str = "raw"
+    ) -> list[ReadResult]:
         """See `Transport.fetch`. Takes at most `ASK_TIMEOUT_S` to reach a source that is new."""
         try:
             arena = self._arena(grant, deadline)
@@ -79,25 +83,20 @@ class ShmTransport:
                 error,
             )
             return [error.result] * len(wanted)
-        return [
-            arena.read(block.frame, block.key, block.digest, block.destination)
-            if time.monotonic() < deadline
-            else ReadResult.TIMED_OUT
-            for block in wanted
-        ]
-
-    def forget(self, source: str) -> None:
-        """Unmap every arena of `source`."""
-        self._keep_newest(source, 0)
-
-    def rest(self) -> None:
-        """Unmap every arena; the next fetch maps what it needs again."""
-        self.close()
+        results: list[ReadResult] = []
+        at_once = max(1, MAX_BATCH_BYTES // max(1, arena.geometry.frame_bytes))
+        for first in range(0, len(wanted), at_once):
+            batch = wanted[first : first + at_once]
+            if time.monotonic() < deadline:
+                results += arena.read_all(batch)
+            else:
+                results += [ReadResult.TIMED_OUT] * len(batch)
+        return results
 
     def close(self) -> None:
-        """Unmap every arena."""
+        """Unmap every arena; a later fetch maps what it needs again."""
         for source in {source for source, _ in self._arenas}:
-            self.forget(source)
+            self._keep_newest(source, 0)
 
     def _arena(self, grant: Grant, deadline: float) -> MappedArena:
         if time.monotonic() >= deadline:

@@ -1,13 +1,17 @@
-"""The fabric thread: copies and digests beside the engine, in calls that release the GIL.
+"""The fabric's threads: they copy and digest beside the engine, in calls that release the GIL.
+
+    engine ──ExportJob, FetchJob of our own store──▶ copier ──▶ arena
+           ──FetchJob of a peer's store────────────▶ one fetcher a peer ──▶ its transport
 
 The engine thread submits jobs and gets exactly one answer for each by `on_done`, which is called
-on the fabric thread and must only pass the answer on (`inbox.put`). Jobs run one at a time in the
-order of submission. Blocks and frames that a job names belong to it until its answer: a KV block
-that is being imported, or exported, may be freed only then.
+on a thread of the fabric and must only pass the answer on (`inbox.put`). Jobs of one thread run
+one at a time in the order of submission, so a peer that is slow delays nothing but its own blocks.
+Blocks and frames that a job names belong to it until its answer: a KV block that is being
+imported, or exported, may be freed only then.
 
-The thread sleeps when there is nothing to do; once it has slept for `REST_AFTER_S` it has the
-transport give up the peers' memory that it keeps mapped, so that an idle worker pins nobody's
-store. It is no daemon: the owner calls `stop`.
+Threads sleep when there is nothing to do. A fetcher that has slept for `REST_AFTER_S` closes its
+transport and ends, so that an idle worker pins nobody's store. None is a daemon: the owner calls
+`stop`.
 """
 
 from __future__ import annotations
@@ -15,25 +19,26 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from queue import Empty, SimpleQueue
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
-from baton.fabric.arena import Arena
+from baton.fabric.arena import Arena, MappedArena
 from baton.fabric.transport import ReadableBlock, ReadResult, Transport, Wanted
 from baton.types import Grant
 
 logger = logging.getLogger(__name__)
 
 REST_AFTER_S: Final = 2.0
+MAX_FETCHERS: Final = 256
 
 
 class ExportJob(msgspec.Struct, frozen=True, eq=False):
     """Copy a block from `source` into a frame of our own store. The answer carries `tag`.
 
-    source: the block, or what is called on the fabric thread to get at it (a copy off a GPU).
+    source: the block, or what is called on the fabric's thread to get at it (a copy off a GPU).
     """
 
     tag: Hashable
@@ -43,17 +48,18 @@ class ExportJob(msgspec.Struct, frozen=True, eq=False):
 
 
 class FetchJob(msgspec.Struct, frozen=True, eq=False):
-    """Fetch blocks from another worker's store by `deadline` (instant of `time.monotonic()`).
+    """Fetch blocks by `deadline` (instant of `time.monotonic()`); without a grant, from our store.
 
-    land: called on the fabric thread with the index of each block that came whole, before the
-    answer (a copy onto a GPU).
+    land: called on the fabric's thread with the index of each block that came whole, before the
+    answer (a copy onto a GPU). codec: how the blocks may travel; `raw` is exact.
     """
 
     tag: Hashable
-    grant: Grant
+    grant: Grant | None
     wanted: tuple[Wanted, ...]
     deadline: float
     land: Callable[[int], None] | None = None
+    codec: str = "raw"
 
 
 class ExportDone(msgspec.Struct, frozen=True):
@@ -81,71 +87,126 @@ class FabricFailed(msgspec.Struct, frozen=True):
     error: str
 
 
+Fetch = Callable[[Any, Sequence[Wanted], float, str], list[ReadResult]]
 Job = ExportJob | FetchJob
 Done = ExportDone | FetchDone | FabricFailed
 
 
-class _Forget(msgspec.Struct, frozen=True):
-    source: str
+class _Queue:
+    """The jobs of one thread; None ends it, after what was put before."""
 
-
-class FabricThread:
-    """One thread that serves one worker's exports and imports.
-
-    Owns nothing: arena and transport are closed by whoever made them, after `stop`.
-    """
-
-    def __init__(self, arena: Arena, transport: Transport, on_done: Callable[[Done], None]) -> None:
-        self._arena = arena
-        self._transport = transport
-        self._on_done = on_done
-        self._jobs: SimpleQueue[Job | _Forget | None] = SimpleQueue()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="baton-fabric", daemon=False)
+    def __init__(self, name: str, run: Callable[[_Queue], None]) -> None:
+        self.jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._thread = threading.Thread(target=run, args=(self,), name=name, daemon=False)
         self._thread.start()
 
-    def export(self, job: ExportJob) -> None:
-        self._submit(job)
+    def put(self, job: Job) -> None:
+        if not self._thread.is_alive():
+            raise RuntimeError("a thread of the fabric has died")
+        self.jobs.put(job)
 
-    def fetch(self, job: FetchJob) -> None:
-        self._submit(job)
+    def end(self) -> None:
+        self.jobs.put(None)
 
-    def forget(self, source: str) -> None:
-        """Let the transport drop what it keeps of a worker that is gone. Has no answer."""
-        self._submit(_Forget(source))
-
-    def stop(self) -> None:
-        """Answer every job submitted so far, then end the thread. Idempotent."""
-        if not self._stopping:
-            self._stopping = True
-            self._jobs.put(None)
+    def join(self) -> None:
         self._thread.join()
 
-    def _submit(self, job: Job | _Forget) -> None:
-        if self._stopping or not self._thread.is_alive():
-            raise RuntimeError("the fabric thread has stopped")
-        self._jobs.put(job)
 
-    def _run(self) -> None:
-        resting = True
-        while True:
-            try:
-                job = self._jobs.get(timeout=None if resting else REST_AFTER_S)
-            except Empty:
-                resting = True
-                self._transport.rest()
-                continue
-            resting = False
-            if job is None:
+class Fabric:
+    """The threads of one worker's exports and imports.
+
+    Owns the transports that it opens; `open_transport` is called with a peer's worker id on the
+    thread that will use what it returns, and may be called again after a rest. The arena is closed
+    by whoever made it, after `stop`.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        open_transport: Callable[[str], Transport],
+        on_done: Callable[[Done], None],
+    ) -> None:
+        self._arena = arena
+        self._own = MappedArena(arena.fd, arena.geometry.epoch)
+        self._open_transport = open_transport
+        self._on_done = on_done
+        self._stopping = False
+        self._copier = _Queue("baton-copier", self._copy)
+        self._lock = threading.Lock()  # over the fetchers, which leave by themselves
+        self._fetchers: dict[str, _Queue] = {}
+
+    def export(self, job: ExportJob) -> None:
+        """Copy a block into our store."""
+        self._check()
+        self._copier.put(job)
+
+    def fetch(self, job: FetchJob) -> None:
+        """Fetch blocks from a peer's store, or from our own."""
+        self._check()
+        if job.grant is None:
+            self._copier.put(job)
+            return
+        source = job.grant.source
+        with self._lock:
+            fetcher = self._fetchers.get(source)
+            if fetcher is None and len(self._fetchers) < MAX_FETCHERS:
+                name = f"baton-fetch-{source}"
+                fetcher = _Queue(name, lambda queue: self._fetch(source, queue))
+                self._fetchers[source] = fetcher
+            if fetcher is not None:
+                fetcher.put(job)
                 return
-            if isinstance(job, _Forget):
-                self._forget(job.source)
-            else:
-                # An exception out of on_done ends the thread loudly (threading.excepthook), and
-                # the next submission raises: an answer that was lost must not go unnoticed.
-                self._on_done(self._perform(job))
+        logger.error("too many peers at once num=%d", MAX_FETCHERS)
+        self._on_done(FetchDone(job.tag, (ReadResult.UNREACHABLE,) * len(job.wanted), 0.0))
 
-    def _perform(self, job: Job) -> Done:
+    def stop(self) -> None:
+        """Answer every job submitted so far, then end the threads. Idempotent."""
+        self._stopping = True
+        with self._lock:
+            queues = [self._copier, *self._fetchers.values()]
+        for queue in queues:
+            queue.end()
+        for queue in queues:
+            queue.join()
+        self._own.close()
+
+    def _check(self) -> None:
+        if self._stopping:
+            raise RuntimeError("the fabric has stopped")
+
+    # An exception out of on_done ends a thread loudly (threading.excepthook), and the next
+    # submission raises: an answer that was lost must not go unnoticed.
+
+    def _copy(self, queue: _Queue) -> None:
+        while (job := queue.jobs.get()) is not None:
+            self._on_done(self._answer(job, self._read_own))
+
+    def _fetch(self, source: str, queue: _Queue) -> None:
+        opened: list[Transport] = []
+
+        def fetch(*args: Any) -> list[ReadResult]:
+            if not opened:
+                opened.append(self._open_transport(source))
+            return opened[0].fetch(*args)
+
+        try:
+            while True:
+                try:
+                    job = queue.jobs.get(timeout=REST_AFTER_S)
+                except Empty:
+                    with self._lock:
+                        if queue.jobs.empty():
+                            del self._fetchers[source]
+                            return
+                    continue
+                if job is None:
+                    return
+                self._on_done(self._answer(job, fetch))
+        finally:
+            for transport in opened:
+                transport.close()
+
+    def _answer(self, job: Job, fetch: Fetch) -> Done:
         started = time.monotonic()
         try:
             if isinstance(job, ExportJob):
@@ -153,7 +214,7 @@ class FabricThread:
                 digest = self._arena.write(job.frame, job.key, source)
                 elapsed_s = time.monotonic() - started
                 return ExportDone(job.tag, job.frame, job.key, digest, elapsed_s)
-            results = self._transport.fetch(job.grant, job.wanted, job.deadline)
+            results = fetch(job.grant, job.wanted, job.deadline, job.codec)
             if job.land is not None:
                 for index, result in enumerate(results):
                     if result is ReadResult.OK:
@@ -163,8 +224,7 @@ class FabricThread:
             logger.exception("fabric job failed tag=%r", job.tag)
             return FabricFailed(job.tag, f"{type(error).__name__}: {error}")
 
-    def _forget(self, source: str) -> None:
-        try:
-            self._transport.forget(source)
-        except Exception:
-            logger.exception("cannot forget source=%r", source)
+    def _read_own(
+        self, grant: Grant | None, wanted: Sequence[Wanted], deadline: float, codec: str
+    ) -> list[ReadResult]:
+        return self._own.read_all(wanted)

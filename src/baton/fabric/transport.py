@@ -1,4 +1,4 @@
-"""How blocks travel: the seam behind which `shm` stands (and later `tcp`, `nixl`).
+"""How blocks travel: the seam behind which `shm`, `tcp` and `nixl` stand.
 
 Blocks are contiguous buffers; a torch tensor comes as `tensor.view(torch.uint8).numpy()`.
 Instants are seconds of `time.monotonic()` of this process.
@@ -33,6 +33,7 @@ class ReadResult(enum.StrEnum):
     UNREACHABLE = "unreachable"  # the source does not answer, or not in this protocol
     REFUSED = "refused"  # the source does not accept the grant
     WRONG_FORMAT = "wrong_format"  # the store holds another kv_format than ours
+    CODEC = "codec"  # the source does not know the codec asked for
     TIMED_OUT = "timed_out"  # the deadline passed first
 
 
@@ -48,23 +49,30 @@ class Wanted(msgspec.Struct, frozen=True, eq=False):
     destination: WritableBlock
 
 
-class Transport(Protocol):
-    """Reads blocks out of other workers' stores. Used by the fabric thread only."""
+class Peer(msgspec.Struct, frozen=True):
+    """Where a worker listens for readers over TCP, in this start of it (`epoch`).
 
-    def fetch(self, grant: Grant, wanted: Sequence[Wanted], deadline: float) -> list[ReadResult]:
+    host: a numeric address.
+    """
+
+    worker_id: str
+    epoch: int
+    host: str
+    port: int
+
+
+class Transport(Protocol):
+    """Reads blocks out of one other worker's store. Used by one thread of the fabric only."""
+
+    def fetch(
+        self, grant: Grant, wanted: Sequence[Wanted], deadline: float, codec: str = "raw"
+    ) -> list[ReadResult]:
         """Copy each wanted block to its destination; one result for each, in order.
 
         Returns by `deadline` (a copy under way is finished first). A peer's fault is a result,
-        never an exception.
+        never an exception. codec: in what form the blocks may travel; `raw` is exact, and a
+        transport that needs no other may send raw whatever is allowed.
         """
-        ...
-
-    def forget(self, source: str) -> None:
-        """Let go of what is kept of a worker that is gone."""
-        ...
-
-    def rest(self) -> None:
-        """There was no traffic for a while: let go of what can be had again."""
         ...
 
     def close(self) -> None:

@@ -97,9 +97,11 @@ def create_admin_app(
     refresh: Callable[[], None] = lambda: None,
     recent: RecentRequests | None = None,
     readiness: Callable[[], Readiness] = lambda: Readiness(True),
+    check_fabric: Callable[[], Awaitable[msgspec.Struct]] | None = None,
 ) -> FastAPI:
     """For operators: `/metrics` (Prometheus), `/requests` (waterfalls, newest first), `/health`
-    and `/ready`, which the supervisor asks: it has no key for the public one.
+    and `/ready`, which the supervisor asks: it has no key for the public one; and a POST to
+    `/fabric/check`, which measures the ways between workers.
 
     It asks for no key: keep it on loopback. `refresh` brings the metrics up to date first.
     """
@@ -116,6 +118,13 @@ def create_admin_app(
         body = msgspec.json.encode(recent.newest_first() if recent else [])
         return Response(body, media_type="application/json")
 
+    if check_fabric is not None:
+
+        async def fabric() -> Response:
+            body = msgspec.json.encode(await check_fabric())
+            return Response(body, media_type="application/json")
+
+        app.add_api_route("/fabric/check", fabric, methods=["POST"])
     app.add_api_route("/metrics", exposition, methods=["GET"])
     app.add_api_route("/requests", requests, methods=["GET"])
     app.add_api_route("/health", _health, methods=["GET"])

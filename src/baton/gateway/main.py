@@ -69,6 +69,7 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
             Layout.parse(config.launch.layout).counts(),
             router=router,
             lease_ttl_s=config.store.lease_ttl_s,
+            fetch_early=config.fabric.fetch_early,
         )
         metrics = Metrics()
         app = create_app(
@@ -90,6 +91,7 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
             refresh=lambda: export_workers(dispatcher.registry.joined(), metrics),
             recent=dispatcher.recent,
             readiness=dispatcher.readiness,
+            check_fabric=dispatcher.fabric_check.run,
         )
         servers = [
             _server(

@@ -1,13 +1,16 @@
 """The placing half of the gateway: requests on workers, from placement to terminal delta.
 
     place ─▶ PREFILL leg ──token 1──▶ client
-                 └──Handoff──▶ DECODE leg ──tokens──▶ client ─▶ ended
-    place ─▶ LOCAL leg (one worker does both) ──tokens──▶ client ─▶ ended
+       │         ├──Sealed──▶ offered to the decode worker, which may fetch early
+       │         └──Handoff──▶ DECODE leg ──tokens──▶ client ─▶ ended
+       ├───▶ LOCAL leg (one worker does both) ──tokens──▶ client ─▶ ended
+       └───▶ BORROWING ──Sealed by the lender, or `BORROW_WAIT_S`──▶ PREFILL or LOCAL leg
     a worker that is lost ends every leg on it with `worker_lost`
 
 Handoffs are passed on when they arrive, not when the client reads: a slow client holds no lease.
-The gateway owns every lease: it renews while the decode worker may still read, and releases when
-that worker has shown its first token, or at whatever end comes first.
+The gateway owns every lease: it renews while somebody may still read, and releases a prompt's when
+the decode worker has shown its first token, a lender's when the prompt is computed, and all at
+whatever end comes first.
 """
 
 from __future__ import annotations
@@ -25,20 +28,39 @@ from baton.core.keys import chain, root_key
 from baton.core.router import Placement, Router, WorkerInfo
 from baton.errors import Internal, ServeError, Unavailable, WorkerLost
 from baton.gateway.dispatch import Readiness, ServedModel
+from baton.gateway.fabric_check import FabricCheck
 from baton.gateway.registry import Registry
 from baton.observe.events import RecentRequests, Waterfall
 from baton.rpc.messages import Hello, StepReport
-from baton.types import FinishReason, Grant, Handoff, Request, Role, StageTimes, TokenDelta
+from baton.types import (
+    FinishReason,
+    Grant,
+    Handoff,
+    Landed,
+    Lend,
+    Request,
+    Role,
+    Sealed,
+    StageTimes,
+    TokenDelta,
+)
 
 logger = logging.getLogger(__name__)
+
+BORROW_WAIT_S = 0.25
+"""For how long a request waits for a lender's answer; a busy one answers between two steps."""
 
 
 class _Live:
     """One choice on its way through the workers. `worker_id` has the present leg."""
 
     __slots__ = (
+        "borrowing",
         "ended",
         "grant",
+        "keys",
+        "loan",
+        "num_landed",
         "placement",
         "queue",
         "received",
@@ -49,13 +71,19 @@ class _Live:
         "worker_id",
     )  # fmt: skip
 
-    def __init__(self, request: Request, placement: Placement, now: float) -> None:
+    def __init__(
+        self, request: Request, placement: Placement, keys: list[bytes], now: float
+    ) -> None:
         self.request = request
+        self.keys = keys  # of the prompt's full blocks
         self.placement = placement
         self.worker_id = placement.prefill or placement.decode
         self.took_over = False
         self.tokens: list[int] = []
-        self.grant: Grant | None = None
+        self.grant: Grant | None = None  # to read the prompt's blocks
+        self.loan: Grant | None = None  # to read what a lender has of them
+        self.borrowing: asyncio.TimerHandle | None = None
+        self.num_landed = 0
         self.ended = False
         self.received = now
         self.queue: asyncio.Queue[TokenDelta] = asyncio.Queue()
@@ -82,7 +110,9 @@ class PlacingDispatcher:
         *,
         router: Router,
         lease_ttl_s: float,
+        fetch_early: bool = True,
     ) -> None:
+        self._fetch_early = fetch_early
         self.registry = Registry(
             gateway_id,
             gateway_epoch,
@@ -93,6 +123,7 @@ class PlacingDispatcher:
             on_report=self._reported,
             on_lost=self._lost,
         )
+        self.fabric_check = FabricCheck(self.registry, router)
         self.recent = RecentRequests()
         self.counters: Counter[str] = Counter()
         self._router = router
@@ -129,10 +160,10 @@ class PlacingDispatcher:
         while True:
             await asyncio.sleep(self._lease_ttl_s / 3)
             for live in self._live.values():
-                if live.grant is not None:
-                    link = self.registry.link(live.grant.source)
-                    if link is not None:
-                        link.renew(live.grant.grant_id)
+                for grant in (live.grant, live.loan):
+                    link = grant and self.registry.link(grant.source)
+                    if grant and link:
+                        link.renew(grant.grant_id)
 
     # A request's life ---------------------------------------------------------------------------
 
@@ -143,16 +174,47 @@ class PlacingDispatcher:
         root = root_key(hello.fingerprint, hello.numerics, request.salt)
         keys = chain(root, request.prompt, hello.kv_format.block_size)
         placement = self._router.place(request.id, request.choice, len(request.prompt), keys)
-        live = _Live(request, placement, time.monotonic())
+        live = _Live(request, placement, keys, time.monotonic())
         self._live[request.id, request.choice] = live
-        try:
-            self._submit(
-                live, msgspec.structs.replace(request, hand_off=placement.prefill is not None)
+        lender = placement.lender and self.registry.link(placement.lender)
+        if lender:
+            first = placement.first_lent
+            lender.lend(
+                Lend(
+                    request.id,
+                    request.choice,
+                    request.attempt,
+                    request.tenant,
+                    first,
+                    tuple(keys[first:]),
+                )
             )
+            loop = asyncio.get_running_loop()
+            live.borrowing = loop.call_later(BORROW_WAIT_S, self._begin, live, None)
+            return live
+        try:
+            self._submit_first(live, None)
         except ServeError:
             self._end(live, "error")
             raise
         return live
+
+    def _begin(self, live: _Live, prefix: Sealed | None) -> None:
+        """The lender has answered, or has not in time."""
+        if live.borrowing is None or live.ended:
+            return
+        live.borrowing.cancel()
+        live.borrowing = None
+        if prefix is None:
+            self.counters["lenders_late"] += 1
+        try:
+            self._submit_first(live, prefix)
+        except ServeError as error:
+            self._fail(live, error)
+
+    def _submit_first(self, live: _Live, prefix: Sealed | None) -> None:
+        hand_off = live.placement.prefill is not None
+        self._submit(live, msgspec.structs.replace(live.request, hand_off=hand_off, prefix=prefix))
 
     def _submit(self, live: _Live, leg: Request) -> None:
         link = self.registry.link(live.worker_id)
@@ -169,7 +231,10 @@ class PlacingDispatcher:
             return
         live.ended = True
         del self._live[live.request.id, live.request.choice]
+        if live.borrowing is not None:
+            live.borrowing.cancel()
         self._release(live)
+        self._return_loan(live)
         self._router.finished(live.request.id, live.request.choice)
         waterfall = live.waterfall
         waterfall.finish = finish
@@ -216,11 +281,17 @@ class PlacingDispatcher:
         self._end(live, FinishReason.ERROR.value)
 
     def _release(self, live: _Live) -> None:
-        if live.grant is not None:
-            link = self.registry.link(live.grant.source)
-            if link is not None:
-                link.release(live.grant.grant_id)
-            live.grant = None
+        grant, live.grant = live.grant, None
+        self._let_go(grant)
+
+    def _return_loan(self, live: _Live) -> None:
+        grant, live.loan = live.loan, None
+        self._let_go(grant)
+
+    def _let_go(self, grant: Grant | None) -> None:
+        link = grant and self.registry.link(grant.source)
+        if grant and link:
+            link.release(grant.grant_id)
 
     # What workers say ---------------------------------------------------------------------------
 
@@ -232,6 +303,8 @@ class PlacingDispatcher:
                 hello.epoch,
                 hello.num_blocks,
                 hello.kv_format.block_size,
+                hello.num_frames,
+                hello.keeps_blocks,
             )
         )
 
@@ -245,6 +318,12 @@ class PlacingDispatcher:
     def _reported(self, worker_id: str, report: StepReport) -> None:
         if report.draining:
             self._router.leave(worker_id)
+        if report.measured:
+            self.fabric_check.measured(report.measured)
+        for sealed in report.sealed:
+            self._sealed(worker_id, sealed)
+        for landed in report.landed:
+            self._landed(worker_id, landed)
         for times in report.times:
             self._timed(worker_id, times)
         for delta in report.deltas:
@@ -262,6 +341,7 @@ class PlacingDispatcher:
 
     def _timed(self, worker_id: str, times: StageTimes) -> None:
         live = self._current(worker_id, (times.request_id, times.choice), times.attempt)
+        self._router.timed(worker_id, times)
         if live is not None:
             live.waterfall.add(times, took_over=live.took_over)
 
@@ -277,6 +357,8 @@ class PlacingDispatcher:
         if delta.token_ids and not live.tokens:
             live.waterfall.ttft_s = time.monotonic() - live.received
             live.waterfall.num_cached_tokens = delta.num_cached or 0
+            live.waterfall.num_early_blocks = live.num_landed
+            self._return_loan(live)
             self._router.prefilled(live.request.id, live.request.choice)
         if live.took_over:
             # The first delta of the decode leg shows that it has what it wanted to read; and the
@@ -287,7 +369,46 @@ class PlacingDispatcher:
         live.queue.put_nowait(delta)
         if delta.finish is not None:
             live.waterfall.error = delta.error.message if delta.error else None
+            if delta.error is None:
+                self._remember(live)
             self._end(live, delta.finish.value)
+
+    def _remember(self, live: _Live) -> None:
+        """What the last worker has computed beyond the prompt may serve the next turn."""
+        hello = self.registry.hello()
+        if hello is not None and hello.keeps_blocks:
+            tokens = (*live.request.prompt, *live.tokens)[:-1]  # the last one has no KV
+            root = root_key(hello.fingerprint, hello.numerics, live.request.salt)
+            keys = chain(root, tokens, hello.kv_format.block_size)
+            self._router.kept(live.worker_id, keys[len(live.keys) if live.took_over else 0 :])
+
+    def _sealed(self, worker_id: str, sealed: Sealed) -> None:
+        """Blocks may be read: of the prompt that is being computed, or lent to compute it."""
+        if self.fabric_check.took(sealed):
+            return None
+        live = self._live.get((sealed.request_id, sealed.choice))
+        link = self.registry.link(worker_id)
+        if live is None or live.request.attempt != sealed.attempt:
+            self.counters["stale_messages"] += 1
+        elif live.borrowing is not None and worker_id == live.placement.lender:
+            live.loan = sealed.grant
+            return self._begin(live, sealed)
+        elif worker_id == live.worker_id == live.placement.prefill:
+            if live.grant is not None and live.grant.grant_id != sealed.grant.grant_id:
+                self._release(live)
+            live.grant = sealed.grant
+            reader = self.registry.link(live.placement.decode)
+            if reader is not None and self._fetch_early:
+                reader.offer(sealed)
+            return None
+        if link is not None:
+            link.release(sealed.grant.grant_id)
+        return None
+
+    def _landed(self, worker_id: str, landed: Landed) -> None:
+        live = self._live.get((landed.request_id, landed.choice))
+        if live is not None and live.request.attempt == landed.attempt:
+            live.num_landed += landed.num_blocks
 
     def _handed_off(self, worker_id: str, handoff: Handoff) -> None:
         live = self._current(worker_id, (handoff.request_id, handoff.choice), handoff.attempt)
@@ -296,6 +417,8 @@ class PlacingDispatcher:
             if link is not None:  # its request was abandoned while the record was on its way
                 link.release(handoff.grant.grant_id)
             return
+        if live.grant is not None and live.grant.grant_id != handoff.grant.grant_id:
+            self._release(live)
         live.grant = handoff.grant
         live.worker_id = live.placement.decode
         live.took_over = True

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from baton.gateway.dispatch import Readiness
 from baton.rpc.client import WorkerLink
-from baton.rpc.messages import Announce, AnnounceReply, Hello, StepReport
+from baton.rpc.messages import Address, Announce, AnnounceReply, Hello, StepReport
 from baton.types import Role, WorkerLoad
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,20 @@ class Registry:
             return
         self._members[announced.worker_id].hello = hello
         logger.info("worker id=%s role=%s joined pid=%d", hello.worker_id, hello.role, hello.pid)
+        self._tell_peers()
         self._on_join(hello)
+
+    def _tell_peers(self) -> None:
+        """Every worker hears where the others serve their blocks."""
+        hellos = [member.hello for member in self.joined()]
+        addresses = tuple(
+            Address(hello.worker_id, hello.epoch, hello.fabric_host, hello.fabric_port)
+            for hello in hellos
+            if hello is not None and hello.fabric_port
+        )
+        if addresses:
+            for member in self.joined():
+                member.link.tell_peers(addresses)
 
     def _misfit(self, announced: Announce, hello: Hello) -> str | None:
         said = (announced.worker_id, announced.epoch, announced.role)

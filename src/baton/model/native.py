@@ -8,18 +8,33 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint64,
+    c_void_p,
+)
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from baton.errors import ConfigError
 from baton.model_spec import ModelSpec
 
+INTERFACE = 3
+"""Of the binary interface; equal to kInterface in kernels.h."""
 VERSION = 2
-"""Of the binary interface and of the results' bits; equal to kVersion in kernels.h."""
+"""Of the results' bits; equal to kVersion in kernels.h."""
 ISAS = ("avx512amx", "avx512bf16", "avx512", "avx2", "portable")
 """Instruction sets, best first."""
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
@@ -78,12 +93,30 @@ class StepArgs(Structure):
     ]
 
 
+class DrawArgs(Structure):
+    _fields_ = [
+        ("row", c_int64),
+        ("largest", c_double),
+        ("temperature", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("top_k", c_int64),
+        ("seed", c_uint64),
+        ("choice", c_uint64),
+        ("position", c_int64),
+    ]
+
+
+Draw = tuple[int, float, float, float, float, int, int, int, int]
+"""The fields of `DrawArgs`, in that order: a tuple takes a third of a structure's time to make."""
+
 _P, _I, _F, _N = c_void_p, c_int64, c_float, c_int32
 _OVER_LAYER = CFUNCTYPE(None, POINTER(LayerArgs), POINTER(StepArgs), _I)
 
 
 class _Table(Structure):
     _fields_ = [
+        ("interface", c_int64),
         ("version", c_int64),
         ("isa", c_char_p),
         ("pack", CFUNCTYPE(None, _P, _P, _I, _I, _N, _N)),
@@ -95,6 +128,7 @@ class _Table(Structure):
         ("rope_write", _OVER_LAYER),
         ("attend", _OVER_LAYER),
         ("layer", _OVER_LAYER),
+        ("draw", CFUNCTYPE(None, _P, _I, _I, POINTER(DrawArgs), _P, _I, _N)),
     ]
 
 
@@ -217,6 +251,27 @@ class Kernels:
         )
         return cos, sin
 
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+        """A token for each of `draws` from fp32 logits [S, vocab_size]; rows may be used twice.
+
+        -1 where rounding could decide between two tokens: ask the sampler's definition then.
+        `largest` has to be its row's, and finite.
+        """
+        assert logits.dtype == torch.float32 and logits.stride(1) == 1
+        count = len(draws)
+        tokens = np.empty(count, np.int64)
+        self.table.draw(
+            logits.data_ptr(),
+            logits.stride(0),
+            logits.shape[1],
+            (DrawArgs * count)(*(DrawArgs(*draw) for draw in draws)),
+            tokens.ctypes.data,
+            count,
+            torch.get_num_threads(),
+        )
+        found: list[int] = tokens.tolist()
+        return found
+
 
 @cache
 def find_kernels(isa: str) -> Kernels | None:
@@ -234,9 +289,12 @@ def find_kernels(isa: str) -> Kernels | None:
     found = library.baton_kernels(isa.encode())
     if not found:
         return None
-    if found.contents.version != VERSION:
-        raise OSError(f"{_LIBRARY.name} has version {found.contents.version}, not {VERSION}")
-    return Kernels(found.contents)
+    table = found.contents
+    if table.interface != INTERFACE:  # the rest of the table may lie elsewhere
+        raise OSError(f"{_LIBRARY.name} has interface {table.interface}, not {INTERFACE}")
+    if table.version != VERSION:
+        raise OSError(f"{_LIBRARY.name} has version {table.version}, not {VERSION}")
+    return Kernels(table)
 
 
 def choose_kernels(choice: str, spec: ModelSpec, dtype: str, device: str) -> Kernels | None:

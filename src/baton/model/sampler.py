@@ -14,6 +14,10 @@ The order of operations, each on the result of the one before:
     temperature, top_k, top_p, min_p, one uniform number, inverse cumulative distribution
 
 Ties at the edge of top_k and top_p all stay in, so that no filter depends on a sorting order.
+
+What is written here in numpy and torch is what a draw is. The CPU kernels (`csrc/sampling.h`) draw
+the same tokens in a fraction of the time from logits that need no adjustment, and leave the rare
+ones to it that they cannot be sure of.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import torch
 from torch import Tensor
 
 from baton.errors import Internal
+from baton.model.native import Draw, Kernels
 from baton.types import SampledLogprobs, SamplingParams, TokenLogprob
 
 _Logits = npt.NDArray[np.float64]
@@ -61,10 +66,13 @@ def is_greedy(params: SamplingParams) -> bool:
     return params.temperature == 0 and params.min_tokens == 0 and _is_plain(params)
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow | None]) -> list[Sampled]:
+def sample(
+    logits: Tensor, rows: Sequence[SampleRow | None], kernels: Kernels | None = None
+) -> list[Sampled]:
     """Draw one token for each row of `logits` [S, vocab_size] fp32, which stays as it is.
 
-    None stands for a row whose parameters are greedy (`is_greedy`): it is cheaper.
+    None stands for a row whose parameters are greedy (`is_greedy`): it is cheaper. With `kernels`,
+    logits must be in host memory.
 
     Raises:
         Internal: logits are NaN or infinite, so that no token would mean anything.
@@ -82,6 +90,11 @@ def sample(logits: Tensor, rows: Sequence[SampleRow | None]) -> list[Sampled]:
             others.append((i, row))
         elif row.params.temperature > 0:
             free.append((i, row))
+    if kernels is not None and free:
+        tokens = kernels.draw(logits, _draws(free, largest.tolist()))
+        for (i, _), token in zip(free, tokens, strict=True):
+            drawn[i] = Sampled(token)
+        free = [one for one, token in zip(free, tokens, strict=True) if token < 0]
     size = max(1, _GROUP_NUMBERS // logits.shape[1])
     host = _host(logits, [i for i, _ in free])
     for start in range(0, len(free), size):
@@ -144,6 +157,16 @@ def _is_plain(params: SamplingParams) -> bool:
         and params.frequency_penalty == 0
         and not params.logit_bias
     )
+
+
+def _draws(rows: list[tuple[int, SampleRow]], largest: list[float]) -> list[Draw]:
+    """What the kernels have to know of each row; `largest` logits of all rows."""
+    draws = []
+    for i, row in rows:
+        p = row.params
+        where = (p.seed, row.choice, row.position)
+        draws.append((i, largest[i], p.temperature, p.top_p, p.min_p, p.top_k, *where))
+    return draws
 
 
 def _host(logits: Tensor, rows: list[int]) -> npt.NDArray[np.float32]:

@@ -22,7 +22,9 @@ class Waterfall(msgspec.Struct, kw_only=True):
     queue_s: received to first chunk, all waiting rooms included. prefill_s: first chunk to first
     token. export_s: from there to the last sealed block. import_wait_s: received by the decode
     worker until its blocks are there to be filled. transfer_s: fetching and verifying. decode_s:
-    from there to the last token. ttft_s and e2e_s are the gateway's own.
+    from there to the last token. ttft_s and e2e_s are the gateway's own. num_early_blocks: blocks
+    of the prompt that the decode worker had fetched, verified, when the first token came, and so
+    before anybody waited for them.
     """
 
     request_id: str
@@ -33,6 +35,7 @@ class Waterfall(msgspec.Struct, kw_only=True):
     predicted_tokens: int = 0
     num_cached_tokens: int = 0
     num_imported_blocks: int = 0
+    num_early_blocks: int = 0
     num_generated_tokens: int = 0
     attempt: int = 0
     finish: str = ""

@@ -20,7 +20,14 @@ EVENTS: dict[str, str] = {
     "prefix_query_tokens": "Tokens looked up in the prefix cache at admission.",
     "prefix_hit_tokens": "Of these, the tokens found.",
     "preemptions": "Sequences that gave back their blocks because the KV pool was full.",
-    "imported_blocks": "Blocks fetched from another worker's store and verified.",
+    "imported_blocks": "Blocks fetched from another worker's store, for a sequence that waited for "
+    "them, and verified.",
+    "restored_blocks": "Blocks that came back from this worker's own store.",
+    "early_blocks": "Blocks fetched, and verified, before the sequence that needs them came.",
+    "early_lost_*": "Blocks that could not be fetched early; the ending says why. They are asked "
+    "for again. 0 without faults.",
+    "lent_blocks": "Blocks of the store opened to a worker that computes a prompt with the same "
+    "beginning.",
     "fallback_import_*": "Blocks, or whole handoffs, that could not be used and were recomputed; "
     "the ending says why. 0 without faults.",
     "fallback_export_failed": "Blocks that could not be copied into the store. 0 without faults.",

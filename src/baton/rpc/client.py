@@ -24,12 +24,14 @@ from baton.rpc.channel import ANNOUNCE_METHOD, STREAM_METHOD, connect, unbroken
 from baton.rpc.messages import (
     PROTOCOL_VERSION,
     Abort,
+    Address,
     Announce,
     AnnounceReply,
     Goodbye,
     Hello,
     Instructions,
     MalformedMessage,
+    Measure,
     Open,
     StepReport,
     decode_announce_reply,
@@ -37,7 +39,7 @@ from baton.rpc.messages import (
     encode,
 )
 from baton.rpc.outbox import Outbox
-from baton.types import Request
+from baton.types import Lend, Request, Sealed
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +96,10 @@ class WorkerLink:
         self._sent = 0  # the last Instructions written to the present stream
         self._received = 0  # the last report handed to on_report
         self._acked = 0  # the last report whose receipt we told
+        self._peers: tuple[Address, ...] | None = None
+        self._offer: list[Sealed] = []
+        self._lend: list[Lend] = []
+        self._measure: list[Measure] = []
         self._submit: list[Request] = []
         self._abort: list[Abort] = []
         self._renew: dict[str, None] = {}
@@ -123,6 +129,26 @@ class WorkerLink:
         if len(request.prompt) + len(request.emitted) > MAX_REQUEST_TOKENS:
             raise InvalidRequest(f"more than {MAX_REQUEST_TOKENS} tokens", param="prompt")
         self._submit.append(request)
+        self._news.set()
+
+    def tell_peers(self, peers: tuple[Address, ...]) -> None:
+        """These workers serve blocks over TCP now."""
+        self._peers = peers
+        self._news.set()
+
+    def offer(self, sealed: Sealed) -> None:
+        """Tell of blocks that the worker may soon want."""
+        self._offer.append(sealed)
+        self._news.set()
+
+    def lend(self, ask: Lend) -> None:
+        """Ask the worker to open blocks of its store."""
+        self._lend.append(ask)
+        self._news.set()
+
+    def measure(self, ask: Measure) -> None:
+        """Ask the worker what it costs to fetch these blocks."""
+        self._measure.append(ask)
         self._news.set()
 
     def abort(self, request_id: str, choice: int, attempt: int) -> None:
@@ -262,14 +288,22 @@ class WorkerLink:
 
     def _pack(self) -> None:
         """Turn what is pending into messages: one, unless it would be too large."""
-        pending = self._abort or self._renew or self._release or self._drain
+        offered = self._offer or self._lend or self._measure or self._peers is not None
+        pending = offered or self._abort or self._renew or self._release or self._drain
         if not (self._submit or pending or self._received - self._acked >= ACK_EVERY):
             return
         *full, rest = _groups(self._submit)
+        offers, lends = tuple(self._offer), tuple(self._lend)
+        peers = self._peers
         for group in full:
-            self._append(Instructions(submit=group))
+            self._append(Instructions(peers=peers, offer=offers, submit=group))
+            peers, offers = None, ()
         self._append(
             Instructions(
+                peers=peers,
+                offer=offers,
+                lend=lends,
+                measure=tuple(self._measure),
                 submit=rest,
                 abort=tuple(self._abort),
                 renew=tuple(self._renew),
@@ -279,6 +313,10 @@ class WorkerLink:
             )
         )
         self._acked = self._received
+        self._peers = None
+        self._offer.clear()
+        self._lend.clear()
+        self._measure.clear()
         self._submit.clear()
         self._abort.clear()
         self._renew.clear()

@@ -25,11 +25,22 @@ from typing import Final, TypeVar
 import msgspec
 
 from baton.errors import BatonError, WireError
-from baton.types import Handoff, KvFormat, Request, Role, StageTimes, TokenDelta, WorkerLoad
+from baton.types import (
+    Handoff,
+    KvFormat,
+    Landed,
+    Lend,
+    Request,
+    Role,
+    Sealed,
+    StageTimes,
+    TokenDelta,
+    WorkerLoad,
+)
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_MESSAGE_BYTES: Final = 64 << 20
 
 
@@ -71,6 +82,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
     `fingerprint` (of the weights) and `numerics` (the class of arithmetic) name the root of the
     block keys. `kv_format` must match, or be convertible, between the two ends of a handoff.
+    `num_frames` is the size of its store; with `keeps_blocks` it holds what was computed here.
+    `fabric_host` and `fabric_port` are where it serves blocks over TCP, if it does.
     `last_index` (set by the server) is the last Instructions acted upon: not 0 only on a resume.
     """
 
@@ -90,7 +103,38 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     dtype: str
     protocol: int = PROTOCOL_VERSION
     pid: int = 0
+    num_frames: int = 0
+    keeps_blocks: bool = False
+    fabric_host: str = ""
+    fabric_port: int = 0
     last_index: int = 0
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where a worker, in this start of it, serves its blocks over TCP."""
+
+    worker_id: str
+    epoch: int
+    host: str
+    port: int
+
+
+class Measure(msgspec.Struct, frozen=True):
+    """Fetch these blocks by every way there is, for the figures alone."""
+
+    number: int
+    sealed: Sealed
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """One way's figures: of one block, of many, and CPU seconds of the reader; or what failed."""
+
+    number: int
+    transport: str
+    problem: str = ""
+    latency_s: float = 0.0
+    bytes_per_s: float = 0.0
+    cpu_s_per_byte: float = 0.0
 
 
 class Abort(msgspec.Struct, frozen=True):
@@ -102,11 +146,18 @@ class Abort(msgspec.Struct, frozen=True):
 class Instructions(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """gateway → worker: everything that is new since the last message.
 
-    `renew` and `release` name grants that this worker minted. `ack` is the last report index
-    acted upon. `drain` asks it to finish what runs and take nothing new. A worker acts on
-    `submit` before `abort`, so that both may stand in one message. `index` is set by the link.
+    `peers` are the addresses of all workers that have one, when they have changed. `offer` are
+    blocks that others have sealed and that this worker may soon want; `lend` asks it to open
+    blocks of its own. `measure` asks what fetching costs. `renew` and `release` name grants that
+    this worker minted. `ack` is the last report index acted upon. `drain` asks it to finish what
+    runs and take nothing new. A worker acts on `offer` before `submit` and on that before
+    `abort`, so that all may stand in one message. `index` is set by the link.
     """
 
+    peers: tuple[Address, ...] | None = None
+    offer: tuple[Sealed, ...] = ()
+    lend: tuple[Lend, ...] = ()
+    measure: tuple[Measure, ...] = ()
     submit: tuple[Request, ...] = ()
     abort: tuple[Abort, ...] = ()
     renew: tuple[str, ...] = ()
@@ -119,6 +170,7 @@ class Instructions(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """worker → gateway: what one step brought for this gateway, and the load after it.
 
+    `sealed` are blocks that this worker opens to readers, `landed` those that it fetched early.
     `counters` are the worker's running totals (tokens computed, hits, preemptions, fallbacks).
     `fatal` is the last word of a worker that is about to exit. `index` and `ack` (the last
     Instructions acted upon) are set by the server.
@@ -127,6 +179,9 @@ class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     index: int
     load: WorkerLoad
     deltas: tuple[TokenDelta, ...] = ()
+    sealed: tuple[Sealed, ...] = ()
+    landed: tuple[Landed, ...] = ()
+    measured: tuple[Measured, ...] = ()
     handoffs: tuple[Handoff, ...] = ()
     times: tuple[StageTimes, ...] = ()
     counters: dict[str, int] = {}

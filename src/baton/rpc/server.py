@@ -32,6 +32,7 @@ from baton.rpc.messages import (
     Goodbye,
     Hello,
     Instructions,
+    Measured,
     Open,
     StepReport,
     decode_announce,
@@ -39,7 +40,7 @@ from baton.rpc.messages import (
     encode,
 )
 from baton.rpc.outbox import Outbox
-from baton.types import Handoff, StageTimes, TokenDelta, WorkerLoad
+from baton.types import Handoff, Landed, Sealed, StageTimes, TokenDelta, WorkerLoad
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +151,9 @@ class WorkerServer:
         *,
         load: WorkerLoad,
         deltas: tuple[TokenDelta, ...] = (),
+        sealed: tuple[Sealed, ...] = (),
+        landed: tuple[Landed, ...] = (),
+        measured: tuple[Measured, ...] = (),
         handoffs: tuple[Handoff, ...] = (),
         times: tuple[StageTimes, ...] = (),
         counters: dict[str, int] | None = None,
@@ -170,6 +174,9 @@ class WorkerServer:
                 index=outbox.last + 1,
                 load=load,
                 deltas=deltas,
+                sealed=sealed,
+                landed=landed,
+                measured=measured,
                 handoffs=handoffs,
                 times=times,
                 counters=counters or {},

@@ -22,17 +22,24 @@ from baton.engine.build import Built, build_engine
 from baton.engine.engine import Emitted
 from baton.engine.loop import EngineLoop
 from baton.errors import Internal, WorkerLost
-from baton.fabric.arena import Arena
-from baton.fabric.descriptors import DescriptorServer
-from baton.fabric.shm import ShmTransport
-from baton.fabric.thread import FabricThread
 from baton.model.checkpoint import Progress
 from baton.model.hub import resolve_model
 from baton.rpc.auth import read_secret
 from baton.rpc.client import announce
-from baton.rpc.messages import Announce, Hello, Instructions
+from baton.rpc.messages import Announce, Hello, Instructions, Measure, Measured
 from baton.rpc.server import WorkerServer
-from baton.types import Handoff, Request, Role, StageTimes, TokenDelta, WorkerLoad
+from baton.types import (
+    Handoff,
+    Landed,
+    Request,
+    Role,
+    Sealed,
+    StageTimes,
+    TokenDelta,
+    WorkerLoad,
+)
+from baton.worker.measure import measure
+from baton.worker.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -81,16 +88,14 @@ class Worker:
             decision_sink=decision_sink,
         )
         engine = self._built.engine
-        kv_format = self._built.scheduler_config.kv_format
-        limits = self._built.limits
-        self._arena = Arena.create(limits.num_frames, limits.block_bytes, self._epoch, kv_format)
-        self._descriptors = DescriptorServer(runtime_dir, worker_id, self._arena, lease_secret)
-        self._transport = ShmTransport(runtime_dir, kv_format)
-        self._fabric = FabricThread(self._arena, self._transport, engine.inbox.put)
-        engine.fabric = self._fabric
+        self._store = Store.open(
+            config, worker_id, self._epoch, runtime_dir, lease_secret, self._built
+        )
+        engine.fabric = self._store.fabric
         self._loop_thread = EngineLoop(engine, self._on_engine_failed)
         self._server = WorkerServer(self._hello, self, self._secret)
         self._live: dict[SequenceId, str] = {}
+        self._lent_to: dict[SequenceId, str] = {}
         self._load: WorkerLoad = engine.load()
         self._counters: dict[str, int] = {}
         self._draining = False
@@ -133,10 +138,7 @@ class Worker:
     def close(self) -> None:
         """Stop the threads and give back the memory. Only after a `run` that ended well."""
         self._loop_thread.stop()
-        self._fabric.stop()
-        self._descriptors.stop()
-        self._transport.close()
-        self._arena.close()
+        self._store.close()
 
     # What gateways say (`rpc.server.WorkerHandler`, on the event loop's thread) -----------------
 
@@ -145,6 +147,15 @@ class Worker:
         self._report(gateway_id, _News())  # it knows nothing of this worker's load yet
 
     def instructions(self, gateway_id: str, instructions: Instructions) -> None:
+        if instructions.peers is not None:
+            self._store.peers = {peer.worker_id: peer for peer in instructions.peers}
+        for sealed in instructions.offer:
+            self._loop_thread.put(inbox.Offer(sealed))
+        for ask in instructions.lend:
+            self._lent_to[ask.request_id, ask.choice, ask.attempt] = gateway_id
+            self._loop_thread.put(inbox.Lend(ask))
+        for measure_ask in instructions.measure:
+            self._measure(gateway_id, measure_ask)
         for request in instructions.submit:
             self._submit(gateway_id, request)
         for abort in instructions.abort:
@@ -175,6 +186,19 @@ class Worker:
         self._live[request.id, request.choice, request.attempt] = gateway_id
         self._loop_thread.put(inbox.Submit(request))
 
+    def _measure(self, gateway_id: str, ask: Measure) -> None:
+        """Beside everything else; nobody waits for it but the gateway that asked."""
+        assert self._loop is not None
+        block_bytes = self._built.limits.block_bytes
+        found = self._loop.run_in_executor(None, measure, self._store, ask, block_bytes)
+
+        def tell(done: asyncio.Future[list[Measured]]) -> None:
+            if not done.cancelled():
+                measured = tuple(done.result())
+                self._server.report(gateway_id, load=self._load, measured=measured)
+
+        found.add_done_callback(tell)
+
     # What the engine says -----------------------------------------------------------------------
 
     def _emit_from_engine(self, emitted: Emitted) -> None:
@@ -192,6 +216,16 @@ class Worker:
                 mine.deltas.append(delta)
             if delta.finish is not None:
                 self._live.pop(seq_id, None)
+        for sealed in update.sealed:
+            seq_id = (sealed.request_id, sealed.choice, sealed.attempt)
+            owner = self._lent_to.pop(seq_id, None) or self._live.get(seq_id, "")
+            if owner in news:
+                news[owner].sealed.append(sealed)
+            else:
+                self._loop_thread.put(inbox.Release((sealed.grant.grant_id,)))
+        for landed in update.landed:
+            for mine in news.values():
+                mine.landed.append(landed)
         for handoff in update.handoffs:
             seq_id = (handoff.request_id, handoff.choice, handoff.attempt)
             owner = self._live.pop(seq_id, "")
@@ -213,6 +247,8 @@ class Worker:
             gateway_id,
             load=self._load,
             deltas=tuple(news.deltas),
+            sealed=tuple(news.sealed),
+            landed=tuple(news.landed),
             handoffs=tuple(news.handoffs),
             times=tuple(news.times),
             counters=self._counters,
@@ -278,16 +314,22 @@ class Worker:
             device=limits.device,
             dtype=limits.dtype,
             pid=os.getpid(),
+            num_frames=limits.num_frames,
+            keeps_blocks=scheduler.keep_blocks,
+            fabric_host=self._store.address[0],
+            fabric_port=self._store.address[1],
         )
 
 
 class _News:
     """What one step brought for one gateway."""
 
-    __slots__ = ("deltas", "handoffs", "times")
+    __slots__ = ("deltas", "handoffs", "landed", "sealed", "times")
 
     def __init__(self) -> None:
         self.deltas: list[TokenDelta] = []
+        self.sealed: list[Sealed] = []
+        self.landed: list[Landed] = []
         self.handoffs: list[Handoff] = []
         self.times: list[StageTimes] = []
 

@@ -1,0 +1,104 @@
+"""Blocks that are fetched before anyone here needs them.
+
+    offer ──▶ FETCHING ──result──▶ a cached block of the pool, or nothing
+
+A prefill worker tells of the blocks of a prompt as they are sealed. The decode worker that will
+take the sequence over fetches them at once, into blocks of the pool that nobody waits for; what
+verified is published under its key and is from then on a cached block like any other: the
+sequence finds it as a prefix hit, and if room runs short it is evicted. Nothing is reserved, and a
+fetch that fails costs nothing: the handoff asks for what is missing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from baton.core.block_pool import BlockPool
+from baton.core.codec_choice import RAW
+from baton.core.imports import OK, READ_WINDOW
+from baton.core.keys import lossy_key
+from baton.core.plan import ImportOrder, WantedBlock
+from baton.types import Landed, Sealed
+
+
+class EarlyFetches:
+    """Early fetches of one worker that are under way; pure, owned by the scheduler.
+
+    Counters: `early_blocks` that arrived whole; `early_lost_<reason>`, blocks that did not.
+    """
+
+    def __init__(self, pool: BlockPool, counters: Counter[str]) -> None:
+        self._pool = pool
+        self._counters = counters
+        self._orders: dict[int, ImportOrder] = {}
+        self._offers: dict[int, Sealed] = {}
+        self._keys: set[bytes] = set()
+
+    def __len__(self) -> int:
+        return len(self._orders)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._orders
+
+    def offer(
+        self, sealed: Sealed, codec: str, num_spare: int, now: float, number: int
+    ) -> ImportOrder | None:
+        """Fetch those of the offered blocks that are not here, into at most `num_spare` blocks."""
+        places = zip(sealed.keys, sealed.frames, sealed.digests, strict=False)
+        missing = [
+            (index, *place)
+            for index, place in enumerate(places, sealed.first)
+            if (key := _class_key(place[0], codec)) not in self._keys
+            and not self._pool.lookup([key])
+        ][: max(0, num_spare)]
+        if not missing:
+            return None
+        blocks = self._pool.allocate(len(missing))
+        wanted = tuple(
+            WantedBlock(index, block, key, frame, digest)
+            for block, (index, key, frame, digest) in zip(blocks, missing, strict=True)
+        )
+        deadline = now + sealed.grant.ttl_s * READ_WINDOW
+        order = ImportOrder(number, None, sealed.grant, wanted, deadline, codec)
+        self._orders[number] = order
+        self._offers[number] = sealed
+        self._keys.update(_class_key(want.key, codec) for want in wanted)
+        return order
+
+    def finish(self, number: int, results: tuple[str, ...]) -> Landed | None:
+        """A fetch was acknowledged, with a word a block. None if nothing came of it."""
+        order, sealed = self._orders.pop(number), self._offers.pop(number)
+        for want, result in zip(order.wanted, results, strict=True):
+            key = _class_key(want.key, order.codec)
+            self._keys.discard(key)
+            if result == OK:
+                self._pool.publish(want.block, key)
+            else:
+                self._counters[f"early_lost_{result}"] += 1
+        self._pool.release([want.block for want in order.wanted])
+        num_landed = results.count(OK)
+        self._counters["early_blocks"] += num_landed
+        if not num_landed:
+            return None
+        return Landed(sealed.request_id, sealed.choice, sealed.attempt, num_landed)
+
+    def awaits(self, keys: Iterable[bytes]) -> bool:
+        """Whether one of the blocks with these keys is on its way."""
+        return bool(self._keys) and any(key in self._keys for key in keys)
+
+    def order_of(self, number: int) -> ImportOrder:
+        """The fetch of that number, which is under way."""
+        return self._orders[number]
+
+    def num_wanted(self, number: int) -> int | None:
+        """Blocks of a fetch under way; None if there is none of that number."""
+        return len(self._orders[number].wanted) if number in self._orders else None
+
+    def blocks_in_transfer(self) -> list[int]:
+        return [want.block for order in self._orders.values() for want in order.wanted]
+
+
+def _class_key(key: bytes, codec: str) -> bytes:
+    """By which a sequence that takes blocks in this codec looks for them in the pool."""
+    return key if codec == RAW else lossy_key(key, codec)

@@ -1,0 +1,192 @@
+"""What `tcp` puts on the wire: three messages, and blocks between two of them.
+
+    reader ── Ask ────────────────────────────────────────────────────────────────► server
+           ◄── Blocks, the bytes of every block said to be ok in the order asked, End ──
+           ◄── or Refusal, and nothing after it ────────────────────────────────────────
+
+A connection carries any number of asks; a reader may send the next before it has the answer to
+the last, and answers come in the order of the asks. Where anything is not as written here, either
+end closes the connection: nothing is skipped to find the next message.
+
+A message is its length (4 bytes, big endian, 1 to `MAX_MESSAGE_BYTES`) and as many bytes of
+msgpack: an array that begins with the message's name and has exactly the fields below. The length
+is checked before memory is taken for it, the number of blocks before any is decoded.
+
+    Ask       "ask"
+      protocol    int          PROTOCOL_VERSION; another one is refused
+      ask_id      16 bytes     random and new; the answer repeats it in each message, so that an
+                               answer which is replayed, repeated or out of order is known as such
+      kv_format   32 bytes     SHA-256 of the reader's kv_format; an unlike one is refused
+      codec       str          how the blocks are to travel; `raw` is as they are stored
+      grant       map          `types.Grant`; its MAC covers grant_id, source, tenant and epoch
+      blocks      1 to 256 of
+        key         32 bytes
+        frame       int        hint: the server trusts it only if the frame's header has the key
+        num_bytes   int        the stored length that the reader expects
+
+    Blocks    "blocks"
+      ask_id      16 bytes
+      states      one for each block asked for, in order
+        result      str        ok, missing, out_of_range, wrong_size, refused (not covered by the
+                               grant's lease, or the lease is over)
+        num_bytes   int        how many bytes of it follow: 0 unless ok; else, with `raw`, what
+                               was asked for, and with another codec its constant encoded length
+
+    Refusal   "refusal"
+      ask_id      16 bytes
+      reason      str          refused, stale_epoch, wrong_format, codec (not known to the server)
+
+    End       "end"
+      ask_id      16 bytes
+      changed     ints         indices of blocks whose frame was written to while it was sent
+      corrupt     ints         indices of blocks that are not what was once stored (not with `raw`)
+      digests     16 bytes     XXH3-128 of the encoded bytes of each ok block, in order; none with
+                               `raw`, whose digests the reader has from the commit record
+
+With `raw` the reader's own digest of what it received decides, so a block is good or not whatever
+`End` says; `changed` only tells a frame that was reused from bytes that were damaged.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, Final, Literal, Protocol, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from baton.errors import BatonError
+from baton.fabric.transport import Bytes, ReadableBlock, WritableBlock
+from baton.types import Grant, KvFormat
+
+PROTOCOL_VERSION: Final = 1
+RAW: Final = "raw"
+MAX_MESSAGE_BYTES: Final = 16 << 10
+MAX_BLOCKS: Final = 256
+ASK_ID_BYTES: Final = 16
+LENGTH: Final = struct.Struct(">I")
+
+Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+AskId = Annotated[bytes, Meta(min_length=ASK_ID_BYTES, max_length=ASK_ID_BYTES)]
+Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Indices = Annotated[tuple[Natural, ...], Meta(max_length=MAX_BLOCKS)]
+
+
+class Malformed(BatonError):
+    """Bytes from a peer that are not what the protocol has at this place."""
+
+
+class AskedBlock(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One block of an `Ask`."""
+
+    key: Sha256
+    frame: Natural
+    num_bytes: Natural
+
+
+class Ask(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ask"):
+    """reader → server."""
+
+    protocol: int
+    ask_id: AskId
+    kv_format: Sha256
+    codec: Annotated[str, Meta(max_length=32)]
+    grant: Grant
+    blocks: Annotated[tuple[AskedBlock, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
+
+
+BlockResult = Literal["ok", "missing", "out_of_range", "wrong_size", "refused"]
+State = tuple[BlockResult, Natural]
+
+
+class Blocks(
+    msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="blocks"
+):
+    """server → reader; the bytes of the blocks that are ok follow, and then `End`."""
+
+    ask_id: AskId
+    states: Annotated[tuple[State, ...], Meta(max_length=MAX_BLOCKS)]
+
+
+class Refusal(
+    msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="refusal"
+):
+    """server → reader; nothing follows."""
+
+    ask_id: AskId
+    reason: Literal["refused", "stale_epoch", "wrong_format", "codec"]
+
+
+class End(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="end"):
+    """server → reader, after the bytes of the blocks."""
+
+    ask_id: AskId
+    changed: Indices = ()
+    corrupt: Indices = ()
+    digests: Annotated[tuple[Digest, ...], Meta(max_length=MAX_BLOCKS)] = ()
+
+
+class Codec(Protocol):
+    """How blocks travel under another name than `raw`; a block is always encoded to one length."""
+
+    def encoded_bytes(self, fmt: KvFormat) -> int: ...
+
+    def encode(self, fmt: KvFormat, source: ReadableBlock, destination: Bytes) -> int:
+        """Returns how many bytes it wrote."""
+        ...
+
+    def decode(self, fmt: KvFormat, source: Bytes, destination: WritableBlock) -> None:
+        """Raises ValueError for lengths that do not fit."""
+        ...
+
+
+_encoder = msgspec.msgpack.Encoder()
+_ask_decoder = msgspec.msgpack.Decoder(Ask)
+_answer_decoder: msgspec.msgpack.Decoder[Blocks | Refusal] = msgspec.msgpack.Decoder(
+    Blocks | Refusal
+)
+_end_decoder = msgspec.msgpack.Decoder(End)
+
+T = TypeVar("T")
+Received = bytes | bytearray
+
+
+def pack(message: Ask | Blocks | Refusal | End) -> bytes:
+    """A message with its length before it."""
+    data = _encoder.encode(message)
+    return LENGTH.pack(len(data)) + data
+
+
+def decode_length(data: Received) -> int:
+    """The length of the message that follows these 4 bytes.
+
+    Raises:
+        Malformed: no message has it.
+    """
+    (length,) = LENGTH.unpack(data)
+    if not 1 <= length <= MAX_MESSAGE_BYTES:
+        raise Malformed(f"a message of {length} bytes")
+    return int(length)
+
+
+def decode_ask(data: Received) -> Ask:
+    """Raises `Malformed` if it is none."""
+    return _decode(_ask_decoder, data)
+
+
+def decode_answer(data: Received) -> Blocks | Refusal:
+    """Raises `Malformed` if it is neither."""
+    return _decode(_answer_decoder, data)
+
+
+def decode_end(data: Received) -> End:
+    """Raises `Malformed` if it is none."""
+    return _decode(_end_decoder, data)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: Received) -> T:
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Malformed(str(error)) from None

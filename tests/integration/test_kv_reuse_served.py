@@ -1,0 +1,84 @@
+"""KV that travels before it is asked for, and KV that is not computed a second time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults.served import LONG, SMALL, Victim, make_long_model, prompt_of
+
+BLOCK_SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_long_model(tmp_path_factory.mktemp("reuse") / "org-tiny")
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> Iterator[Victim]:
+    """One worker that keeps nothing: what the answers are."""
+    flags = (*SMALL, "--engine.prefix-cache", "false", "--store.keep-blocks", "false")
+    with Victim.start(model, "1U", *flags) as served:
+        yield served
+
+
+def test_most_of_a_long_prompt_arrives_before_its_last_chunk_is_computed(
+    model: Path, expected: Victim
+) -> None:
+    prompt = prompt_of(400, seed=1)
+    with Victim.start(model, "1P1D", *SMALL, *LONG) as served:
+        tokens = served.ask(prompt, 8)
+        (waterfall,) = served.requests()
+        counters = served.counters()["decode-0"]
+    assert tokens == expected.ask(prompt, 8)
+    # 25 blocks in 25 steps; each is told of as it is sealed.
+    assert waterfall["num_early_blocks"] >= 20
+    assert counters["early_blocks"] >= waterfall["num_early_blocks"]
+    # The rest waited for the handoff; a block that was there is not fetched again.
+    assert counters["early_blocks"] + counters["imported_blocks"] == 400 // BLOCK_SIZE
+    assert counters["prompt_tokens_computed"] == 0
+
+
+@pytest.mark.parametrize("layout", ["1P1D", "2P1D"])
+def test_the_next_turn_of_a_chat_computes_its_new_text_only(
+    model: Path, expected: Victim, layout: str
+) -> None:
+    history = prompt_of(200, seed=2)
+    new_text = prompt_of(21, seed=3)
+    with Victim.start(model, layout, *SMALL) as served:
+        answer = served.ask(history, 100)
+        served.until(served.is_idle)  # the last blocks are kept
+        before = served.counters()
+        turn = [*history, *answer, *new_text]
+        tokens = served.ask(turn, 8)
+        after = served.counters()
+    assert tokens == expected.ask(turn, 8)
+
+    def grown(name: str, role: str) -> float:
+        return sum(after[worker][name] - before[worker][name] for worker in after if role in worker)
+
+    assert grown("lent_blocks", "decode") == (len(history) + len(answer) - 1) // BLOCK_SIZE - (
+        len(history) // BLOCK_SIZE
+    )
+    assert grown("imported_blocks", "prefill") >= grown("lent_blocks", "decode")
+    assert grown("prompt_tokens_computed", "decode") == 0
+    assert grown("prompt_tokens_computed", "prefill") <= BLOCK_SIZE + len(new_text)
+
+
+def test_evicted_blocks_come_back_from_the_workers_own_store(model: Path, expected: Victim) -> None:
+    prompt = prompt_of(300, seed=4)
+    # A KV cache of 40 blocks, and a store that holds many times as much.
+    flags = (*SMALL, "--engine.num-kv-blocks", "40")
+    with Victim.start(model, "1U", *flags) as served:
+        first = served.ask(prompt, 8)
+        for seed in range(5, 9):
+            served.ask(prompt_of(500, seed), 8)
+        before = served.counters()["unified-0"]
+        again = served.ask(prompt, 8)
+        after = served.counters()["unified-0"]
+    assert first == again == expected.ask(prompt, 8)
+    assert after["restored_blocks"] - before["restored_blocks"] == 300 // BLOCK_SIZE
+    computed = after["prompt_tokens_computed"] - before["prompt_tokens_computed"]
+    assert computed == 300 % BLOCK_SIZE

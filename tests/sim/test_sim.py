@@ -1,0 +1,167 @@
+"""A thousand histories of whole deployments, and the bugs that they must find.
+
+`make sim SEEDS=100000` runs more of them. Each bug is one that other systems had (the sources are
+those of the project's list of known failures); it is patched in, and some seed must fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import sim_engine
+from sim.cluster import FAULTS, Cluster, simulate
+from sim.run import many, one
+
+from baton.core.exports import ExportTable
+from baton.core.imports import ImportTable
+from baton.core.lease import LeaseTable
+from baton.core.scheduler import Scheduler
+from baton.core.store_index import StoreIndex
+
+Patch = pytest.MonkeyPatch
+NUM_SEEDS = 1000
+
+
+def test_a_thousand_histories() -> None:
+    totals, failures = many(range(NUM_SEEDS), processes=2)
+    assert not failures, failures[:5]
+    # Every fault happened, each was survived by its own way, and the paths were taken.
+    for kind in FAULTS:
+        assert totals[f"hit_{kind}"], kind
+    for name in (
+        "early_blocks",
+        "early_in_time",
+        "imported_blocks",
+        "restored_blocks",
+        "lent_blocks",
+        "preemptions",
+        "store_full_waits",
+        "leases_expired",
+        "fallback_export_failed",
+        "fallback_import_corrupt",
+        "fallback_import_stale_epoch",
+        "fallback_import_timed_out",
+        "fallback_import_unreachable",
+    ):
+        assert totals[name], f"no {name} in all histories"
+
+
+def test_a_seed_is_one_history() -> None:
+    for seed in (1, 2, 3):
+        assert simulate(seed) == simulate(seed)
+
+
+# The bugs ----------------------------------------------------------------------------------
+
+
+def blocks_freed_while_they_are_read(patch: Patch) -> None:
+    """A lease keeps nothing from eviction (aws-do-eks#84: readers got blocks of others)."""
+    patch.setattr(LeaseTable, "cover", lambda self, grant_id, key: grant_id in self)
+
+
+def digest_not_compared(patch: Patch) -> None:
+    """What was copied is taken for whole (vllm#54363: no checksum)."""
+    patch.setattr(sim_engine, "digests_match", lambda frame, digest: True)
+
+
+def copy_does_not_pin_its_source(patch: Patch) -> None:
+    """A block is reused while a copy still reads it (vllm#52360)."""
+
+    class NoRelease:
+        def release(self, blocks: list[int]) -> None: ...
+
+    copy, sealed = ExportTable._copy, ExportTable.sealed
+
+    def copied(self: ExportTable, *args: object) -> object:
+        order = copy(self, *args)  # type: ignore[arg-type]
+        self._pool.release([order.block])
+        return order
+
+    def answered(self: ExportTable, key: bytes, digest: bytes | None) -> object:
+        pool, self._pool = self._pool, NoRelease()  # type: ignore[assignment]
+        try:
+            return sealed(self, key, digest)
+        finally:
+            self._pool = pool
+
+    patch.setattr(ExportTable, "_copy", copied)
+    patch.setattr(ExportTable, "sealed", answered)
+
+
+def fetch_does_not_pin_its_destination(patch: Patch) -> None:
+    """The blocks of an aborted import are given away while they are written (sglang#24527)."""
+    original = Scheduler.abort
+
+    def abort(self: Scheduler, seq_id: object) -> None:
+        for number, order in list(self.imports._orders.items()):
+            if order.seq_id == seq_id:
+                self.imports._pool.release([want.block for want in order.wanted])
+                self.imports._orders[number] = type(order)(
+                    order.number, order.seq_id, order.grant, (), order.deadline
+                )
+        original(self, seq_id)  # type: ignore[arg-type]
+
+    patch.setattr(Scheduler, "abort", abort)
+
+
+def aborted_prefill_keeps_its_lease(patch: Patch) -> None:
+    """The KV of a prompt whose client left is stranded (vllm#41269, llm-d#1138)."""
+    patch.setattr(Cluster, "_release", lambda self, live: None)
+
+
+def half_a_prompt_is_decoded(patch: Patch) -> None:
+    """Blocks that did not come count as computed (sglang#30233)."""
+    original = ImportTable.finish
+    patch.setattr(
+        ImportTable,
+        "finish",
+        lambda self, number, results: original(self, number, ("ok",) * len(results)),
+    )
+
+
+def old_epoch_is_read(patch: Patch) -> None:
+    """A store that was started anew answers for the one before it (Mooncake, restarted peers)."""
+
+    def fetch(order: object, store: object, kv: object) -> tuple[str, ...]:
+        for want in order.wanted:  # type: ignore[attr-defined]
+            slots = store.frames[want.frame].slots  # type: ignore[attr-defined]
+            kv.blocks[want.block] = list(slots) or [sim_engine.POISON] * 2  # type: ignore[attr-defined]
+        return ("ok",) * len(order.wanted)  # type: ignore[attr-defined]
+
+    patch.setattr("sim.cluster.fetch", fetch)
+
+
+def full_store_evicts_what_is_held(patch: Patch) -> None:
+    """A block that somebody may read, or is about to, is the first to go (vllm#32255)."""
+    original = StoreIndex.hold
+
+    def hold(self: StoreIndex, key: bytes) -> bool:
+        held = original(self, key)
+        if held and self._slots[key].digest:
+            self._cached[key] = None
+            self._cached.move_to_end(key, last=False)
+        return held
+
+    patch.setattr(StoreIndex, "hold", hold)
+
+
+BUGS: tuple[Callable[[Patch], None], ...] = (
+    blocks_freed_while_they_are_read,
+    digest_not_compared,
+    fetch_does_not_pin_its_destination,
+    copy_does_not_pin_its_source,
+    aborted_prefill_keeps_its_lease,
+    half_a_prompt_is_decoded,
+    old_epoch_is_read,
+    full_store_evicts_what_is_held,
+)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_finds(bug: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    bug(monkeypatch)
+    for seed in range(NUM_SEEDS):
+        if one(seed)[1] is not None:
+            return
+    raise AssertionError(f"no seed of {NUM_SEEDS} found it")
