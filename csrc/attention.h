@@ -10,220 +10,25 @@
 
 #pragma once
 
-#include "linear.h"
-#include "rows.h"
+#include "attention_frame.h"
+#ifdef __AMX_BF16__
+#include "attention_tiles.h"
+#endif
 
 namespace {
-
-constexpr int64_t kContext = 64, kSegment = 512, kTileRows = 64, kMaxDim = 256;
-// Where a running maximum begins. Finite, so that no difference of two is NaN.
-constexpr float kLeast = -1e30f;
-// K or V of tokens that no row sees, under any number of heads.
-alignas(64) const char kZeros[kTileRows * kMaxDim * 4] = {};
-
-// Softmax over a part of the context: maximum (of scores as powers of 2), sum of weights, weighted
-// sum of V, of each row.
-struct Running {
-    float most[kTileRows];
-    float total[kTileRows];
-    float sums[kTileRows * kMaxDim];  // [rows][width]
-};
-
-// What one item works in; less than half a megabyte.
-struct alignas(64) Scratch {
-    uint32_t keys[kContext * kMaxDim];  // [words of a key][kContext]
-    uint32_t values[kContext * kMaxDim];  // words of tokens [kContext / kPack][width]
-    float scores[kTileRows * kContext];
-    uint32_t weights[kTileRows * kContext];  // words of tokens [rows][kContext]
-    uint32_t queries[kTileRows * kMaxDim];
-    Running segment;
-    Running whole;
-    float next[kTileRows];    // maximum with this block
-    float shrink[kTileRows];  // what that makes of the weights so far
-    float added[kTileRows];   // sum of this block's weights
-    int64_t from[kTileRows];  // what of this block the row sees
-    int64_t to[kTileRows];
-};
-
-struct Item {
-    int64_t sequence;
-    int64_t first_row;  // row = token * group + head within the group
-    int64_t rows;       // under each KV head; heads * rows <= kTileRows
-    int64_t kv_head;
-    int64_t heads;
-    int64_t first_segment;
-    int64_t last_segment;  // exclusive
-    int64_t partial;  // where the softmax of segment 0 goes, if others walk segments too; or -1
-};
-
-// An item with what is the same for all of its blocks.
-struct Walk {
-    const Layer& layer;
-    const Step& s;
-    int64_t index;
-    Item item;
-    int64_t width;  // of V: dim, rounded up to 32
-    int64_t group;
-    int64_t start;   // first token of the sequence in the batch
-    int64_t before;  // tokens of the sequence before this batch
-    int64_t seen;    // first position that any row sees
-    int64_t end;     // behind the last
-
-    Walk(const Layer& layer, const Step& s, int64_t index, const Item& item)
-        : layer(layer), s(s), index(index), item(item), width((s.head_dim + 31) / 32 * 32),
-          group(s.heads / s.kv_heads), start(s.query_starts[item.sequence]) {
-        before = s.context_lens[item.sequence] - (s.query_starts[item.sequence + 1] - start);
-        int64_t first = position(0);
-        seen = layer.window && first >= layer.window ? first - layer.window + 1 : 0;
-        end = position(item.rows - 1) + 1;
-    }
-    int64_t rows() const { return item.rows * item.heads; }
-    int64_t first_block() const { return seen / kContext * kContext; }
-    int64_t position(int64_t row) const { return before + (item.first_row + row) / group; }
-    // Where row r (of all heads) stands among the query heads of the batch.
-    int64_t query(int64_t r, int64_t* token) const {
-        int64_t row = item.first_row + r % item.rows;
-        *token = start + row / group;
-        return (item.kv_head + r / item.rows) * group + row % group;
-    }
-    // Where K of tokens first..last lies, under the first KV head of the item.
-    template <class Value>
-    void find(int64_t first, int64_t last, const void** keys) const {
-        const int64_t* table = s.tables + item.sequence * s.max_blocks + first / s.block_size;
-        int64_t step = s.kv_heads * s.head_dim, offset = first % s.block_size;
-        while (first < last) {
-            const Value* key = key_at<Value>(s, index, *table++, offset);
-            key += item.kv_head * s.head_dim;
-            for (; offset < s.block_size && first < last; ++offset, ++first, key += step)
-                *keys++ = key;
-            offset = 0;
-        }
-    }
-    int64_t to_value() const { return s.block_size * s.kv_heads * s.head_dim; }
-};
-
-// A block of the context: tokens 0..count from a multiple of kContext on, and those of the block
-// that follows; after the last one comes the first of the item that follows.
-struct Context {
-    int64_t count;
-    // K and V of each token, under the item's first KV head; zeros where no row sees any.
-    const void* keys[kContext];
-    const void* values[kContext];
-    const void* ahead[kContext];  // K
-    int64_t heads;
-    int64_t dim;
-
-    template <class Value>
-    void begin(const Walk& w, const Walk& next, int64_t block) {
-        heads = w.item.heads;
-        dim = w.s.head_dim;
-        find<Value>(w, block);
-        advance<Value>(w, next, block);
-    }
-    // To `block`, of which `ahead` tells.
-    template <class Value>
-    void advance(const Walk& w, const Walk& next, int64_t block) {
-        memcpy(keys, ahead, sizeof(keys));
-        for (int64_t i = 0; i < kContext; ++i) {
-            const Value* key = (const Value*)keys[i];
-            values[i] = keys[i] == kZeros ? key : key + w.to_value();
-        }
-        count = w.end - block < kContext ? w.end - block : kContext;
-        if (block + kContext < w.end)
-            find<Value>(w, block + kContext);
-        else
-            find<Value>(next, next.first_block());
-    }
-    // While head h works on token i, ask memory for what the next head wants there: near enough
-    // to be in the first cache still, and little by little, since a core keeps few misses at once.
-    // (Always inline: to a compiler, a function that only prefetches does nothing.)
-    template <class Value>
-    __attribute__((always_inline)) void ask(int64_t h, int64_t i, int64_t offset) const {
-        const Value* key = h + 1 < heads ? (const Value*)keys[i] + (h + 1) * dim
-                                         : (const Value*)ahead[i];
-        __builtin_prefetch(key + offset);
-    }
-
-private:
-    template <class Value>
-    void find(const Walk& w, int64_t block) {
-        for (const void*& key : ahead) key = kZeros;
-        int64_t first = w.seen > block ? w.seen : block;
-        int64_t last = w.end < block + kContext ? w.end : block + kContext;
-        w.find<Value>(first, last, ahead + (first - block));
-    }
-};
-
-inline void clear(Running& x, int64_t rows, int64_t width) {
-    for (int64_t r = 0; r < rows; ++r) {
-        x.most[r] = kLeast;
-        x.total[r] = 0;
-    }
-    memset(x.sums, 0, (size_t)(rows * width) * 4);
-}
 
 // Scores of the rows under head h with the block's tokens, not scaled yet.
 template <class T>
 inline void score(const Walk& w, const Context& block, int64_t h, Scratch& c) {
-    typedef typename T::Value Value;
-    int64_t steps = steps_of<T>(w.s.head_dim), rounded = (block.count + 15) / 16 * 16;
-    for (int64_t i = 0; i < rounded; i += 16) {
-        const uint32_t* keys[16];
-        for (int64_t j = 0; j < 16; ++j) {
-            keys[j] = (const uint32_t*)((const Value*)block.keys[i + j] + h * w.s.head_dim);
-            for (int64_t d = 0; d < w.s.head_dim; d += 64 / (int64_t)sizeof(Value))
-                block.ask<Value>(h, i + j, d);
-        }
-        transpose(keys, steps, c.keys + i, kContext);
-    }
+    int64_t steps = steps_of<T>(w.s.head_dim), tokens = rounded<T>(block.count);
+    lay_out_keys<T>(w, block, h, tokens, c);
     for (int64_t r = 0; r < w.item.rows; r += kWideRows) {
         int64_t row = h * w.item.rows + r;
         int64_t rows = w.item.rows - r < kWideRows ? w.item.rows - r : kWideRows;
         products<T, kWideRows, kWide, kContext>(rows, (const char*)(c.queries + row * steps),
-                                                steps * 4, c.keys, w.s.head_dim, rounded,
+                                                steps * 4, c.keys, w.s.head_dim, tokens,
                                                 c.scores + row * kContext, kContext);
     }
-}
-
-// Scores to weights, and what they do to the running softmax but for its weighted sums. The
-// weights are rounded to what they are multiplied as, and so is their sum: they add up to 1.
-template <class T>
-inline void soften(Scratch& c, int64_t rows, int64_t count, float scale) {
-    Running& x = c.segment;
-    float scale_2 = scale * 1.44269504f;  // e^x = 2^(x log2 e)
-    V16 scales = set1(scale_2), hidden = set1(-INFINITY);
-    for (int64_t r = 0; r < rows; ++r) {
-        const float* scores = c.scores + r * kContext;
-        int64_t from = c.from[r], to = c.to[r];
-        V16 most = hidden;
-        for (int64_t i = 0; i < count; i += 16) {
-            V16 score = load(scores + i);
-            if (i < from || i + 16 > to)
-                score = keep(score, within_16(from - i), within_16(to - i), hidden);
-            most = max(most, score);
-        }
-        c.next[r] = max_lanes(most);
-    }
-    for (int64_t r = 0; r < rows; r += 16) {
-        V16 before = load(x.most + r), next = max(before, mul(load(c.next + r), scales));
-        store(c.next + r, next);
-        store(c.shrink + r, exp2_16(sub(before, next)));
-        store(x.most + r, next);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-        const float* scores = c.scores + r * kContext;
-        int64_t from = c.from[r], to = c.to[r];
-        V16 next = set1(-c.next[r]), sum = set1(0);
-        for (int64_t i = 0; i < count; i += 16) {
-            V16 weight = exp2_16(fma(load(scores + i), scales, next));
-            if (i < from || i + 16 > to)
-                weight = keep(weight, within_16(from - i), within_16(to - i), set1(0));
-            sum = add(sum, T::store_weights(c.weights + r * kContext + i / T::kPack, weight));
-        }
-        c.added[r] = sum_lanes(sum);
-    }
-    for (int64_t r = 0; r < rows; r += 16)
-        store(x.total + r, add(mul(load(x.total + r), load(c.shrink + r)), load(c.added + r)));
 }
 
 // V of kPack tokens of a block as words, 32 columns of them: laid out in c.values, or from where
@@ -305,31 +110,23 @@ inline void weigh_head(const Walk& w, const Values& values, int64_t h, Scratch& 
 // Weighted sums of the rows under head h. V is laid out once if it will be read more than once.
 template <class T>
 inline void gather(const Walk& w, const Context& block, int64_t h, Scratch& c) {
-    typedef typename T::Value Value;
-    int64_t dim = w.s.head_dim;
-    if (w.item.rows <= kWideRows && dim % 32 == 0)
+    if (w.item.rows <= kWideRows && w.s.head_dim % 32 == 0)
         return weigh_head<T>(w, InPool<T>{block, h, w.to_value()}, h, c);
-    for (int64_t i = 0; i < block.count; i += T::kPack) {
-        const Value* rows[T::kPack];
-        Value padded[T::kPack][kMaxDim];
-        for (int64_t j = 0; j < T::kPack; ++j) {
-            rows[j] = (const Value*)block.values[i + j] + h * dim;
-            for (int64_t d = 0; d < dim; d += 64 / (int64_t)sizeof(Value))
-                block.ask<Value>(h, i + j, w.to_value() + d);
-            if (dim % 32) {
-                memset(padded[j] + dim / 32 * 32, 0, 32 * sizeof(Value));
-                memcpy(padded[j], rows[j], (size_t)dim * sizeof(Value));
-                rows[j] = padded[j];
-            }
-        }
-        for (int64_t d = 0; d < dim; d += 32) {
-            W16 two[2];
-            T::load_columns(rows, d, two);
-            store_words(c.values + i / T::kPack * w.width + d, two[0]);
-            store_words(c.values + i / T::kPack * w.width + d + 16, two[1]);
-        }
-    }
+    lay_out_values<T>(w, block, h, block.count, c);
     weigh_head<T>(w, LaidOut<T>{c.values, w.width}, h, c);
+}
+
+// Takes a block of the context into the running softmax.
+template <class T>
+inline void attend_block(const Walk& w, const Context& block, Scratch& c) {
+#ifdef __AMX_BF16__
+    if constexpr (kInTiles<T>) return attend_block_in_tiles(w, block, c);
+#endif
+    int64_t tokens = rounded<T>(block.count);
+    for (int64_t h = 0; h < w.item.heads; ++h) score<T>(w, block, h, c);
+    raise_most(c, 0, w.rows(), c.scores, tokens, w.s.scale);
+    soften<T>(c, 0, w.rows(), c.scores, c.weights, tokens, w.s.scale);
+    for (int64_t h = 0; h < w.item.heads; ++h) gather<T>(w, block, h, c);
 }
 
 // The softmax over one segment, to c.segment.
@@ -352,9 +149,7 @@ void walk_segment(const Walk& w, const Walk& next, int64_t segment, Scratch& c) 
             c.from[r] = none ? kContext : from > 0 ? from : 0;
             c.to[r] = none ? 0 : to < kContext ? to : kContext;
         }
-        for (int64_t h = 0; h < w.item.heads; ++h) score<T>(w, block, h, c);
-        soften<T>(c, w.rows(), block.count, w.s.scale);
-        for (int64_t h = 0; h < w.item.heads; ++h) gather<T>(w, block, h, c);
+        attend_block<T>(w, block, c);
     }
 }
 
@@ -396,12 +191,15 @@ template <class T>
 void attend_item(const Walk& w, const Walk& next, float* partials, Scratch& c) {
     typedef typename T::Value Value;
     int64_t dim = w.s.head_dim, steps = steps_of<T>(dim), rows = w.rows(), token;
+    int64_t words = words_of<T>(dim);
     int64_t row_width = (w.s.heads + 2 * w.s.kv_heads) * dim;
     for (int64_t r = 0; r < rows; ++r) {
         int64_t head = w.query(r, &token);
         const Value* q = (const Value*)w.s.qkv + token * row_width + head * dim;
-        memcpy(c.queries + r * steps, q, (size_t)steps * 4);
+        memcpy(c.queries + r * words, q, (size_t)steps * 4);
+        memset(c.queries + r * words + steps, 0, (size_t)(words - steps) * 4);
     }
+    memset(c.keys + steps * kContext, 0, (size_t)((words - steps) * kContext) * 4);
     bool shared = w.item.partial >= 0;
     clear(c.whole, rows, w.width);
     for (int64_t i = w.item.first_segment; i < w.item.last_segment; ++i) {

@@ -19,7 +19,8 @@ static bool may_use_tiles() {
 #if defined(__linux__)
     unsigned a, b, c, d;
     constexpr unsigned kBf16Tiles = 1u << 22, kTiles = 1u << 24;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16Tiles) || !(d & kTiles)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if (!(d & kBf16Tiles) || !(d & kTiles)) return false;
     constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else

@@ -8,7 +8,6 @@
 
 namespace {
 
-constexpr int64_t kBlock = 2 * kTile;             // rows that are multiplied at once
 constexpr int64_t kChunkBytes = kChunk * kPanel * 2;  // of a panel
 // Of x, so many bytes stay in the second cache while panels pass by, but no more than kMostRows.
 constexpr int64_t kHeldBytes = 3 << 18, kMostRows = 256;
@@ -17,66 +16,6 @@ constexpr int64_t kDepth = 8;
 // How far ahead weights are asked for where they are read once: what comes within an access to
 // memory.
 constexpr int64_t kAheadBytes = 16 << 10;
-
-// Lines of each chunk of a panel to ask for meanwhile: of what lies `ahead` bytes behind.
-struct Ahead {
-    int64_t bytes;
-    int64_t first;
-    int64_t last;
-};
-
-// sums [rows][kPanel] of `chunks` chunks of rows of x (`stride` bytes apart) with a panel's; added
-// to what sums hold already unless they are `fresh`. Two: more than 16 rows.
-template <bool Two>
-__attribute__((noinline)) void add_chunks(const char* x, int64_t stride, const char* w,
-                                          int64_t chunks, float* sums, bool fresh, Ahead ahead) {
-    constexpr int64_t kRow = kPanel * sizeof(float);
-    float* lower = sums + kTile * kPanel;
-    if (fresh) {
-        TILE_ZERO(0);
-        TILE_ZERO(1);
-        if (Two) {
-            TILE_ZERO(2);
-            TILE_ZERO(3);
-        }
-    } else {
-        TILE_LOAD(0, sums, kRow);
-        TILE_LOAD(1, sums + kTile, kRow);
-        if (Two) {
-            TILE_LOAD(2, lower, kRow);
-            TILE_LOAD(3, lower + kTile, kRow);
-        }
-    }
-    for (int64_t i = 0; i < chunks; ++i, x += kChunk * 2, w += kChunkBytes) {
-        TILE_LOAD(4, x, stride);
-        TILE_LOAD(6, w, kPanel * 4);
-        TILE_DOT(0, 4, 6);
-        TILE_LOAD(7, w + 64, kPanel * 4);
-        TILE_DOT(1, 4, 7);
-        if (Two) {
-            TILE_LOAD(5, x + kTile * stride, stride);
-            TILE_DOT(2, 5, 6);
-            TILE_DOT(3, 5, 7);
-        }
-        for (int64_t line = ahead.first; line < ahead.last; ++line)
-            __builtin_prefetch(w + ahead.bytes + line * 64, 0, 2);
-    }
-    TILE_STORE(0, sums, kRow);
-    TILE_STORE(1, sums + kTile, kRow);
-    if (Two) {
-        TILE_STORE(2, lower, kRow);
-        TILE_STORE(3, lower + kTile, kRow);
-    }
-}
-
-inline void add_chunks(Tiles& tiles, int64_t rows, const char* x, int64_t stride, const char* w,
-                       int64_t chunks, float* sums, bool fresh, Ahead ahead) {
-    tiles.set(rows);
-    if (rows > kTile)
-        add_chunks<true>(x, stride, w, chunks, sums, fresh, ahead);
-    else
-        add_chunks<false>(x, stride, w, chunks, sums, fresh, ahead);
-}
 
 // Rows of x with a panel; `sums` has room for them.
 inline void panel_in_tiles(const Product& p, Tiles& tiles, const char* x, int64_t stride,
@@ -95,15 +34,21 @@ inline void panel_in_tiles(const Product& p, Tiles& tiles, const char* x, int64_
         for (int64_t block = 0; block < blocks; ++block) {
             int64_t r = block * kBlock, count = rows - r < kBlock ? rows - r : kBlock;
             const char* from = x + (row + r) * stride;
-            Ahead ahead = {once ? kAheadBytes : steps * kPanel * 4, 32 * block / blocks,
-                           32 * (block + 1) / blocks};
-            add_chunks(tiles, count, from + first * kChunk * 2, stride, w + first * kChunkBytes,
-                       last - first, sums + r * kPanel, first == 0, ahead);
+            float* to = sums + r * kPanel;
+            // Each row block asks for its share of the lines.
+            int64_t begin = 32 * block / blocks, end = 32 * (block + 1) / blocks;
+            const char* ahead = w + first * kChunkBytes + (once ? kAheadBytes : steps * kPanel * 4);
+            add_chunks(tiles, count, {from + first * kChunk * 2, stride, kChunk * 2},
+                       {w + first * kChunkBytes, kPanel * 4, kChunkBytes}, last - first, to,
+                       kPanel * 4, first == 0, [=](int64_t i) __attribute__((always_inline)) {
+                           for (int64_t line = begin; line < end; ++line)
+                               __builtin_prefetch(ahead + i * kChunkBytes + line * 64, 0, 2);
+                       });
             if (left && last == chunks)
-                add_chunks(tiles, count, from + chunks * kChunk * 2, stride, (const char*)tail, 1,
-                           sums + r * kPanel, false, {0, 0, 0});
+                add_chunks(tiles, count, {from + chunks * kChunk * 2, stride, 0},
+                           {tail, kPanel * 4, 0}, 1, to, kPanel * 4, false, nothing);
             // At once, so that this overlaps with the products of the next rows.
-            if (last == chunks) finish_panel<Bf16>(p, sums + r * kPanel, row + r, count, panel);
+            if (last == chunks) finish_panel<Bf16>(p, to, row + r, count, panel);
         }
     }
 }

@@ -17,15 +17,17 @@
 #define TILE_LOAD(tile, from, stride) \
     asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"((int64_t)(stride)) : "memory")
 #define TILE_STORE(tile, to, stride) \
-    asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"((int64_t)(stride)) : "memory")
+    asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"((int64_t)(stride)) \
+                 : "memory")
 // sums += a b, by rows of a and columns of b
 #define TILE_DOT(sums, a, b) \
     asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sums ::: "memory")
 
 namespace {
 
-constexpr int64_t kTile = 16;   // rows, and words of a row
-constexpr int64_t kChunk = 32;  // numbers along k that one product takes
+constexpr int64_t kTile = 16;          // rows, and words of a row
+constexpr int64_t kBlock = 2 * kTile;  // rows that are multiplied at once
+constexpr int64_t kChunk = 32;         // numbers along k that one product takes
 
 // This thread's tiles, as long as it works with them: others who use tiles in the same thread set
 // them up anew, and a thread without any is cheaper to switch.
@@ -62,5 +64,72 @@ private:
     };
     int64_t rows_ = 0;
 };
+
+// A matrix that is read or written in tiles: `stride` bytes from row to row; `step` bytes from one
+// chunk to the next, along k.
+struct Operand {
+    const void* at;
+    int64_t stride;
+    int64_t step;
+};
+
+// sums [rows][32] (`stride` bytes apart) of `chunks` chunks of a [rows] with b [32 columns], words
+// of pairs; added to what sums hold already unless they are `fresh`. Two: more than 16 rows.
+// `meanwhile(i)` runs along with chunk i.
+template <bool Two, class Meanwhile>
+inline void add_chunks(Operand a, Operand b, int64_t chunks, float* sums, int64_t stride,
+                       bool fresh, Meanwhile meanwhile) {
+    const char *upper = (const char*)a.at, *lower = upper + kTile * a.stride;
+    const char *left = (const char*)b.at, *right = left + kTile * 4;
+    float* below = sums + kTile * stride / 4;
+    if (fresh) {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        if (Two) {
+            TILE_ZERO(2);
+            TILE_ZERO(3);
+        }
+    } else {
+        TILE_LOAD(0, sums, stride);
+        TILE_LOAD(1, sums + kTile, stride);
+        if (Two) {
+            TILE_LOAD(2, below, stride);
+            TILE_LOAD(3, below + kTile, stride);
+        }
+    }
+    for (int64_t i = 0; i < chunks; ++i) {
+        TILE_LOAD(4, upper + i * a.step, a.stride);
+        TILE_LOAD(6, left + i * b.step, b.stride);
+        TILE_DOT(0, 4, 6);
+        TILE_LOAD(7, right + i * b.step, b.stride);
+        TILE_DOT(1, 4, 7);
+        if (Two) {
+            TILE_LOAD(5, lower + i * a.step, a.stride);
+            TILE_DOT(2, 5, 6);
+            TILE_DOT(3, 5, 7);
+        }
+        meanwhile(i);
+    }
+    TILE_STORE(0, sums, stride);
+    TILE_STORE(1, sums + kTile, stride);
+    if (Two) {
+        TILE_STORE(2, below, stride);
+        TILE_STORE(3, below + kTile, stride);
+    }
+}
+
+inline void nothing(int64_t) {}
+
+// The same for 1 to 32 rows.
+template <class Meanwhile>
+__attribute__((noinline)) void add_chunks(Tiles& tiles, int64_t rows, Operand a, Operand b,
+                                          int64_t chunks, float* sums, int64_t stride, bool fresh,
+                                          Meanwhile meanwhile) {
+    tiles.set(rows);
+    if (rows > kTile)
+        add_chunks<true>(a, b, chunks, sums, stride, fresh, meanwhile);
+    else
+        add_chunks<false>(a, b, chunks, sums, stride, fresh, meanwhile);
+}
 
 }  // namespace
