@@ -39,6 +39,8 @@ def main(descriptor: int, name: str) -> None:
         out.write(pack(Registered(name, address, agent.get_agent_metadata())))
         out.flush()
         _serve(agent)
+        # Without taking the agent apart: with readers still connected that can go on for ever.
+        os._exit(0)
 
 
 def _serve(agent: Any) -> None:
