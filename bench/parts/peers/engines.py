@@ -88,7 +88,9 @@ class Child:
     def __init__(self, name: str, words: list[str], log: Path) -> None:
         self.name = name
         self._log = log
-        paths = [str(BENCH_DIR), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # Baton's sources, too: a peer's environment has no Baton, and the models' shapes are its.
+        own = (str(BENCH_DIR), str(BENCH_DIR.parent / "src"))
+        paths = [*own, *filter(None, [os.environ.get("PYTHONPATH")])]
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
                 words,
