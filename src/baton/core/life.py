@@ -1,19 +1,21 @@
-"""What is known of one request at the gateway, and what its workers are told.
+"""What is known of one request at the gateway.
 
 `Life` is `handoff.RequestTable`'s record of one choice of a request. The table alone writes it;
-whoever drives the table may read it at any time, also after the end. The instructions are plain
-values: a driver turns them into messages, in order.
+whoever drives the table may read it at any time, also after the end.
 """
 
 from __future__ import annotations
 
 import enum
+import heapq
+from collections.abc import Iterator
 
 import msgspec
 
+from baton.core.keys import chain, root_key
 from baton.core.router import Placement
 from baton.errors import ServeError, WireError
-from baton.types import FinishReason, Lend, Request, Sealed
+from baton.types import FinishReason, Request
 
 
 class Phase(enum.Enum):
@@ -44,51 +46,12 @@ class HandoffPolicy(msgspec.Struct, frozen=True):
     max_wait_s: float = 60.0
 
 
-class Submit(msgspec.Struct, frozen=True):
-    """Run one leg. `request.deadline_s` is what is left now."""
+class Content(msgspec.Struct, frozen=True):
+    """What all workers agree on, and their blocks' keys depend on (see `keys.root_key`)."""
 
-    worker_id: str
-    request: Request
-
-
-class Withdraw(msgspec.Struct, frozen=True):
-    """Stop one attempt, wherever it is; no error if it is over."""
-
-    worker_id: str
-    request_id: str
-    choice: int
-    attempt: int
-
-
-class Ask(msgspec.Struct, frozen=True):
-    """Lend what the store holds; the answer is a `Sealed`."""
-
-    worker_id: str
-    lend: Lend
-
-
-class Offer(msgspec.Struct, frozen=True):
-    """These blocks can be fetched, and will be wanted."""
-
-    worker_id: str
-    sealed: Sealed
-
-
-class Renew(msgspec.Struct, frozen=True):
-    """Start the time to live of these leases anew."""
-
-    worker_id: str
-    grant_ids: tuple[str, ...]
-
-
-class Release(msgspec.Struct, frozen=True):
-    """End a lease; again is no error."""
-
-    worker_id: str
-    grant_id: str
-
-
-Instruction = Submit | Withdraw | Ask | Offer | Renew | Release
+    fingerprint: bytes
+    numerics: str
+    block_size: int
 
 
 class Life:
@@ -110,6 +73,7 @@ class Life:
         "finish",
         "first_token_at",
         "grant",
+        "key",
         "keys",
         "loan",
         "loss",
@@ -128,6 +92,7 @@ class Life:
 
     def __init__(self, request: Request, now: float) -> None:
         self.request = request
+        self.key = (request.id, request.choice)
         self.received = now
         self.phase = Phase.WAITING
         self.attempt = 0
@@ -150,10 +115,6 @@ class Life:
         self.error: WireError | None = None
 
     @property
-    def key(self) -> tuple[str, int]:
-        return (self.request.id, self.request.choice)
-
-    @property
     def took_over(self) -> bool:
         """Whether the present leg began with a handoff."""
         return self.phase is Phase.SECOND
@@ -163,3 +124,50 @@ class Life:
         """Instant at which the request must have ended."""
         left = self.request.deadline_s
         return None if left is None else self.received + left
+
+    def extend_keys(self, content: Content, num_tokens: int) -> list[bytes]:
+        """Keys of the full blocks of the first `num_tokens` tokens of prompt and answer, at least.
+
+        Each is worked out once.
+        """
+        keys, prompt, size = self.keys, self.request.prompt, content.block_size
+        start = len(keys) * size
+        if num_tokens - start < size:
+            return keys
+        if keys:
+            parent = keys[-1]
+        else:
+            parent = root_key(content.fingerprint, content.numerics, self.request.salt)
+        rest = prompt[start:num_tokens]
+        if num_tokens > len(prompt):
+            first = max(0, start - len(prompt))
+            rest = (*rest, *self.tokens[first : num_tokens - len(prompt)])
+        keys += chain(parent, rest, size)
+        return keys
+
+
+class Timers:
+    """Instants at which something is due for a life that is still where it was."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Life, int, Phase]] = []
+        self._num_set = 0
+
+    def set(self, life: Life, at: float) -> None:
+        """Due at `at`, unless `life` has left its phase or attempt by then."""
+        self._num_set += 1
+        heapq.heappush(self._heap, (at, self._num_set, life, life.attempt, life.phase))
+
+    def next(self) -> float | None:
+        """The earliest instant; None if nothing is awaited."""
+        while self._heap:
+            at, _, life, attempt, phase = self._heap[0]
+            if life.attempt == attempt and life.phase is phase:
+                return at
+            heapq.heappop(self._heap)
+        return None
+
+    def due(self, now: float) -> Iterator[Life]:
+        """Whose time has come, in order. What is done for one may change the others."""
+        while (at := self.next()) is not None and at <= now:
+            yield heapq.heappop(self._heap)[2]
