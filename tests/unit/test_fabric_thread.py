@@ -34,10 +34,12 @@ class FakeTransport:
         self.gate.set()
         self.error: Exception | None = None
         self.opened: list[str] = []
+        self.formats: list[KvFormat | None] = []
         self.closed: SimpleQueue[float] = SimpleQueue()
 
-    def open(self, source: str) -> FakeTransport:
+    def open(self, source: str, kv_format: KvFormat | None) -> FakeTransport:
         self.opened.append(source)
+        self.formats.append(kv_format)
         return self
 
     def fetch(
@@ -145,7 +147,8 @@ def test_a_slow_peer_delays_neither_exports_nor_other_peers() -> None:
     inbox: SimpleQueue[Done] = SimpleQueue()
     slow, quick = FakeTransport(), FakeTransport()
     slow.gate.clear()
-    fabric = Fabric(arena, {"p0": slow, "p1": quick}.__getitem__, inbox.put)
+    sources = {"p0": slow, "p1": quick}
+    fabric = Fabric(arena, lambda source, _: sources[source], inbox.put)
     for tag, grant in (("slow", GRANT), ("quick", msgspec.structs.replace(GRANT, source="p1"))):
         fabric.fetch(FetchJob(tag, grant, (), time.monotonic() + 5))
     assert inbox.get(timeout=5).tag == "quick"

@@ -173,7 +173,9 @@ class PlacingDispatcher:
             raise Unavailable("no worker is there yet", stage="queue")
         root = root_key(hello.fingerprint, hello.numerics, request.salt)
         keys = chain(root, request.prompt, hello.kv_format.block_size)
-        placement = self._router.place(request.id, request.choice, len(request.prompt), keys)
+        placement = self._router.place(
+            request.id, request.choice, len(request.prompt), keys, _key_class(hello)
+        )
         live = _Live(request, placement, keys, time.monotonic())
         self._live[request.id, request.choice] = live
         lender = placement.lender and self.registry.link(placement.lender)
@@ -305,6 +307,7 @@ class PlacingDispatcher:
                 hello.kv_format.block_size,
                 hello.num_frames,
                 hello.keeps_blocks,
+                _key_class(hello),
             )
         )
 
@@ -375,8 +378,10 @@ class PlacingDispatcher:
 
     def _remember(self, live: _Live) -> None:
         """What the last worker has computed beyond the prompt may serve the next turn."""
-        hello = self.registry.hello()
-        if hello is not None and hello.keeps_blocks:
+        hello, its = self.registry.hello(), self.registry.hello_of(live.worker_id)
+        if hello is None or its is None or _key_class(hello) != _key_class(its):
+            return  # it has other keys for these tokens, and nobody would ask for them
+        if its.keeps_blocks:
             tokens = (*live.request.prompt, *live.tokens)[:-1]  # the last one has no KV
             root = root_key(hello.fingerprint, hello.numerics, live.request.salt)
             keys = chain(root, tokens, hello.kv_format.block_size)
@@ -398,12 +403,18 @@ class PlacingDispatcher:
                 self._release(live)
             live.grant = sealed.grant
             reader = self.registry.link(live.placement.decode)
-            if reader is not None and self._fetch_early:
+            if reader is not None and self._fetch_early and self._is_alike(live.placement):
                 reader.offer(sealed)
             return None
         if link is not None:
             link.release(sealed.grant.grant_id)
         return None
+
+    def _is_alike(self, placement: Placement) -> bool:
+        """Whether blocks go from prefill to decode worker as they are, under the same keys."""
+        ends = [self.registry.hello_of(one) for one in (placement.prefill, placement.decode) if one]
+        first, last = ends[0], ends[-1]
+        return first is not None and last is not None and _key_class(first) == _key_class(last)
 
     def _landed(self, worker_id: str, landed: Landed) -> None:
         live = self._live.get((landed.request_id, landed.choice))
@@ -429,3 +440,8 @@ class PlacingDispatcher:
             self._submit(live, leg)
         except ServeError as error:
             self._fail(live, error)
+
+
+def _key_class(hello: Hello) -> str:
+    """Equal for workers that have the same keys, and the same blocks, for the same tokens."""
+    return f"{hello.numerics}/{hello.kv_format.dtype}/{hello.kv_format.block_size}"
