@@ -16,16 +16,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from faults.by_hand import ByHand
 from faults.served import SMALL, Stream, Victim, make_long_model, prompt_of
 from parts.fault_proxy import Throttle
+
+from baton.fabric.calibration import Calibration, calibration_dir
 
 BYTES_PER_S = 3e6
 NUM_TOKENS = 40
 NUM_PROMPT = 395
 """24 full blocks and one with 11 tokens: 300 kB, at least 100 ms of the link."""
 NUM_BLOCKS = -(-NUM_PROMPT // 16)
+LATE = ("--fabric.fetch-early", "false")
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +54,12 @@ def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[By
         command = [sys.executable, "-m", "baton", "fabric", "calibrate", "--model", str(model)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         subprocess.run(command, env=environment, check=True, timeout=100, capture_output=True)
+        (file,) = calibration_dir().iterdir()
+        codecs = msgspec.json.decode(file.read_bytes(), type=Calibration).codecs
+        loss = {name: found.kl_max for name, found in codecs.items()}
+        assert loss["int8"] < min(loss["fp8"], loss["int4"]), "the budget leaves int8 alone"
         try:
-            # int8 is the one that this budget allows: the others lose more.
-            flags = ("--fabric.max-kl", "100", "--fabric.fetch-early", "false")
+            flags = ("--fabric.max-kl", f"{loss['int8'] * 1.001:.9f}", *LATE)
             with ByHand.start(model, folder, *flags) as served:
                 served.proxy.down = [Throttle(BYTES_PER_S)]
                 yield served
@@ -91,17 +98,15 @@ def test_a_slow_link_takes_a_codec_and_keeps_its_blocks_apart(
     answer = stream(served, prompt)
     assert answer.done and answer.error is None and answer.broken is None
     assert len(answer.token_ids) == NUM_TOKENS
-    # All of it came encoded, the partial last block included; a codec of the names there are.
-    ((name, count),) = lossy(served).items()
-    assert name.removeprefix("lossy_blocks_") in ("int8", "fp8", "int4")
-    assert count == NUM_BLOCKS
+    # All of it came encoded, the partial last block included.
+    assert lossy(served) == {"lossy_blocks_int8": NUM_BLOCKS}
     # Token 1 is the prefill worker's, which computed all of the prompt.
     assert answer.token_ids[0] == expected.ask(prompt, 1)[0]
 
     # The same once more over the same link finds them, but for the partial one.
     again = stream(served, prompt)
     assert again.token_ids == answer.token_ids
-    assert lossy(served) == {name: NUM_BLOCKS + 1}
+    assert lossy(served) == {"lossy_blocks_int8": NUM_BLOCKS + 1}
 
     # What the decode worker computed of the answer is of that class as well: it has nothing to
     # lend to an exact look-up, so the next turn's prompt is computed, and its first token exact.

@@ -31,9 +31,7 @@ def flags_of(name: str, prefill: object, decode: object) -> tuple[str, ...]:
     return (f"--prefill.{name}", str(prefill), f"--decode.{name}", str(decode))
 
 
-@pytest.mark.parametrize(
-    ("theirs", "ours", "way"), [(16, 32, ()), (32, 16, TCP), (16, 24, TCP), (24, 16, ())]
-)
+@pytest.mark.parametrize(("theirs", "ours", "way"), [(16, 32, ()), (24, 16, TCP)])
 def test_another_block_size_changes_no_token(
     model: Path, expected: list[list[int]], theirs: int, ours: int, way: tuple[str, ...]
 ) -> None:
@@ -55,9 +53,7 @@ def test_another_block_size_changes_no_token(
     assert [link["problem"] for link in check["links"]] == [""] * len(check["links"])
 
 
-@pytest.mark.parametrize(
-    ("theirs", "ours"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "float16")]
-)
+@pytest.mark.parametrize(("theirs", "ours"), [("float32", "bfloat16"), ("bfloat16", "float16")])
 def test_another_type_is_converted(model: Path, theirs: str, ours: str) -> None:
     flags = (*SMALL, *flags_of("dtype", theirs, ours), "--decode.block-size", "24")
     with Victim.start(model, "1P1D", *flags) as served:
