@@ -79,6 +79,8 @@ class ServingMachine(RuleBasedStateMachine):
         keep_blocks=True,
     )
     check = True
+    alike = True
+    """Whether the workers have the same keys; if not, the gateway offers nothing early."""
     depth = 1
     max_settle_steps = 600
 
@@ -115,7 +117,7 @@ class ServingMachine(RuleBasedStateMachine):
                 continue
             if sealed.grant.source == "decode":
                 self.lent.append(sealed)
-            elif self.early:
+            elif self.early and self.alike:
                 self.decode.scheduler.offer(sealed, self.now)
                 self.absorb(self.decode, self.decode.settle())
         for handoff in update.handoffs:

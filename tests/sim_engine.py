@@ -18,7 +18,16 @@ from typing import Any
 from baton.core.in_flight import may_run_ahead
 from baton.core.lease import LeaseTable, verify_mac
 from baton.core.limits import SchedulerConfig
-from baton.core.plan import Chunk, ExportOrder, ImportOrder, StepOutput, StepPlan, Update
+from baton.core.plan import (
+    Chunk,
+    ExportOrder,
+    ImportOrder,
+    SourceBlock,
+    StepOutput,
+    StepPlan,
+    Update,
+    WantedBlock,
+)
 from baton.core.prompt_order import PASSING, rank
 from baton.core.scheduler import Scheduler
 from baton.core.sequence import SequenceId, Status
@@ -225,18 +234,37 @@ class FakeFabric:
 
 def fetch(order: ImportOrder, store: FakeFabric, kv: FakeKv) -> tuple[str, ...]:
     """Copy the wanted blocks into the pool; one word each, as the real transport answers."""
-    results = []
-    for want in order.wanted:
-        frame = store.frames[want.frame]
-        grant = order.grant  # None: a worker reads its own store
-        if grant is not None and (grant.epoch != store.epoch or not verify_mac(SECRET, grant)):
-            results.append("stale_epoch")
-        elif frame.key != want.key:
-            results.append("missing")
-        else:
-            kv.blocks[want.block] = list(frame.slots)
-            results.append("ok" if digests_match(frame, want.digest) else "corrupt")
+    results = ["ok"] * len(order.wanted)
+    if order.recut is None:
+        for turn, want in enumerate(order.wanted):
+            results[turn], slots = _read(order, store, want)
+            if slots:
+                kv.blocks[want.block] = slots
+        return tuple(results)
+    for source in order.recut.blocks:
+        word, slots = _read(order, store, source)
+        for piece in source.pieces:
+            block = order.wanted[piece.turn].block
+            into = list(kv.blocks[block])
+            end = piece.start + piece.num_tokens
+            into[piece.slot : piece.slot + piece.num_tokens] = slots[piece.start : end]
+            if slots:
+                kv.blocks[block] = into
+            if results[piece.turn] == "ok":
+                results[piece.turn] = word
     return tuple(results)
+
+
+def _read(
+    order: ImportOrder, store: FakeFabric, want: WantedBlock | SourceBlock
+) -> tuple[str, list[Slot]]:
+    frame = store.frames[want.frame]
+    grant = order.grant  # None: a worker reads its own store
+    if grant is not None and (grant.epoch != store.epoch or not verify_mac(SECRET, grant)):
+        return "stale_epoch", []
+    if frame.key != want.key:
+        return "missing", []
+    return "ok" if digests_match(frame, want.digest) else "corrupt", list(frame.slots)
 
 
 def digests_match(frame: Frame, digest: bytes) -> bool:

@@ -41,16 +41,24 @@ def kv_format_of(block_bytes: int) -> KvFormat:
 class Half:
     """A codec that drops every other byte; blocks of tests have every byte twice, so it is exact.
 
-    fails: a decoder that finds something wrong.
+    fails: a decoder that finds something wrong. filled: what encoding was told, block by block.
     """
 
     def __init__(self, fails: bool = False) -> None:
         self._fails = fails
+        self.filled: list[int | None] = []
 
     def encoded_bytes(self, fmt: KvFormat) -> int:
         return fmt.block_bytes // 2
 
-    def encode(self, fmt: KvFormat, source: ReadableBlock, destination: Bytes) -> int:
+    def encode(
+        self,
+        fmt: KvFormat,
+        source: ReadableBlock,
+        destination: Bytes,
+        num_tokens: int | None = None,
+    ) -> int:
+        self.filled.append(num_tokens)
         destination[:] = np.frombuffer(source, np.uint8)[::2]
         return destination.size
 

@@ -175,7 +175,8 @@ class Handoff(msgspec.Struct, frozen=True):
 
     keys, digests and frames have one entry per block, in sequence order; the last block may be
     partial. `frames` are hints: the reader trusts a frame only if its header holds the key.
-    `num_tokens` tokens of KV are covered.
+    `num_tokens` tokens of KV are covered. kv_format and `numerics` are the writer's: the form of
+    its blocks and the class of arithmetic in their keys' root.
     """
 
     request_id: str
@@ -184,6 +185,7 @@ class Handoff(msgspec.Struct, frozen=True):
     grant: Grant
     num_tokens: int
     kv_format: KvFormat
+    numerics: str
     keys: tuple[bytes, ...]
     digests: tuple[bytes, ...]
     frames: tuple[int, ...]

@@ -54,7 +54,7 @@ class End:
         self.arena = Arena.create(limits.num_frames, limits.block_bytes, epoch, kv_format)
         self.descriptors = DescriptorServer(runtime_dir, name, self.arena, secret)
         self.fabric = Fabric(
-            self.arena, lambda _: ShmTransport(runtime_dir, kv_format), self.engine.inbox.put
+            self.arena, lambda *_: ShmTransport(runtime_dir, kv_format), self.engine.inbox.put
         )
         self.engine.fabric = self.fabric
 

@@ -42,13 +42,14 @@ def test_most_of_a_long_prompt_arrives_before_its_last_chunk_is_computed(
 
 
 @pytest.mark.parametrize("layout", ["1P1D", "2P1D"])
+@pytest.mark.parametrize(("num_prompt", "num_answer"), [(200, 100), (1700, 300)])
 def test_the_next_turn_of_a_chat_computes_its_new_text_only(
-    model: Path, expected: Victim, layout: str
+    model: Path, expected: Victim, layout: str, num_prompt: int, num_answer: int
 ) -> None:
-    history = prompt_of(200, seed=2)
+    history = prompt_of(num_prompt, seed=2)
     new_text = prompt_of(21, seed=3)
     with Victim.start(model, layout, *SMALL) as served:
-        answer = served.ask(history, 100)
+        answer = served.ask(history, num_answer)
         served.until(served.is_idle)  # the last blocks are kept
         before = served.counters()
         turn = [*history, *answer, *new_text]

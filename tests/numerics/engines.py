@@ -13,10 +13,11 @@ import contextlib
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from types import MappingProxyType
 
 import msgspec
 from numerics.prompts import greedy
@@ -76,7 +77,9 @@ class _Worker:
         self._arena = Arena.create(limits.num_frames, limits.block_bytes, epoch, kv_format)
         self._descriptors = DescriptorServer(runtime_dir, name, self._arena, secret)
         self._fabric = Fabric(
-            self._arena, lambda _: ShmTransport(runtime_dir, kv_format), built.engine.inbox.put
+            self._arena,
+            lambda _, theirs: ShmTransport(runtime_dir, theirs or kv_format),
+            built.engine.inbox.put,
         )
         built.engine.fabric = self._fabric
         self.loop = EngineLoop(built.engine, lambda error: emitted.put((name, error)))
@@ -105,13 +108,22 @@ class _Worker:
 class Engines:
     """The engines of a layout; `options` are those of the configuration, by dotted path.
 
+    `of_role`: further options of the workers of a role. If there are any the ends are unlike, and
+    no block is offered early.
+
     Use it in a `with` statement, whose end asserts that every engine is empty. `counters` of a
     worker may be read after that.
     """
 
-    def __init__(self, model: Path, layout: str, **options: object) -> None:
+    def __init__(
+        self,
+        model: Path,
+        layout: str,
+        of_role: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
+        **options: object,
+    ) -> None:
         self._emitted: SimpleQueue[tuple[str, Emitted | BaseException]] = SimpleQueue()
-        self._model, self._options = model, options
+        self._model, self._options, self._of_role = model, options, of_role
         self._names = {
             role.value: [f"{role.value}-{i}" for i in range(count)]
             for role, count in Layout.parse(layout).counts().items()
@@ -123,9 +135,10 @@ class Engines:
     def running(self) -> Iterator[Engines]:
         with tempfile.TemporaryDirectory(prefix="bt") as runtime_dir:
             try:
-                for name in [name for names in self._names.values() for name in names]:
+                for role, name in [(r, name) for r, names in self._names.items() for name in names]:
+                    options = {**self._options, **self._of_role.get(role, {})}
                     self._workers[name] = _Worker(
-                        name, self._model, Path(runtime_dir), self._options, self._emitted
+                        name, self._model, Path(runtime_dir), options, self._emitted
                     )
                 yield self
             finally:
@@ -168,7 +181,8 @@ class Engines:
             for sealed in news.update.sealed:
                 answer = answers[sealed.request_id]
                 answer.grant = sealed.grant
-                self._workers[answer.decode].loop.put(Offer(sealed))
+                if not self._of_role:
+                    self._workers[answer.decode].loop.put(Offer(sealed))
             for handoff in news.update.handoffs:
                 answer = answers[handoff.request_id]
                 assert not answer.handed_off and len(answer.token_ids) == 1

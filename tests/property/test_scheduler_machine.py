@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import msgspec
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from serving_machine import ServingMachine
@@ -87,3 +89,37 @@ def test_blocks_of_one_token() -> None:
         decode_config = make_config(block_size=1, num_blocks=20, max_num_batched_tokens=4)
 
     assert _run(Machine, 50)["imported_blocks"]
+
+
+def _unlike(prefill_size: int, decode_size: int, **changes: object) -> type[ServingMachine]:
+    """Workers of other block sizes, and what else the decode worker has of its own."""
+
+    class Machine(ServingMachine):
+        alike = False
+        prefill_config = make_config(
+            block_size=prefill_size, num_blocks=12, num_frames=12, max_num_seqs=4,
+            max_num_batched_tokens=5, lease_ttl_s=5.0, keep_blocks=True,
+        )  # fmt: skip
+        decode_config = msgspec.structs.replace(
+            make_config(
+                block_size=decode_size, num_blocks=12, num_frames=8, max_num_seqs=4,
+                max_num_batched_tokens=7, lease_ttl_s=5.0, keep_blocks=True,
+            ),
+            **changes,
+        )  # fmt: skip
+
+    return Machine
+
+
+@pytest.mark.parametrize(
+    ("prefill_size", "decode_size", "changes"),
+    [(2, 4, {}), (4, 2, {}), (2, 3, {}), (3, 2, {"numerics": "gpu-other"})],
+)
+def test_blocks_of_unlike_workers(
+    prefill_size: int, decode_size: int, changes: dict[str, object]
+) -> None:
+    total = _run(_unlike(prefill_size, decode_size, **changes), 60)
+    for name in ("preemptions", "prefix_hit_tokens", "imported_blocks", "converted_blocks",
+                 "aborts", "fallback_import_missing", "fallback_import_corrupt"):  # fmt: skip
+        assert total[name], f"no {name} in all examples"
+    assert not total["fallback_import_format"]

@@ -96,13 +96,14 @@ def test_what_came_lossy_never_answers_an_exact_look_up(early: bool) -> None:
     decode.scheduler.add(client.next_leg(hand_off=False, handoff=client.handoff), 0.0)
     for delta in decode.step(0.0).deltas:
         client.take(delta)
-    # The full blocks are encoded, the partial one is not.
-    asked = [(order.codec, len(order.wanted)) for order in decode.imports]
-    assert asked == [("raw", 1)] if early else [("int8", 2), ("raw", 1)]
+    # The partial block is encoded like the others, and it says how far it is filled.
+    asked = [(order.codec, [want.num_tokens for want in order.wanted]) for order in decode.imports]
+    assert asked == ([("int8", [1])] if early else [("int8", [2, 2, 1])])
     while decode.imports:
         decode.finish_import(0, prefill, 0.0)
     _finish(decode, client)
     assert not decode.num_fallbacks()
+    assert decode.scheduler.counters["lossy_blocks_int8"] == 3
     hits = decode.scheduler.counters["prefix_hit_tokens"]
     # The same prompt, computed here: neither pool nor store may serve it what was lossy.
     (again,) = run_alone(decode, [make_request("b", PROMPT, 4)])

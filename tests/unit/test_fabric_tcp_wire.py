@@ -113,9 +113,10 @@ def test_messages_have_bounds() -> None:
     for change in (
         {"blocks": ()},
         {"blocks": (block,) * 257},
-        {"blocks": (AskedBlock(bytes(31), 0, 1),)},
-        {"blocks": (AskedBlock(bytes(32), -1, 1),)},
-        {"blocks": (AskedBlock(bytes(32), 0, 1 << 63),)},
+        {"blocks": (AskedBlock(bytes(31), 0, 1, 0),)},
+        {"blocks": (AskedBlock(bytes(32), -1, 1, 0),)},
+        {"blocks": (AskedBlock(bytes(32), 0, 1 << 63, 0),)},
+        {"blocks": (AskedBlock(bytes(32), 0, 1, 1 << 16),)},
         {"ask_id": bytes(15)},
         {"kv_format": bytes(33)},
         {"codec": "c" * 33},
@@ -124,7 +125,8 @@ def test_messages_have_bounds() -> None:
         changed = pack(msgspec.structs.replace(ask, **change))
         with pytest.raises(Malformed):
             decode_ask(changed[4:])
-    full = msgspec.structs.replace(ask, blocks=(AskedBlock(bytes(32), 1 << 62, 1 << 62),) * 256)
+    longest = AskedBlock(bytes(32), 1 << 62, 1 << 62, 0xFFFF)
+    full = msgspec.structs.replace(ask, blocks=(longest,) * 256)
     assert len(pack(full)) < MAX_MESSAGE_BYTES, "a full ask fits, and so do its answers"
     states = (("out_of_range", (1 << 63) - 1),) * 256
     assert len(pack(Blocks(bytes(16), states))) < MAX_MESSAGE_BYTES
@@ -237,6 +239,21 @@ def test_blocks_travel_encoded(make: Make, stack: contextlib.ExitStack) -> None:
     assert set(store.fetch(reader, codec="half")) == {OK}
     short = store.wanted(0, destination=bytearray(100))
     assert store.fetch(reader, [short, store.wanted(1)], codec="half") == ["wrong_size", "ok"]
+
+
+def test_an_encoder_is_told_how_far_a_block_is_filled(
+    make: Make, stack: contextlib.ExitStack
+) -> None:
+    codec = Half()
+    store = make(codecs={"half": codec})
+    reader = stack.enter_context(contextlib.closing(store.transport(codecs={"half": Half()})))
+    wanted = [
+        msgspec.structs.replace(store.wanted(n), num_tokens=filled)
+        for n, filled in enumerate((0, 16, 3, 17))
+    ]
+    # The format has blocks of 16 tokens.
+    assert store.fetch(reader, wanted, codec="half") == ["ok", "ok", "ok", "wrong_size"]
+    assert codec.filled == [None, 16, 3]
 
 
 def test_a_codec_that_one_end_does_not_know(store: Store, stack: contextlib.ExitStack) -> None:

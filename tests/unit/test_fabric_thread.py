@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from queue import Empty, SimpleQueue
 
 import msgspec
+import numpy as np
 import pytest
 
+from baton.core.plan import Piece, Recut, SourceBlock
 from baton.fabric import thread
 from baton.fabric.arena import Arena, MappedArena
 from baton.fabric.thread import (
@@ -34,10 +36,12 @@ class FakeTransport:
         self.gate.set()
         self.error: Exception | None = None
         self.opened: list[str] = []
+        self.formats: list[KvFormat | None] = []
         self.closed: SimpleQueue[float] = SimpleQueue()
 
-    def open(self, source: str) -> FakeTransport:
+    def open(self, source: str, kv_format: KvFormat | None) -> FakeTransport:
         self.opened.append(source)
+        self.formats.append(kv_format)
         return self
 
     def fetch(
@@ -145,7 +149,8 @@ def test_a_slow_peer_delays_neither_exports_nor_other_peers() -> None:
     inbox: SimpleQueue[Done] = SimpleQueue()
     slow, quick = FakeTransport(), FakeTransport()
     slow.gate.clear()
-    fabric = Fabric(arena, {"p0": slow, "p1": quick}.__getitem__, inbox.put)
+    sources = {"p0": slow, "p1": quick}
+    fabric = Fabric(arena, lambda source, _: sources[source], inbox.put)
     for tag, grant in (("slow", GRANT), ("quick", msgspec.structs.replace(GRANT, source="p1"))):
         fabric.fetch(FetchJob(tag, grant, (), time.monotonic() + 5))
     assert inbox.get(timeout=5).tag == "quick"
@@ -172,7 +177,10 @@ def test_our_own_store_is_read_without_a_grant(fabric: Fixture) -> None:
 def test_a_transport_that_cannot_be_opened_is_an_answer(
     fabric: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fabric.thread, "_open_transport", {}.__getitem__)
+    def nowhere(source: str, kv_format: KvFormat | None) -> FakeTransport:
+        raise KeyError(source)
+
+    monkeypatch.setattr(fabric.thread, "_open_transport", nowhere)
     fabric.fetch("a")
     assert fabric.answer() == FabricFailed("a", "KeyError: 'p0'")
 
@@ -261,3 +269,39 @@ def test_an_inbox_that_fails_is_noticed_by_the_next_submission() -> None:
         fabric.export(ExportJob("b", 0, KEY, b"x"))
     fabric.stop()
     arena.close()
+
+
+def test_blocks_of_another_format_come_by_a_transport_of_that_format(
+    fabric: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two source blocks make three of ours; the second does not come. What came is landed."""
+    theirs = KvFormat(3, "float32", 1, 1, 1, 24)
+    ours = msgspec.structs.replace(theirs, block_size=2, block_bytes=16)
+    pieces = (
+        (Piece(0, 0, 0, 2), Piece(2, 1, 0, 1)),
+        (Piece(0, 1, 1, 1), Piece(1, 2, 0, 2)),
+    )
+    blocks = tuple(SourceBlock(bytes([n]), n, b"", parts) for n, parts in enumerate(pieces))
+
+    def fetch(grant: Grant, wanted: Sequence[Wanted], *_: object) -> list[ReadResult]:
+        for want in wanted:
+            into = np.frombuffer(want.destination, np.uint8)
+            assert into.size == theirs.block_bytes
+            into[:] = range(24)
+        return [ReadResult.OK, ReadResult.MISSING][: len(wanted)]
+
+    monkeypatch.setattr(fabric.transport, "fetch", fetch)
+    landed: list[int] = []
+    wanted = tuple(Wanted(b"", 0, b"", bytearray(16)) for _ in range(3))
+    recut = Recut(theirs, ours, blocks)
+    deadline = time.monotonic() + 5
+    fabric.thread.fetch(FetchJob("a", GRANT, wanted, deadline, landed.append, recut=recut))
+    done = fabric.answer()
+    assert isinstance(done, FetchDone)
+    assert done.results == (ReadResult.OK, ReadResult.MISSING, ReadResult.MISSING)
+    assert landed == [0]
+    assert wanted[0].destination == bytes([*range(8), *range(12, 20)])
+    assert fabric.transport.formats == [theirs]
+    fabric.fetch("b")  # a block like ours, of the same peer: another transport
+    fabric.answer()
+    assert fabric.transport.formats == [theirs, None]

@@ -66,7 +66,7 @@ class Prefill:
         self._vocab = built.spec.vocab_size
         self._arena = Arena.create(limits.num_frames, limits.block_bytes, 1, kv_format)
         self._transport = ShmTransport(runtime_dir, kv_format)
-        self._fabric = Fabric(self._arena, lambda _: self._transport, self._done)
+        self._fabric = Fabric(self._arena, lambda *_: self._transport, self._done)
         self.engine.fabric = self._fabric
         ident = self._fabric._thread.ident
         assert ident is not None

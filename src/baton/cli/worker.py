@@ -43,9 +43,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("no model to serve: give --model DIR, or model.path in --config FILE")
     from baton.launch.cores import pinned
 
-    config = pinned(config)
+    role = Role(args.role)
+    config = pinned(config.for_role(role))
     from baton.worker.main import run as run_worker  # only now torch, and OpenMP with it
 
     return run_worker(
-        config, Role(args.role), args.id, Path(args.runtime_dir), args.gateway, args.weights_fd
+        config, role, args.id, Path(args.runtime_dir), args.gateway, args.weights_fd
     )

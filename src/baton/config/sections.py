@@ -12,6 +12,7 @@ from msgspec import Meta
 from baton.config.cpus import SHARED, parse_cpus
 from baton.config.layout import Layout
 from baton.errors import ConfigError
+from baton.types import Role
 
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0, le=1e6)]
@@ -84,6 +85,35 @@ class EngineConfig(Section, frozen=True):
         ),
     ] = "auto"
     prefix_cache: Annotated[bool, Meta(description="Reuse KV of prompts that begin alike.")] = True
+
+
+class RoleConfig(Section, frozen=True):
+    """What workers of one role have of their own; null is what all have."""
+
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None,
+        Meta(description="Where the model runs, instead of engine.device."),
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"] | None,
+        Meta(description="Type of weights and KV cache, instead of model.dtype."),
+    ] = None
+    block_size: Annotated[
+        Annotated[int, Meta(ge=1, le=1024)] | None,
+        Meta(description="Tokens in a KV block, instead of engine.block_size."),
+    ] = None
+    kernels: Annotated[
+        Literal["auto", "native", "triton", "triton-exact", "torch"] | None,
+        Meta(description="Arithmetic, instead of engine.kernels."),
+    ] = None
+
+
+class PrefillConfig(RoleConfig, frozen=True):
+    """Prefill: what its workers have of their own; blocks of unlike ends are converted."""
+
+
+class DecodeConfig(RoleConfig, frozen=True):
+    """Decode: what its workers have of their own; blocks of unlike ends are converted."""
 
 
 class StoreConfig(Section, frozen=True):
@@ -254,11 +284,29 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
     store: StoreConfig = StoreConfig()
     fabric: FabricConfig = FabricConfig()
     gateway: GatewayConfig = GatewayConfig()
     launch: LaunchConfig = LaunchConfig()
     log: LogConfig = LogConfig()
+
+    def for_role(self, role: Role) -> Config:
+        """What a worker of this role goes by: its own settings in place of everybody's."""
+        own = {Role.PREFILL: self.prefill, Role.DECODE: self.decode}.get(role)
+        if own is None:
+            return self
+        engine = {
+            name: value
+            for name in ("device", "block_size", "kernels")
+            if (value := getattr(own, name)) is not None
+        }
+        return msgspec.structs.replace(
+            self,
+            model=msgspec.structs.replace(self.model, dtype=own.dtype or self.model.dtype),
+            engine=msgspec.structs.replace(self.engine, **engine),
+        )
 
     def validate(self) -> None:
         """Check what no type can: listeners, TLS files, layout, lists of cores, back-off.

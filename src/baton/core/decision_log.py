@@ -24,7 +24,7 @@ from baton.core.store_index import StoreIndex
 from baton.errors import BatonError
 from baton.types import Lend, Request, Sealed, StageTimes
 
-VERSION = 2
+VERSION = 3
 MAX_RECORD_BYTES = 64 << 20
 
 Sink = Callable[[bytes], object]
@@ -122,6 +122,7 @@ class Placed(msgspec.Struct, frozen=True, tag="p", array_like=True):
     choice: int
     num_tokens: int
     keys: tuple[bytes, ...]
+    key_class: str
     decision: bytes
 
 
@@ -232,6 +233,7 @@ def plan_hash(plan: StepPlan) -> bytes:
                 order.number,
                 order.codec,
                 [(want.index, want.block, want.key) for want in order.wanted],
+                [(block.key, block.pieces) for block in order.recut.blocks] if order.recut else [],
             )
             for order in plan.imports
         ],
@@ -333,15 +335,20 @@ class LoggedRouter(Router):
         super().leave(worker_id)
 
     def place(
-        self, request_id: str, choice: int, num_tokens: int, keys: Sequence[bytes]
+        self,
+        request_id: str,
+        choice: int,
+        num_tokens: int,
+        keys: Sequence[bytes],
+        key_class: str = "",
     ) -> Placement:
         placement: Placement | None = None
         try:
-            placement = super().place(request_id, choice, num_tokens, keys)
+            placement = super().place(request_id, choice, num_tokens, keys, key_class)
             return placement
         finally:
             decision = placement_hash(placement)
-            self._write(Placed(request_id, choice, num_tokens, tuple(keys), decision))
+            self._write(Placed(request_id, choice, num_tokens, tuple(keys), key_class, decision))
 
     def timed(self, worker_id: str, times: StageTimes) -> None:
         self._write(Timed(worker_id, times))

@@ -28,8 +28,9 @@ class EarlyFetches:
     Counters: `early_blocks` that arrived whole; `early_lost_<reason>`, blocks that did not.
     """
 
-    def __init__(self, pool: BlockPool, counters: Counter[str]) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, counters: Counter[str]) -> None:
         self._pool = pool
+        self._block_size = block_size
         self._counters = counters
         self._orders: dict[int, ImportOrder] = {}
         self._offers: dict[int, Sealed] = {}
@@ -56,7 +57,7 @@ class EarlyFetches:
             return None
         blocks = self._pool.allocate(len(missing))
         wanted = tuple(
-            WantedBlock(index, block, key, frame, digest)
+            WantedBlock(index, block, key, frame, digest, self._block_size)
             for block, (index, key, frame, digest) in zip(blocks, missing, strict=True)
         )
         deadline = now + sealed.grant.ttl_s * READ_WINDOW
@@ -78,6 +79,8 @@ class EarlyFetches:
                 self._counters[f"early_lost_{result}"] += 1
         self._pool.release([want.block for want in order.wanted])
         num_landed = results.count(OK)
+        if order.codec != RAW:
+            self._counters[f"lossy_blocks_{order.codec}"] += num_landed
         self._counters["early_blocks"] += num_landed
         if not num_landed:
             return None

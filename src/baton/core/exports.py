@@ -256,6 +256,7 @@ class ExportTable:
             grant=grant,
             num_tokens=export.num_tokens,
             kv_format=self._config.kv_format,
+            numerics=self._config.numerics,
             keys=tuple(part.key for part in export.parts),
             digests=tuple(part.digest for part in export.parts if part.digest is not None),
             frames=tuple(part.frame for part in export.parts),

@@ -36,7 +36,17 @@ from baton.core.instructions import Ask, Instruction, Offer, Outcome, Release, S
 from baton.core.life import Content, HandoffPolicy, Life, Phase, Timers
 from baton.core.router import Router, WorkerInfo
 from baton.errors import DeadlineExceeded, Internal, ServeError, Unavailable, WorkerLost, from_wire
-from baton.types import FinishReason, Handoff, Landed, Lend, Request, Sealed, StageTimes, TokenDelta
+from baton.types import (
+    FinishReason,
+    Handoff,
+    Landed,
+    Lend,
+    Request,
+    Role,
+    Sealed,
+    StageTimes,
+    TokenDelta,
+)
 
 COUNTERS = ("lenders_late", "stale_messages", "placed_again", "given_up")
 """Running totals, there from the start; `observe.metrics_docs` tells what they mean."""
@@ -53,10 +63,11 @@ class RequestTable:
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._router = router
         self._policy = policy
-        self._content: Content | None = None
+        self._reference: tuple[Content, str] | None = None
         self._lives: dict[tuple[str, int], Life] = {}
         self._waiting: dict[tuple[str, int], Life] = {}
         self._workers: dict[str, WorkerInfo] = {}
+        self._contents: dict[str, Content] = {}
         self._held = HeldLeases(policy.lease_ttl_s, self._tell)
         self._timers = Timers()
         self._outcome = Outcome()
@@ -70,15 +81,18 @@ class RequestTable:
     def join(self, info: WorkerInfo, content: Content, now: float) -> None:
         """A worker, of a new start, can take requests; those that wait for one are placed.
 
-        All workers that are there have the same `content`. Another one ends those that wait.
+        All workers that are there have the same weights. Other ones end those that wait.
         """
         if info.worker_id in self._workers:
             self.lose(info.worker_id, now)
-        if content != self._content:  # what was emitted may be another model's
+        known = self._reference
+        if known is None or content.fingerprint != known[0].fingerprint:
+            # What was emitted is another model's.
             for life in list(self._waiting.values()):
                 self._fail(life, life.loss or Internal("the model has changed"), now)
         self._workers[info.worker_id] = info
-        self._content = content
+        self._contents[info.worker_id] = content
+        self._refer()
         self._router.join(info)
         for life in list(self._waiting.values()):
             self._try_place(life, now)
@@ -94,6 +108,8 @@ class RequestTable:
         """
         self._router.leave(worker_id)
         self._workers.pop(worker_id, None)
+        self._contents.pop(worker_id, None)
+        self._refer()
         self._held.lose(worker_id)
         for life in list(self._lives.values()):
             borrowing = life.phase is Phase.BORROWING
@@ -154,7 +170,7 @@ class RequestTable:
             return
         elif life.phase is Phase.FIRST and worker_id == placement.prefill:
             self._held.hold(life, worker_id, grant_id, now)
-            if self._policy.fetch_early and placement.decode in self._workers:
+            if self._policy.fetch_early and self._are_alike(worker_id, placement.decode):
                 self._tell(Offer(placement.decode, sealed))
             return
         self._tell(Release(worker_id, grant_id))  # a lender that was late, for one
@@ -240,15 +256,17 @@ class RequestTable:
     # Placing --------------------------------------------------------------------------------
 
     def _place(self, life: Life, now: float) -> None:
-        request, content = life.request, self._content
-        assert content is not None, "somebody has joined"
+        request, reference = life.request, self._reference
+        assert reference is not None, "somebody has joined"
+        content, key_class = reference
         num_tokens = len(request.prompt) + len(life.tokens)
         keys = life.extend_keys(content, num_tokens)
-        placement = self._router.place(request.id, request.choice, num_tokens, keys)
+        placement = self._router.place(request.id, request.choice, num_tokens, keys, key_class)
         self._waiting.pop(life.key, None)
         life.placement = placement
         life.worker_id = placement.prefill or placement.decode
         life.num_placed_keys = len(keys)
+        life.key_class = key_class
         life.drew = False
         life.num_landed = 0
         lender, first = placement.lender, placement.first_lent
@@ -364,11 +382,11 @@ class RequestTable:
 
     def _remember(self, life: Life, worker_id: str) -> None:
         """What the last worker has computed beyond the placed keys may serve the next turn."""
-        info, content = self._workers.get(worker_id), self._content
-        if content is None or info is None or not info.keeps_blocks:
-            return
+        info = self._workers.get(worker_id)
+        if info is None or not info.keeps_blocks or info.key_class != life.key_class:
+            return  # of another class, it has other keys for these tokens
         num_tokens = len(life.request.prompt) + len(life.tokens) - 1  # the last one has no KV
-        keys = life.extend_keys(content, num_tokens)
+        keys = life.extend_keys(self._contents[worker_id], num_tokens)
         self._router.kept(worker_id, keys[life.num_placed_keys if life.took_over else 0 :])
 
     # Inside ---------------------------------------------------------------------------------
@@ -383,6 +401,17 @@ class RequestTable:
             life.num_cached = delta.num_cached or 0
             life.num_early_blocks = life.num_landed
 
+    def _refer(self) -> None:
+        """Requests are placed by the keys of a worker that computes prompts, if one is there."""
+        first = min(self._workers.values(), key=_reference_order, default=None)
+        if first is not None:
+            self._reference = self._contents[first.worker_id], first.key_class
+
+    def _are_alike(self, *worker_ids: str) -> bool:
+        """Whether blocks go from one to the other as they are, under the same keys."""
+        infos = [self._workers.get(worker_id) for worker_id in worker_ids]
+        return None not in infos and len({info.key_class for info in infos if info}) == 1
+
     def _tell(self, instruction: Instruction) -> None:
         self._outcome.instructions.append(instruction)
 
@@ -394,3 +423,11 @@ class RequestTable:
                 return life
         self.counters["stale_messages"] += 1
         return None
+
+
+_ROLES = (Role.PREFILL, Role.UNIFIED, Role.DECODE)
+"""Those that compute prompts come first."""
+
+
+def _reference_order(info: WorkerInfo) -> tuple[int, str]:
+    return _ROLES.index(info.role), info.worker_id

@@ -6,7 +6,8 @@
 For each block after those that the pool has, there is one source, the first of: this worker's own
 store, the commit record of a handoff, a prefix that a peer lends. The first block without one ends
 the list. What could not be fetched or did not verify is recomputed, and a counter named
-`fallback_import_<reason>` is raised: a wrong block is never used.
+`fallback_import_<reason>` is raised: a wrong block is never used. Blocks of a handoff that are
+unlike ours are fetched under their own keys, and become ours on the way (`recut`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from dataclasses import dataclass, field
 
 from baton.core.block_pool import BlockPool
 from baton.core.codec_choice import RAW
+from baton.core.keys import handoff_keys, root_key
 from baton.core.limits import SchedulerConfig
-from baton.core.plan import ImportOrder, WantedBlock
+from baton.core.plan import ImportOrder, Recut, WantedBlock
+from baton.core.recut import recut
 from baton.core.sequence import Sequence, SequenceId, Status
 from baton.core.store_index import StoreIndex
+from baton.core.unlike import can_take, is_like
 from baton.types import Grant, Handoff
 
 READ_WINDOW = 5 / 12
@@ -79,8 +83,9 @@ class ImportTable:
         for (grant, codec), wanted in self._sources(seq, num_hits).items():
             ttl_s = self._config.lease_ttl_s if grant is None else grant.ttl_s
             deadline = now + ttl_s * READ_WINDOW
+            cut = self._recut(seq.request.handoff, grant, wanted)
             number_ = number + len(orders)
-            order = ImportOrder(number_, seq.id, grant, tuple(wanted), deadline, codec)
+            order = ImportOrder(number_, seq.id, grant, tuple(wanted), deadline, codec, cut)
             orders.append(order)
             self._orders[order.number] = order
             self._pool.acquire(want.block for want in wanted)
@@ -95,6 +100,8 @@ class ImportTable:
         covered = seq.num_tokens - 1  # the last token is always computed
         keys, own_keys = seq.full_keys(covered), seq.class_keys(covered)
         handoff = self._usable_handoff(seq)
+        unlike = handoff is not None and not is_like(self._config, handoff)
+        size = self._config.kv_format.block_size
         prefix = None if seq.num_preemptions else seq.request.prefix
         sources: Sources = {}
         for i in range(num_hits, self._config.num_blocks_for(covered)):
@@ -105,37 +112,56 @@ class ImportTable:
                 place = (own_key, entry.frame, entry.digest)
             elif handoff is not None:
                 grant = handoff.grant
-                place = (handoff.keys[i], handoff.frames[i], handoff.digests[i])
+                place = (b"", 0, b"")
+                if not unlike:
+                    place = (handoff.keys[i], handoff.frames[i], handoff.digests[i])
             elif prefix is not None and key in prefix.keys[max(0, i - prefix.first) :][:1]:
                 grant, at = prefix.grant, i - prefix.first
                 place = (prefix.keys[at], prefix.frames[at], prefix.digests[at])
             else:
                 break
-            # Nobody tells a codec how far a partial block is filled, so that one travels as it is.
-            codec = seq.codec if grant is not None and key else RAW
-            sources.setdefault((grant, codec), []).append(WantedBlock(i, seq.blocks[i], *place))
+            codec = RAW if grant is None else seq.codec
+            want = WantedBlock(i, seq.blocks[i], *place, min(size, covered - i * size))
+            sources.setdefault((grant, codec), []).append(want)
         return sources
+
+    def _recut(
+        self, handoff: Handoff | None, grant: Grant | None, wanted: list[WantedBlock]
+    ) -> Recut | None:
+        """How the blocks that come under `grant` become ours; None if they are like ours."""
+        if handoff is None or grant is not handoff.grant or is_like(self._config, handoff):
+            return None
+        return recut(handoff, self._config.kv_format, [want.index for want in wanted])
 
     def _usable_handoff(self, seq: Sequence) -> Handoff | None:
         """The handoff of `seq`, if it can be used here; if not, the reason is counted."""
         handoff = seq.request.handoff
         if handoff is None or seq.num_preemptions:
             return None
-        num_blocks = self._config.num_blocks_for(handoff.num_tokens)
-        if handoff.kv_format != self._config.kv_format:
+        if not can_take(self._config, handoff):
             reason = "format"
         elif handoff.num_tokens != seq.num_tokens - 1 or any(
-            len(part) != num_blocks for part in (handoff.keys, handoff.digests, handoff.frames)
+            len(part) != -(-handoff.num_tokens // handoff.kv_format.block_size)
+            for part in (handoff.keys, handoff.digests, handoff.frames)
         ):
             reason = "length"
         elif (handoff.request_id, handoff.choice) != seq.id[:2]:
             reason = "request"
-        elif list(handoff.keys) != seq.handoff_keys(handoff.num_tokens, handoff.attempt):
+        elif list(handoff.keys) != self._expected_keys(seq, handoff):
             reason = "key"
         else:
             return handoff
         self._counters[f"fallback_import_{reason}"] += 1
         return None
+
+    def _expected_keys(self, seq: Sequence, handoff: Handoff) -> list[bytes]:
+        """The keys that the blocks of the sequence have at the worker that hands it off."""
+        if is_like(self._config, handoff):
+            return seq.handoff_keys(handoff.num_tokens, handoff.attempt)
+        root = root_key(self._config.fingerprint, handoff.numerics, seq.request.salt)
+        tokens = seq.token_ids[: handoff.num_tokens]
+        size = handoff.kv_format.block_size
+        return handoff_keys(root, tokens, size, *seq.id[:2], handoff.attempt)
 
     def finish(self, number: int, results: tuple[str, ...]) -> tuple[Sequence, int] | None:
         """A fetch was acknowledged, with a word a block: `ok`, or why it may not be used.
@@ -149,6 +175,10 @@ class ImportTable:
         self._pool.release([want.block for want in order.wanted])
         if order.grant is None:
             self._unhold(order, results)
+        if order.codec != RAW:
+            self._counters[f"lossy_blocks_{order.codec}"] += results.count(OK)
+        if order.recut is not None:
+            self._counters["converted_blocks"] += results.count(OK)
         waiting = self._imports[order.seq_id]
         waiting.results.update(zip((want.index for want in order.wanted), results, strict=True))
         waiting.num_orders -= 1

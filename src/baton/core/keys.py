@@ -5,7 +5,7 @@
 
 A key names the tokens of its block and of everything before it, under one set of weights, one
 way of computing and one tenant. The stored form (`KvFormat`) is not part of it; KV that was ever
-lossy has keys of its own. A block that is
+lossy, or comes from a worker that computes otherwise, has keys of its own. A block that is
 not full belongs to one attempt of one request alone: its key covers these as well.
 """
 
@@ -42,12 +42,25 @@ def chain(root: bytes, token_ids: Seq[int], block_size: int) -> list[bytes]:
     return keys
 
 
-def lossy_key(key: bytes, codec: str) -> bytes:
-    """Key of a block whose KV, or that of one before it, went through a lossy codec.
+def lossy_key(key: bytes, kv_class: str) -> bytes:
+    """Key of a block whose KV, or that of one before it, is not what would be computed here.
 
-    It answers no look-up for `key`, nor for another codec.
+    kv_class: the lossy codec that it went through, or whose arithmetic it comes from. It answers
+    no look-up for `key`, nor for another class.
     """
-    return hashlib.sha256(b"lossy" + codec.encode() + b"\0" + key).digest()
+    return hashlib.sha256(b"lossy" + kv_class.encode() + b"\0" + key).digest()
+
+
+def handoff_keys(
+    root: bytes, token_ids: Seq[int], block_size: int, request_id: str, choice: int, attempt: int
+) -> list[bytes]:
+    """Keys of all blocks of `token_ids`, as an attempt hands them off from any worker."""
+    full = chain(root, token_ids, block_size)
+    tail = token_ids[len(full) * block_size :]
+    if not tail:
+        return full
+    parent = full[-1] if full else root
+    return [*full, private_key(parent, tail, request_id, choice, attempt)]
 
 
 def private_key(

@@ -47,7 +47,7 @@ class HandoffPolicy(msgspec.Struct, frozen=True):
 
 
 class Content(msgspec.Struct, frozen=True):
-    """What all workers agree on, and their blocks' keys depend on (see `keys.root_key`)."""
+    """What the keys of a worker's blocks depend on (see `keys.root_key`)."""
 
     fingerprint: bytes
     numerics: str
@@ -67,6 +67,7 @@ class Life:
 
     __slots__ = (
         "attempt",
+        "content",
         "drew",
         "ended_at",
         "error",
@@ -74,6 +75,7 @@ class Life:
         "first_token_at",
         "grant",
         "key",
+        "key_class",
         "keys",
         "loan",
         "loss",
@@ -100,6 +102,8 @@ class Life:
         self.worker_id: str | None = None
         self.tokens: list[int] = []
         self.keys: list[bytes] = []
+        self.content: Content | None = None  # whose keys they are
+        self.key_class = ""  # of the present attempt's keys
         self.num_placed_keys = 0  # keys of the present attempt's beginning
         self.grant: tuple[str, str] | None = None  # (worker, grant id): to read the prompt's blocks
         self.loan: tuple[str, str] | None = None  # to read what a lender has of them
@@ -128,8 +132,10 @@ class Life:
     def extend_keys(self, content: Content, num_tokens: int) -> list[bytes]:
         """Keys of the full blocks of the first `num_tokens` tokens of prompt and answer, at least.
 
-        Each is worked out once.
+        Each is worked out once, unless the content is another one than before.
         """
+        if content != self.content:
+            self.content, self.keys = content, []
         keys, prompt, size = self.keys, self.request.prompt, content.block_size
         start = len(keys) * size
         if num_tokens - start < size:

@@ -14,6 +14,7 @@ from baton.types import (
     FinishReason,
     Grant,
     Handoff,
+    KvFormat,
     Landed,
     SampledLogprobs,
     Sealed,
@@ -41,13 +42,48 @@ class Chunk(msgspec.Struct, frozen=True, eq=False):
 
 @dataclass(frozen=True, slots=True)
 class WantedBlock:
-    """A block to fetch from a store into pool block `block`; `index` is its place in the prompt."""
+    """A block to fetch from a store into pool block `block`; `index` is its place in the prompt.
+
+    `num_tokens` of its slots are wanted: all but those of a partial last block. Key, frame and
+    digest are empty where the order says how to recut.
+    """
 
     index: int
     block: int
     key: bytes
     frame: int
     digest: bytes
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Slots [start, start + num_tokens) of a source's block, which go to slots from `slot` on of
+    the block that the order wants as number `turn`."""
+
+    start: int
+    turn: int
+    slot: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceBlock:
+    """A block of an unlike store, and what becomes of it."""
+
+    key: bytes
+    frame: int
+    digest: bytes
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recut:
+    """Fetch these blocks of format `source`; make of them the wanted ones, of format `target`."""
+
+    source: KvFormat
+    target: KvFormat
+    blocks: tuple[SourceBlock, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +91,8 @@ class ImportOrder:
     """Fetch blocks from a peer's store or, without a grant, from this worker's own.
 
     `number` names the order in its answer. `seq_id` is who waits for it; nobody does for blocks
-    that are fetched early. `codec` is the form in which they may travel.
+    that are fetched early. `codec` is the form in which they may travel. With `recut` the source's
+    blocks are unlike ours; there is one result for each wanted block all the same.
     """
 
     number: int
@@ -64,6 +101,7 @@ class ImportOrder:
     wanted: tuple[WantedBlock, ...]
     deadline: float
     codec: str = RAW
+    recut: Recut | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,10 +177,10 @@ def _route(records: Iterator[log.Record]) -> Iterator[tuple[bytes, bytes] | None
                 router.join(info)
             case log.Left(worker_id):
                 router.leave(worker_id)
-            case log.Placed(request_id, choice, num_tokens, keys, decision):
+            case log.Placed(request_id, choice, num_tokens, keys, key_class, decision):
                 placement: Placement | None = None
                 try:
-                    placement = router.place(request_id, choice, num_tokens, keys)
+                    placement = router.place(request_id, choice, num_tokens, keys, key_class)
                 except Unavailable:
                     placement = None
                 decided = (decision, log.placement_hash(placement))

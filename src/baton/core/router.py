@@ -9,12 +9,16 @@ Where another worker's store is believed to hold more of the prompt's beginning 
 will compute it has, it is named as the lender, if fetching is predicted to take less time than
 computing. Both rates are what workers told of finished requests; until there are some, fetching is
 taken to be the cheaper.
+
+Keys are those of one class of workers. A worker of another class has other keys for the same
+prompt, so nothing is believed of what it holds.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -30,7 +34,10 @@ RATE_WEIGHT = 0.2
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
-    """What the router must know of a worker. `num_blocks` bounds what it can have cached."""
+    """What the router must know of a worker. `num_blocks` bounds what it can have cached.
+
+    Workers of one `key_class` have the same keys for the same tokens.
+    """
 
     worker_id: str
     role: Role
@@ -39,6 +46,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     block_size: int
     num_frames: int = 0
     keeps_blocks: bool = False
+    key_class: str = ""
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -102,6 +110,16 @@ class _Placed(msgspec.Struct):
     context_tokens: int
 
 
+class _Keys(NamedTuple):
+    """A prompt's keys, and at which workers they are its keys."""
+
+    keys: Sequence[bytes]
+    key_class: str
+
+    def at(self, worker: _Worker) -> Sequence[bytes]:
+        return self.keys if worker.info.key_class == self.key_class else ()
+
+
 class Router:
     """Placements over the workers that have joined. Pure; owned by the gateway's loop."""
 
@@ -122,16 +140,23 @@ class Router:
         return {worker.info.role for worker in self._workers.values()}
 
     def place(
-        self, request_id: str, choice: int, num_tokens: int, keys: Sequence[bytes]
+        self,
+        request_id: str,
+        choice: int,
+        num_tokens: int,
+        keys: Sequence[bytes],
+        key_class: str = "",
     ) -> Placement:
-        """Choose workers for a prompt of `num_tokens` whose full blocks have these `keys`.
+        """Choose workers for a prompt of `num_tokens` whose full blocks have these `keys`, at
+        workers of `key_class`.
 
         Raises:
             Unavailable: no unified worker, and not both a prefill and a decode worker.
         """
         self._forget(request_id, choice)  # an earlier attempt
-        prefill = self._least(Role.PREFILL, num_tokens, keys)
-        unified = self._least(Role.UNIFIED, num_tokens, keys)
+        wanted = _Keys(keys, key_class)
+        prefill = self._least(Role.PREFILL, num_tokens, wanted)
+        unified = self._least(Role.UNIFIED, num_tokens, wanted)
         decodes = [w for w in self._workers.values() if w.info.role is Role.DECODE]
         split = prefill is not None and bool(decodes)
         if not split and unified is None:
@@ -140,7 +165,7 @@ class Router:
         if unified and (
             not split
             or not prefill
-            or _work(unified, num_tokens, keys) < _work(prefill, num_tokens, keys)
+            or _work(unified, num_tokens, wanted) < _work(prefill, num_tokens, wanted)
         ):
             first = second = unified
         else:
@@ -149,17 +174,17 @@ class Router:
             second = min(
                 decodes, key=lambda w: (w.context_tokens, w.num_requests, w.info.worker_id)
             )
-        predicted = _work(first, num_tokens, keys)
-        placed = _Placed(first, second, first.uncached(num_tokens, keys), num_tokens)
+        predicted = _work(first, num_tokens, wanted)
+        placed = _Placed(first, second, first.uncached(num_tokens, wanted.at(first)), num_tokens)
         first.prefill_tokens += placed.prefill_tokens
         second.context_tokens += num_tokens
         second.num_requests += 1
-        first_lent = first.num_had(keys)
-        lender = self._lender(first, first_lent, keys)
-        first.remember(keys)
-        second.remember(keys)
+        first_lent = first.num_had(wanted.at(first))
+        lender = self._lender(first, first_lent, wanted.at(first))
+        first.remember(wanted.at(first))
+        second.remember(wanted.at(second))
         if first is not second:
-            first.store(keys)
+            first.store(wanted.at(first))
         self._placed[request_id, choice] = placed
         return Placement(
             decode=second.info.worker_id,
@@ -224,7 +249,7 @@ class Router:
             placed.decode.context_tokens -= placed.context_tokens
             placed.decode.num_requests -= 1
 
-    def _least(self, role: Role, num_tokens: int, keys: Sequence[bytes]) -> _Worker | None:
+    def _least(self, role: Role, num_tokens: int, keys: _Keys) -> _Worker | None:
         return min(
             (worker for worker in self._workers.values() if worker.info.role is role),
             key=lambda w: (_work(w, num_tokens, keys), w.num_requests, w.info.worker_id),
@@ -252,7 +277,7 @@ def _average(before: float, newest: float) -> float:
     return newest if not before else before + RATE_WEIGHT * (newest - before)
 
 
-def _work(worker: _Worker, num_tokens: int, keys: Sequence[bytes]) -> int:
+def _work(worker: _Worker, num_tokens: int, keys: _Keys) -> int:
     """Predicted work ahead of the first token, in prompt tokens."""
     decoding = DECODE_WEIGHT * worker.num_requests if worker.info.role is Role.UNIFIED else 0
-    return worker.prefill_tokens + worker.uncached(num_tokens, keys) + decoding
+    return worker.prefill_tokens + worker.uncached(num_tokens, keys.at(worker)) + decoding

@@ -33,6 +33,7 @@ from baton.core.plan import Chunk, ImportOrder, StepOutput, StepPlan, Update, er
 from baton.core.prompt_order import PromptQueue, rank
 from baton.core.sequence import Sequence, SequenceId, Status
 from baton.core.store_index import StoreIndex
+from baton.core.unlike import is_like, origin
 from baton.errors import DeadlineExceeded, ServeError, TransferFailed, Unavailable
 from baton.types import (
     FinishReason,
@@ -83,7 +84,7 @@ class Scheduler:
         self.pool = BlockPool(config.num_blocks)
         self.exports = ExportTable(config, self.pool, index, leases)
         self.imports = ImportTable(config, self.pool, index, self.counters)
-        self.early = EarlyFetches(self.pool, self.counters)
+        self.early = EarlyFetches(self.pool, config.kv_format.block_size, self.counters)
         self.links = LinkTable(config)
         self._leases = leases
         self._in_flight = InFlight(self.pool)
@@ -133,7 +134,9 @@ class Scheduler:
         seq.admitted_before = self._num_admitted_tokens
         self._sequences[seq.id] = seq
         if request.handoff is not None:
-            seq.codec = self.links.codec(seq.id, request.handoff.grant.source)
+            seq.origin = origin(self.config, request.handoff)
+            if is_like(self.config, request.handoff):  # no codec was measured for another form
+                seq.codec = self.links.codec(seq.id, request.handoff.grant.source)
         if request.handoff is not None and self.early.awaits(seq.class_keys(seq.num_tokens - 1)):
             seq.status = Status.ARRIVING
             self._arriving[seq.id] = seq
@@ -194,7 +197,7 @@ class Scheduler:
         elapsed_s: how long it took, without the time in which it waited for others.
         """
         order = (self.early if number in self.early else self.imports).order_of(number)
-        if all(result == OK for result in results):
+        if order.recut is None and all(result == OK for result in results):
             self.links.observe(order.grant, order.codec, len(results), elapsed_s)
         if number in self.early:
             landed = self.early.finish(number, results)

@@ -39,8 +39,9 @@ class Sequence:
     `admitted_before` is the age that `prompt_order` knows. With steps in flight, `num_scheduled`
     (tokens computed or being computed) and `num_expected` (tokens there or being drawn) run ahead
     of `num_computed` and `num_tokens`; else they are equal to them. `codec` is that of the KV it
-    took over; what it computes from that is of the same numerics class. Times are the caller's
-    monotonic seconds, 0.0 until known.
+    took over, `origin` names whose arithmetic that KV comes from if it is not our own; what it
+    computes from that is of the same numerics class. Times are the caller's monotonic seconds, 0.0
+    until known.
     """
 
     __slots__ = (
@@ -67,6 +68,7 @@ class Sequence:
         "num_published",
         "num_scheduled",
         "order",
+        "origin",
         "prefilled",
         "request",
         "root",
@@ -82,6 +84,7 @@ class Sequence:
         self.block_size = block_size
         self.root = root
         self.codec = RAW
+        self.origin = ""
         self.keys: list[bytes] = []
         self._lossy_keys: list[bytes] = []
         self.blocks: list[int] = []
@@ -142,10 +145,11 @@ class Sequence:
     def class_keys(self, num_tokens: int) -> list[bytes]:
         """As `full_keys`, in the numerics class of this sequence: what its blocks are found by."""
         keys = self.full_keys(num_tokens)
-        if self.codec == RAW:
+        kv_class = self.origin or ("" if self.codec == RAW else self.codec)
+        if not kv_class:
             return keys
         lossy = self._lossy_keys
-        lossy += [content_keys.lossy_key(key, self.codec) for key in keys[len(lossy) :]]
+        lossy += [content_keys.lossy_key(key, kv_class) for key in keys[len(lossy) :]]
         return lossy[: len(keys)]
 
     def handoff_keys(self, num_tokens: int, attempt: int) -> list[bytes]:

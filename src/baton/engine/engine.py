@@ -207,7 +207,7 @@ class Engine:
         assert self.fabric is not None, "a handoff was accepted without a fabric"
         landing = [(want.block, self._kv.landing(want.block)) for want in order.wanted]
         wanted = tuple(
-            Wanted(want.key, want.frame, want.digest, place)
+            Wanted(want.key, want.frame, want.digest, place, want.num_tokens)
             for want, (_, place) in zip(order.wanted, landing, strict=True)
         )
 
@@ -215,7 +215,9 @@ class Engine:
             self._kv.land(*landing[index])
 
         self.fabric.fetch(
-            FetchJob(order.number, order.grant, wanted, order.deadline, land, order.codec)
+            FetchJob(
+                order.number, order.grant, wanted, order.deadline, land, order.codec, order.recut
+            )
         )
 
     def _finish_import(self, done: FetchDone) -> None:

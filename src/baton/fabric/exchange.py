@@ -54,7 +54,7 @@ class Exchange:
     def ask(self, grant: Grant, kv_format_hash: bytes, codec: str) -> bytes:
         """The message to send."""
         blocks = tuple(
-            AskedBlock(block.key, block.frame, destination.nbytes)
+            AskedBlock(block.key, block.frame, destination.nbytes, block.num_tokens)
             for block, destination in zip(self._wanted, self._destinations, strict=True)
         )
         return pack(Ask(PROTOCOL_VERSION, self._ask_id, kv_format_hash, codec, grant, blocks))

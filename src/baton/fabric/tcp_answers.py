@@ -128,6 +128,7 @@ class Answers:
                 continue
             generation, num_bytes, stored_key, _ = self._store.header(frame)
             fits = block.num_bytes == num_bytes and 0 < num_bytes <= longest
+            fits = fits and block.num_tokens <= self._kv_format.block_size
             if generation % 2 or stored_key != key:
                 states.append(("missing", 0))
             elif not fits or (encoded_bytes and num_bytes != self._kv_format.block_bytes):
@@ -152,7 +153,8 @@ class Answers:
         for index, frame, _ in good:
             stored = self._store.stored(frame, ask.blocks[index].num_bytes)
             if xxhash.xxh3_128_digest(stored) == self._store.header(frame)[3]:
-                codec.encode(self._kv_format, stored, encoded)
+                num_tokens = ask.blocks[index].num_tokens or None
+                codec.encode(self._kv_format, stored, encoded, num_tokens)
             else:
                 corrupt.append(index)
             digests.append(xxhash.xxh3_128_digest(encoded.data))

@@ -25,9 +25,11 @@ from typing import Any, Final
 
 import msgspec
 
+from baton.core.plan import Recut
 from baton.fabric.arena import Arena, MappedArena
+from baton.fabric.recut import fetch_recut
 from baton.fabric.transport import ReadableBlock, ReadResult, Transport, Wanted
-from baton.types import Grant
+from baton.types import Grant, KvFormat
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ class FetchJob(msgspec.Struct, frozen=True, eq=False):
     """Fetch blocks by `deadline` (instant of `time.monotonic()`); without a grant, from our store.
 
     land: called on the fabric's thread with the index of each block that came whole, before the
-    answer (a copy onto a GPU). codec: how the blocks may travel; `raw` is exact.
+    answer (a copy onto a GPU). codec: how the blocks may travel; `raw` is exact. recut: what to
+    fetch instead, and how `wanted` come of it; of those only the destinations count then.
     """
 
     tag: Hashable
@@ -60,6 +63,12 @@ class FetchJob(msgspec.Struct, frozen=True, eq=False):
     deadline: float
     land: Callable[[int], None] | None = None
     codec: str = "raw"
+    recut: Recut | None = None
+
+    @property
+    def kv_format(self) -> KvFormat | None:
+        """Of the source's blocks; None if it is ours."""
+        return None if self.recut is None else self.recut.source
 
 
 class ExportDone(msgspec.Struct, frozen=True):
@@ -88,6 +97,8 @@ class FabricFailed(msgspec.Struct, frozen=True):
 
 
 Fetch = Callable[[Any, Sequence[Wanted], float, str], list[ReadResult]]
+_Source = tuple[str, KvFormat | None]
+"""A peer, and the format of its blocks if that is not ours."""
 Job = ExportJob | FetchJob
 Done = ExportDone | FetchDone | FabricFailed
 
@@ -115,15 +126,15 @@ class _Queue:
 class Fabric:
     """The threads of one worker's exports and imports.
 
-    Owns the transports that it opens; `open_transport` is called with a peer's worker id on the
-    thread that will use what it returns, and may be called again after a rest. The arena is closed
-    by whoever made it, after `stop`.
+    Owns the transports that it opens; `open_transport` is called with a peer's worker id, and the
+    format of its blocks if that is not ours, on the thread that will use what it returns, and may
+    be called again after a rest. The arena is closed by whoever made it, after `stop`.
     """
 
     def __init__(
         self,
         arena: Arena,
-        open_transport: Callable[[str], Transport],
+        open_transport: Callable[[str, KvFormat | None], Transport],
         on_done: Callable[[Done], None],
     ) -> None:
         self._arena = arena
@@ -133,7 +144,7 @@ class Fabric:
         self._stopping = False
         self._copier = _Queue("baton-copier", self._copy)
         self._lock = threading.Lock()  # over the fetchers, which leave by themselves
-        self._fetchers: dict[str, _Queue] = {}
+        self._fetchers: dict[_Source, _Queue] = {}
 
     def export(self, job: ExportJob) -> None:
         """Copy a block into our store."""
@@ -146,11 +157,11 @@ class Fabric:
         if job.grant is None:
             self._copier.put(job)
             return
-        source = job.grant.source
+        source = (job.grant.source, job.kv_format)
         with self._lock:
             fetcher = self._fetchers.get(source)
             if fetcher is None and len(self._fetchers) < MAX_FETCHERS:
-                name = f"baton-fetch-{source}"
+                name = f"baton-fetch-{job.grant.source}"
                 fetcher = _Queue(name, lambda queue: self._fetch(source, queue))
                 self._fetchers[source] = fetcher
             if fetcher is not None:
@@ -181,12 +192,12 @@ class Fabric:
         while (job := queue.jobs.get()) is not None:
             self._on_done(self._answer(job, self._read_own))
 
-    def _fetch(self, source: str, queue: _Queue) -> None:
+    def _fetch(self, source: _Source, queue: _Queue) -> None:
         opened: list[Transport] = []
 
         def fetch(*args: Any) -> list[ReadResult]:
             if not opened:
-                opened.append(self._open_transport(source))
+                opened.append(self._open_transport(*source))
             return opened[0].fetch(*args)
 
         try:
@@ -214,7 +225,7 @@ class Fabric:
                 digest = self._arena.write(job.frame, job.key, source)
                 elapsed_s = time.monotonic() - started
                 return ExportDone(job.tag, job.frame, job.key, digest, elapsed_s)
-            results = fetch(job.grant, job.wanted, job.deadline, job.codec)
+            results = self._results(job, fetch)
             if job.land is not None:
                 for index, result in enumerate(results):
                     if result is ReadResult.OK:
@@ -223,6 +234,14 @@ class Fabric:
         except Exception as error:
             logger.exception("fabric job failed tag=%r", job.tag)
             return FabricFailed(job.tag, f"{type(error).__name__}: {error}")
+
+    def _results(self, job: FetchJob, fetch: Fetch) -> list[ReadResult]:
+        def of(wanted: Sequence[Wanted]) -> list[ReadResult]:
+            return fetch(job.grant, wanted, job.deadline, job.codec)
+
+        if job.recut is None:
+            return of(job.wanted)
+        return fetch_recut(job.recut, [want.destination for want in job.wanted], of)
 
     def _read_own(
         self, grant: Grant | None, wanted: Sequence[Wanted], deadline: float, codec: str

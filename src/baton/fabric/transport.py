@@ -35,18 +35,21 @@ class ReadResult(enum.StrEnum):
     WRONG_FORMAT = "wrong_format"  # the store holds another kv_format than ours
     CODEC = "codec"  # the source does not know the codec asked for
     TIMED_OUT = "timed_out"  # the deadline passed first
+    UNFIT = "unfit"  # a number in it is beyond the type of our blocks
 
 
 class Wanted(msgspec.Struct, frozen=True, eq=False):
     """One block to fetch: 32-byte key, hint of its frame, 16-byte digest, and where to put it.
 
-    The destination's length is the expected length of the stored block, in bytes.
+    The destination's length is the expected length of the stored block, in bytes. num_tokens: how
+    many slots are filled, from the first on; 0 is all. A lossy codec looks at no other.
     """
 
     key: bytes
     frame: int
     digest: bytes
     destination: WritableBlock
+    num_tokens: int = 0
 
 
 class Peer(msgspec.Struct, frozen=True):

@@ -23,6 +23,7 @@ is checked before memory is taken for it, the number of blocks before any is dec
         key         32 bytes
         frame       int        hint: the server trusts it only if the frame's header has the key
         num_bytes   int        the stored length that the reader expects
+        num_tokens  int        how many slots are filled, 0 for all: what an encoder looks at
 
     Blocks    "blocks"
       ask_id      16 bytes
@@ -59,7 +60,7 @@ from baton.errors import BatonError
 from baton.fabric.transport import Bytes, ReadableBlock, WritableBlock
 from baton.types import Grant, KvFormat
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 RAW: Final = "raw"
 MAX_MESSAGE_BYTES: Final = 16 << 10
 MAX_BLOCKS: Final = 256
@@ -83,6 +84,7 @@ class AskedBlock(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     key: Sha256
     frame: Natural
     num_bytes: Natural
+    num_tokens: Annotated[int, Meta(ge=0, le=0xFFFF)]
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ask"):
@@ -132,8 +134,14 @@ class Codec(Protocol):
 
     def encoded_bytes(self, fmt: KvFormat) -> int: ...
 
-    def encode(self, fmt: KvFormat, source: ReadableBlock, destination: Bytes) -> int:
-        """Returns how many bytes it wrote."""
+    def encode(
+        self,
+        fmt: KvFormat,
+        source: ReadableBlock,
+        destination: Bytes,
+        num_tokens: int | None = None,
+    ) -> int:
+        """Returns how many bytes it wrote; it looks at `num_tokens` slots, or all."""
         ...
 
     def decode(self, fmt: KvFormat, source: Bytes, destination: WritableBlock) -> None:

@@ -108,8 +108,9 @@ class FabricCheck:
                 source.link.release(lending.result().grant.grant_id)
 
     async def _measure(self, source: Member, reader: Member, sealed: Sealed) -> list[FabricLink]:
+        assert source.hello is not None, "it has joined"
         self._measured = asyncio.get_running_loop().create_future()
-        reader.link.measure(Measure(self._num_asked, sealed))
+        reader.link.measure(Measure(self._num_asked, sealed, source.hello.kv_format))
         source.link.renew(sealed.grant.grant_id)
         names = (source.announced.worker_id, reader.announced.worker_id)
         try:

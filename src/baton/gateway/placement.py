@@ -118,20 +118,19 @@ class PlacingDispatcher:
 
     def _joined(self, hello: Hello) -> None:
         self._crashed.discard(hello.worker_id)
-        block_size = hello.kv_format.block_size
-        self._table.join(
-            WorkerInfo(
-                hello.worker_id,
-                hello.role,
-                hello.epoch,
-                hello.num_blocks,
-                block_size,
-                hello.num_frames,
-                hello.keeps_blocks,
-            ),
-            Content(hello.fingerprint, hello.numerics, block_size),
-            time.monotonic(),
+        fmt = hello.kv_format
+        info = WorkerInfo(
+            hello.worker_id,
+            hello.role,
+            hello.epoch,
+            hello.num_blocks,
+            fmt.block_size,
+            hello.num_frames,
+            hello.keeps_blocks,
+            key_class=f"{hello.numerics}/{fmt.dtype}/{fmt.block_size}",
         )
+        content = Content(hello.fingerprint, hello.numerics, fmt.block_size)
+        self._table.join(info, content, time.monotonic())
         self._carry_out()
 
     def _lost(self, worker_id: str, reason: str) -> None:

@@ -1,8 +1,10 @@
 """The workers that a gateway knows, and its stream to each.
 
     Announce ──▶ connecting ──Hello fits──▶ joined ──stream lost──▶ gone
-                     └──Hello of another model, or stream lost──▶ gone
+                     │  └──Hello that does not fit──▶ refused: told so at its next Announce
+                     └──stream lost──▶ gone
 
+Workers need not be alike: what `core.unlike` can convert may join.
 All methods run on the event loop's thread.
 """
 
@@ -14,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from baton.core.unlike import End, misfit
 from baton.gateway.dispatch import Readiness
 from baton.rpc.client import WorkerLink
 from baton.rpc.messages import Address, Announce, AnnounceReply, Hello, StepReport
@@ -22,7 +25,10 @@ from baton.types import Role, WorkerLoad
 logger = logging.getLogger(__name__)
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_MUST_AGREE = ("model", "fingerprint", "numerics", "kv_format", "vocab_size", "max_model_len")
+_MUST_AGREE = ("model", "vocab_size", "max_model_len")
+_ROLES = (Role.PREFILL, Role.UNIFIED, Role.DECODE)
+"""Those that compute prompts come first."""
+_MAX_REFUSED = 64
 
 
 class Member:
@@ -63,6 +69,7 @@ class Registry:
         self._on_report = on_report
         self._on_lost = on_lost
         self._members: dict[str, Member] = {}
+        self._refused: dict[tuple[str, int], str] = {}  # by worker id and epoch, oldest first
         self._was_complete = False
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -74,6 +81,9 @@ class Registry:
         if message.address != f"unix:{self._runtime_dir / worker_id}.sock":
             # An address from a peer is never followed to where this side did not look for it.
             return AnnounceReply(False, "the worker's socket is not in this runtime directory")
+        refused = self._refused.get((worker_id, message.epoch))
+        if refused is not None:
+            return AnnounceReply(False, refused)
         known = self._members.get(worker_id)
         if known is not None:
             if known.announced.epoch == message.epoch:
@@ -101,8 +111,14 @@ class Registry:
         return [self._members[i] for i in sorted(self._members) if self._members[i].hello]
 
     def hello(self) -> Hello | None:
-        """What all members agree on; any one's word for it."""
-        return next((member.hello for member in self.joined()), None)
+        """Of a worker that computes prompts, if one is there: requests are placed by its keys."""
+        hellos = [member.hello for member in self.joined() if member.hello is not None]
+        return min(hellos, key=lambda hello: _ROLES.index(hello.role), default=None)
+
+    def hello_of(self, worker_id: str) -> Hello | None:
+        """What one member has said of itself."""
+        member = self._members.get(worker_id)
+        return None if member is None else member.hello
 
     def readiness(self) -> Readiness:
         """Ready when the layout has been complete once and no worker pool is empty now."""
@@ -137,6 +153,9 @@ class Registry:
         problem = self._misfit(announced, hello)
         if problem is not None:
             logger.error("worker id=%s refused: %s", announced.worker_id, problem)
+            self._refused[announced.worker_id, announced.epoch] = problem
+            if len(self._refused) > _MAX_REFUSED:
+                del self._refused[next(iter(self._refused))]
             self._remove(announced.worker_id, problem)
             return
         self._members[announced.worker_id].hello = hello
@@ -160,11 +179,9 @@ class Registry:
         said = (announced.worker_id, announced.epoch, announced.role)
         if (hello.worker_id, hello.epoch, hello.role) != said:
             return "its Hello is not what it announced"
-        other = self.hello()
-        if other is not None:
-            for field in _MUST_AGREE:
-                if getattr(hello, field) != getattr(other, field):
-                    return f"its {field} differs from that of {other.worker_id}"
+        for member in self.joined():
+            if member.hello is not None and (problem := _difference(hello, member.hello)):
+                return problem
         return None
 
     def _reported(self, announced: Announce, report: StepReport) -> None:
@@ -194,3 +211,26 @@ class Registry:
         task = asyncio.get_running_loop().create_task(link.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+
+def _difference(hello: Hello, other: Hello) -> str | None:
+    """Why these two cannot serve together, as a sentence with the field and both values."""
+    found: tuple[str, object, object] | None = next(
+        (
+            (field, getattr(hello, field), getattr(other, field))
+            for field in _MUST_AGREE
+            if getattr(hello, field) != getattr(other, field)
+        ),
+        None,
+    ) or misfit(_end(hello), _end(other))
+    if found is None:
+        return None
+    field, theirs, ours = found
+    return (
+        f"its {field} is {theirs}, that of {other.worker_id} is {ours}: "
+        "their KV cannot be converted, so give both the same"
+    )
+
+
+def _end(hello: Hello) -> End:
+    return End(hello.fingerprint, hello.numerics, hello.kv_format)

@@ -9,7 +9,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -76,12 +76,13 @@ def serve(config: Config, *, command: Command = baton_command, probe: Probe | No
     workers = worker_names(Layout.parse(config.launch.layout))
     shares = share_out(config, workers, sorted(os.sched_getaffinity(0)), usable_cores())
     console = Console()
-    with runtime_dir() as directory, _weights_memfd(config) as descriptors:
+    with runtime_dir() as directory, _weights_memfds(config, workers.values()) as memfds:
         create_secret(directory)
         (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
         def worker(name: str, role: Role) -> Child:
             share = shares[name]
+            descriptors = memfds[role]
             flags = [*share.flags(), *(f"--weights-fd={fd}" for fd in descriptors)]
             return Child(
                 name,
@@ -106,19 +107,24 @@ def serve(config: Config, *, command: Command = baton_command, probe: Probe | No
 
 
 @contextlib.contextmanager
-def _weights_memfd(config: Config) -> Iterator[tuple[int, ...]]:
+def _weights_memfds(config: Config, roles: Iterable[Role]) -> Iterator[dict[Role, tuple[int, ...]]]:
     """The memory in which the workers share packed weights, if they may come to pack any.
 
-    It outlives them, so that a worker which starts again has its weights at once.
+    One for each type: roles may differ in theirs. It outlives the workers, so that one which
+    starts again has its weights at once.
     """
-    if config.engine.kernels == "torch" or config.engine.device == "cuda":
-        yield ()
-        return
-    fd = create_memfd("baton-weights")
-    try:
-        yield (fd,)
-    finally:
-        os.close(fd)
+    with contextlib.ExitStack() as closing:
+        of_type: dict[str, int] = {}
+        found: dict[Role, tuple[int, ...]] = {}
+        for role in set(roles):
+            own = config.for_role(role)
+            found[role] = ()
+            if own.engine.kernels != "torch" and own.engine.device != "cuda":
+                if own.model.dtype not in of_type:
+                    of_type[own.model.dtype] = create_memfd("baton-weights")
+                    closing.callback(os.close, of_type[own.model.dtype])
+                found[role] = (of_type[own.model.dtype],)
+        yield found
 
 
 def _announce(config: Config, seconds: float) -> None:

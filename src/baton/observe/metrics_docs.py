@@ -24,6 +24,9 @@ EVENTS: dict[str, str] = {
     "them, and verified.",
     "restored_blocks": "Blocks that came back from this worker's own store.",
     "early_blocks": "Blocks fetched, and verified, before the sequence that needs them came.",
+    "lossy_blocks_*": "Of these two, blocks that came in the lossy codec of the ending.",
+    "converted_blocks": "Of the imported ones, blocks that were made of a worker's whose blocks "
+    "are unlike: of another size, type or device.",
     "early_lost_*": "Blocks that could not be fetched early; the ending says why. They are asked "
     "for again. 0 without faults.",
     "lent_blocks": "Blocks of the store opened to a worker that computes a prompt with the same "

@@ -40,7 +40,7 @@ from baton.types import (
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 MAX_MESSAGE_BYTES: Final = 64 << 20
 
 
@@ -81,7 +81,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """worker → gateway, first on the stream: who I am and what I can take.
 
     `fingerprint` (of the weights) and `numerics` (the class of arithmetic) name the root of the
-    block keys. `kv_format` must match, or be convertible, between the two ends of a handoff.
+    block keys. `kv_format` and they must match, or be convertible, between the two ends of a
+    handoff (`core.unlike`).
     `num_frames` is the size of its store; with `keeps_blocks` it holds what was computed here.
     `fabric_host` and `fabric_port` are where it serves blocks over TCP, if it does.
     `last_index` (set by the server) is the last Instructions acted upon: not 0 only on a resume.
@@ -120,10 +121,11 @@ class Address(msgspec.Struct, frozen=True):
 
 
 class Measure(msgspec.Struct, frozen=True):
-    """Fetch these blocks by every way there is, for the figures alone."""
+    """Fetch these blocks, of that format, by every way there is, for the figures alone."""
 
     number: int
     sealed: Sealed
+    kv_format: KvFormat
 
 
 class Measured(msgspec.Struct, frozen=True):

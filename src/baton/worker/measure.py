@@ -23,15 +23,15 @@ FETCH_S: Final = 2.0
 MAX_BLOCKS: Final = 64
 
 
-def measure(store: Store, ask: Measure, block_bytes: int) -> list[Measured]:
+def measure(store: Store, ask: Measure) -> list[Measured]:
     """One figure for each way by which blocks of the lender could come; none if it lent none."""
-    sealed = ask.sealed
+    sealed, block_bytes = ask.sealed, ask.kv_format.block_bytes
     places = list(zip(sealed.keys, sealed.frames, sealed.digests, strict=False))[:MAX_BLOCKS]
     wanted = [Wanted(*place, np.empty(block_bytes, np.uint8)) for place in places]
     found = []
     for name in store.ways(sealed.grant.source) if wanted else ():
         try:
-            way = store.open_way(name)
+            way = store.open_way(name, ask.kv_format)
         except ConfigError as error:
             found.append(Measured(ask.number, name, str(error)))
             continue

@@ -26,6 +26,7 @@ from baton.fabric.thread import Fabric
 from baton.fabric.tls import TlsFiles, client_context, server_context
 from baton.fabric.transport import Peer, Transport
 from baton.rpc.messages import Address
+from baton.types import KvFormat
 
 logger = logging.getLogger(__name__)
 
@@ -115,27 +116,33 @@ class Store:
 
     # Ways to others; called on the thread that fetches from `source` -----------------------
 
-    def _way_to(self, source: str) -> Transport:
+    def _way_to(self, source: str, kv_format: KvFormat | None) -> Transport:
         name, reason = self._choose(source)
         logger.info("transport source=%s name=%s reason=%s", source, name, reason)
-        return self.open_way(name)
+        if kv_format is not None:
+            ours = self._kv_format
+            logger.info("blocks of source=%s are unlike ours: %s, not %s", source, kv_format, ours)
+        return self.open_way(name, kv_format)
 
-    def open_way(self, name: str) -> Transport:
+    def open_way(self, name: str, kv_format: KvFormat | None = None) -> Transport:
         """A transport of this name, for one thread to use and close.
+
+        kv_format: of the blocks that it is to fetch; None is ours.
 
         Raises:
             ConfigError: the package that it needs is missing.
         """
+        kv_format = kv_format or self._kv_format
         if name == "shm":
-            return ShmTransport(self._runtime_dir, self._kv_format)
+            return ShmTransport(self._runtime_dir, kv_format)
         if name == "nixl":
             from baton.fabric.nixl import NixlTransport
             from baton.fabric.nixl.door import Doors
 
-            return NixlTransport(Doors(self._runtime_dir), self._kv_format)
+            return NixlTransport(Doors(self._runtime_dir), kv_format)
         tls = client_context(self._tls) if self._tls else None
         codecs = {name: codec for name, codec in CODECS.items() if name != RAW}
-        return TcpTransport(self._resolve, self._kv_format, tls, self._config.tcp_streams, codecs)
+        return TcpTransport(self._resolve, kv_format, tls, self._config.tcp_streams, codecs)
 
     def ways(self, source: str) -> list[str]:
         """Names of the transports by which blocks of `source` could come."""

@@ -189,8 +189,7 @@ class Worker:
     def _measure(self, gateway_id: str, ask: Measure) -> None:
         """Beside everything else; nobody waits for it but the gateway that asked."""
         assert self._loop is not None
-        block_bytes = self._built.limits.block_bytes
-        found = self._loop.run_in_executor(None, measure, self._store, ask, block_bytes)
+        found = self._loop.run_in_executor(None, measure, self._store, ask)
 
         def tell(done: asyncio.Future[list[Measured]]) -> None:
             if not done.cancelled():
