@@ -104,7 +104,7 @@ def sealed(source: str, name: str = "g", *, attempt: int = 0, first: int = 0) ->
 
 def handoff(source: str = "p0", name: str = "g", *, attempt: int = 0) -> Handoff:
     keys = tuple(KEYS)
-    return Handoff("r", 0, attempt, grant(source, name), 10, FORMAT, keys, keys, (0, 1))
+    return Handoff("r", 0, attempt, grant(source, name), 10, FORMAT, "exact", keys, keys, (0, 1))
 
 
 def submitted(outcome: Outcome) -> tuple[str, Request]:
