@@ -113,7 +113,9 @@ class Network:
         version = self._version
         first_s, number = math.inf, 0
         for n, transfer in moving:
-            needs_s = transfer.left / transfer.rate if transfer.left > 0 else 0.0
+            needs_s = 0.0
+            if transfer.left > 0:
+                needs_s = transfer.left / transfer.rate if transfer.rate > 0 else math.inf
             if needs_s < first_s:
                 first_s, number = needs_s, n
         if first_s < math.inf:

@@ -46,6 +46,11 @@ class CostRunner:
         self._free_at = (self._free_at if self._free_at > now else now) + elapsed_s
         self._steps.append(_Step(plan, shaped, elapsed_s, self._free_at))
 
+    @property
+    def began(self) -> float:
+        """When the oldest step began."""
+        return self._steps[0].end - self._steps[0].elapsed_s
+
     def ends(self, steps: int, before: float) -> list[float]:
         """When the oldest step ends, and up to `steps - 1` that follow it, each a token further.
 
