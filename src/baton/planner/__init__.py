@@ -1,1 +1,4 @@
-"""What the user should run: reads his traffic, measures or looks up the hardware, and decides."""
+"""From traffic, hardware and prices to a verdict, and the measurements that it rests on.
+
+No torch here: a plan is made on any laptop. What must run a model is in `engine`.
+"""
