@@ -33,6 +33,7 @@ import msgspec
 
 from baton.core.held_leases import HeldLeases
 from baton.core.instructions import Ask, Instruction, Offer, Outcome, Release, Submit, Withdraw
+from baton.core.keys import ExtendKeys, extend_chain
 from baton.core.life import Content, HandoffPolicy, Life, Phase, Timers
 from baton.core.router import Router, WorkerInfo
 from baton.errors import DeadlineExceeded, Internal, ServeError, Unavailable, WorkerLost, from_wire
@@ -46,13 +47,17 @@ class RequestTable:
     """All living requests of one gateway. Pure; every call is deterministic in its arguments.
 
     The table alone calls the router's `join`, `leave`, `place`, `timed`, `kept`, `prefilled` and
-    `finished`; so a `LoggedRouter` writes a complete log of it.
+    `finished`; so a `LoggedRouter` writes a complete log of it. extend_keys: what the keys of full
+    blocks are made of (see `keys`), the same as at the workers.
     """
 
-    def __init__(self, router: Router, policy: HandoffPolicy) -> None:
+    def __init__(
+        self, router: Router, policy: HandoffPolicy, extend_keys: ExtendKeys = extend_chain
+    ) -> None:
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._router = router
         self._policy = policy
+        self._extend_keys = extend_keys
         self._content: Content | None = None
         self._lives: dict[tuple[str, int], Life] = {}
         self._waiting: dict[tuple[str, int], Life] = {}
@@ -243,7 +248,7 @@ class RequestTable:
         request, content = life.request, self._content
         assert content is not None, "somebody has joined"
         num_tokens = len(request.prompt) + len(life.tokens)
-        keys = life.extend_keys(content, num_tokens)
+        keys = life.extend_keys(content, num_tokens, self._extend_keys)
         placement = self._router.place(request.id, request.choice, num_tokens, keys)
         self._waiting.pop(life.key, None)
         life.placement = placement
@@ -368,7 +373,7 @@ class RequestTable:
         if content is None or info is None or not info.keeps_blocks:
             return
         num_tokens = len(life.request.prompt) + len(life.tokens) - 1  # the last one has no KV
-        keys = life.extend_keys(content, num_tokens)
+        keys = life.extend_keys(content, num_tokens, self._extend_keys)
         self._router.kept(worker_id, keys[life.num_placed_keys if life.took_over else 0 :])
 
     # Inside ---------------------------------------------------------------------------------
