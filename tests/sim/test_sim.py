@@ -99,10 +99,10 @@ def fetch_does_not_pin_its_destination(patch: Patch) -> None:
     original = Scheduler.abort
 
     def abort(self: Scheduler, seq_id: object) -> None:
-        for number, order in list(self.imports._orders.items()):
+        for number, order in list(self.fetches.imports._orders.items()):
             if order.seq_id == seq_id:
-                self.imports._pool.release([want.block for want in order.wanted])
-                self.imports._orders[number] = type(order)(
+                self.fetches.imports._pool.release([want.block for want in order.wanted])
+                self.fetches.imports._orders[number] = type(order)(
                     order.number, order.seq_id, order.grant, (), order.deadline
                 )
         original(self, seq_id)  # type: ignore[arg-type]

@@ -33,6 +33,7 @@ import msgspec
 
 from baton.core.held_leases import HeldLeases
 from baton.core.instructions import Ask, Instruction, Offer, Outcome, Release, Submit, Withdraw
+from baton.core.keys import ExtendKeys, extend_chain
 from baton.core.life import Content, HandoffPolicy, Life, Phase, Timers
 from baton.core.router import Router, WorkerInfo
 from baton.errors import DeadlineExceeded, Internal, ServeError, Unavailable, WorkerLost, from_wire
@@ -56,14 +57,18 @@ class RequestTable:
     """All living requests of one gateway. Pure; every call is deterministic in its arguments.
 
     The table alone calls the router's `join`, `leave`, `place`, `timed`, `kept`, `prefilled` and
-    `finished`; so a `LoggedRouter` writes a complete log of it.
+    `finished`; so a `LoggedRouter` writes a complete log of it. extend_keys: what the keys of full
+    blocks are made of (see `keys`), the same as at the workers.
     """
 
-    def __init__(self, router: Router, policy: HandoffPolicy) -> None:
+    def __init__(
+        self, router: Router, policy: HandoffPolicy, extend_keys: ExtendKeys = extend_chain
+    ) -> None:
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._router = router
         self._policy = policy
         self._reference: tuple[Content, str] | None = None
+        self._extend_keys = extend_keys
         self._lives: dict[tuple[str, int], Life] = {}
         self._waiting: dict[tuple[str, int], Life] = {}
         self._workers: dict[str, WorkerInfo] = {}
@@ -193,8 +198,8 @@ class RequestTable:
             return
         if delta.token_ids:
             if delta.first_index != len(life.tokens):
-                error = f"worker {worker_id} sent token {delta.first_index} after {len(life.tokens)}"
-                self._fail(life, Internal(error, stage="decode"), now)
+                gap = f"worker {worker_id} sent token {delta.first_index} after {len(life.tokens)}"
+                self._fail(life, Internal(gap, stage="decode"), now)
                 return
             if not life.drew:
                 self._drew_first(life, delta, now)
@@ -260,7 +265,7 @@ class RequestTable:
         assert reference is not None, "somebody has joined"
         content, key_class = reference
         num_tokens = len(request.prompt) + len(life.tokens)
-        keys = life.extend_keys(content, num_tokens)
+        keys = life.extend_keys(content, num_tokens, self._extend_keys)
         placement = self._router.place(request.id, request.choice, num_tokens, keys, key_class)
         self._waiting.pop(life.key, None)
         life.placement = placement
@@ -386,7 +391,7 @@ class RequestTable:
         if info is None or not info.keeps_blocks or info.key_class != life.key_class:
             return  # of another class, it has other keys for these tokens
         num_tokens = len(life.request.prompt) + len(life.tokens) - 1  # the last one has no KV
-        keys = life.extend_keys(self._contents[worker_id], num_tokens)
+        keys = life.extend_keys(self._contents[worker_id], num_tokens, self._extend_keys)
         self._router.kept(worker_id, keys[life.num_placed_keys if life.took_over else 0 :])
 
     # Inside ---------------------------------------------------------------------------------
@@ -418,9 +423,9 @@ class RequestTable:
     def _current(self, worker_id: str, key: tuple[str, int], attempt: int) -> Life | None:
         """The life that this worker's message is about, if it is still its to serve."""
         life = self._lives.get(key)
-        if life is not None and life.worker_id == worker_id and life.attempt == attempt:
-            if life.phase is Phase.FIRST or life.phase is Phase.SECOND:
-                return life
+        begun = life is not None and life.phase in (Phase.FIRST, Phase.SECOND)
+        if life is not None and begun and (life.worker_id, life.attempt) == (worker_id, attempt):
+            return life
         self.counters["stale_messages"] += 1
         return None
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from baton.core.keys import chain, root_key
+from baton.core.keys import ExtendKeys, extend_chain, root_key
 from baton.core.router import Placement
 from baton.errors import ServeError, WireError
 from baton.types import FinishReason, Request
@@ -129,7 +129,9 @@ class Life:
         left = self.request.deadline_s
         return None if left is None else self.received + left
 
-    def extend_keys(self, content: Content, num_tokens: int) -> list[bytes]:
+    def extend_keys(
+        self, content: Content, num_tokens: int, extend: ExtendKeys = extend_chain
+    ) -> list[bytes]:
         """Keys of the full blocks of the first `num_tokens` tokens of prompt and answer, at least.
 
         Each is worked out once, unless the content is another one than before.
@@ -137,18 +139,11 @@ class Life:
         if content != self.content:
             self.content, self.keys = content, []
         keys, prompt, size = self.keys, self.request.prompt, content.block_size
-        start = len(keys) * size
-        if num_tokens - start < size:
-            return keys
-        if keys:
-            parent = keys[-1]
-        else:
-            parent = root_key(content.fingerprint, content.numerics, self.request.salt)
-        rest = prompt[start:num_tokens]
-        if num_tokens > len(prompt):
-            first = max(0, start - len(prompt))
-            rest = (*rest, *self.tokens[first : num_tokens - len(prompt)])
-        keys += chain(parent, rest, size)
+        number = num_tokens // size
+        if number > len(keys):
+            tokens = prompt if num_tokens <= len(prompt) else (*prompt, *self.tokens)
+            root = root_key(content.fingerprint, content.numerics, self.request.salt)
+            extend(keys, root, tokens, size, number)
         return keys
 
 
