@@ -4,12 +4,12 @@
                                       │  └─▶ copies into its store
                                       └────▶ fetches from the stores of others, over links
 
-Schedulers, pools, stores, leases, the router and the gateway's request table are the real ones; the
-KV tells lies apart (`sim_engine`). One seed decides everything: sizes, arrivals, how long each step,
+Schedulers, pools, stores, leases, router and the gateway's request table are the real ones; the KV
+tells lies apart (`sim_engine`). One seed decides everything: sizes, arrivals, how long each step,
 copy, message and fetch takes, and the faults. Time is that of an event heap. A stream between the
 gateway and a worker belongs to one start of the worker: what one start said, or was told, does not
-reach another one. A worker whose request says nothing for long is taken to be frozen, and the
-request is placed again.
+reach another one. A request of which nothing is heard for long is taken to be with a frozen worker
+and placed again.
 
 `Client` holds every stream to the expected tokens; `Cluster.run` ends when every request has, and
 then verifies that nothing is left and that nothing fell back unless a fault was injected.

@@ -247,9 +247,30 @@ def test_times_are_those_of_the_present_leg() -> None:
     gateway = Gateway("p0", "d0")
     life = taken_over(gateway)
     assert gateway.table.timed("d0", StageTimes("r", 0, 0)) is life
+    gateway.table.timed("p0", StageTimes("r", 0, 1, prefill_s=2.0, num_prompt_computed=4))
+    assert gateway.router._workers["p0"].prefill_token_s == 0.5, "whatever it was for"
     assert gateway.table.timed("p0", StageTimes("r", 0, 0)) is None
     assert gateway.table.timed("d0", StageTimes("r", 0, 1)) is None
-    assert gateway.count("stale_messages") == 2
+    assert gateway.count("stale_messages") == 3
+
+
+def test_a_prompt_is_work_until_its_first_token_in_every_attempt() -> None:
+    gateway = Gateway("p0", "d0")
+    for attempt in (0, 1):
+        if attempt:
+            gateway.lose("p0")
+            gateway.join("p0")
+        else:
+            gateway.add()
+        ahead, _ = gateway.add(f"behind {attempt}", prompt=(attempt,) * 8)
+        gateway.table.abandon(*ahead.key, 1.0)
+        gateway.says("p0", tokens(attempt, 7, attempt=attempt))
+        alone, _ = gateway.add(f"alone {attempt}", prompt=(5 + attempt,) * 8)
+        gateway.table.abandon(*alone.key, 1.0)
+        assert ahead.placement is not None
+        assert alone.placement is not None
+        assert ahead.placement.predicted_tokens == 8 + len(PROMPT) + attempt
+        assert alone.placement.predicted_tokens == 8
 
 
 # Leases ----------------------------------------------------------------------------------------
@@ -321,6 +342,17 @@ def test_blocks_that_came_early_are_counted_with_the_first_token() -> None:
     gateway.says("p0", tokens(0, 7))
     gateway.table.landed(Landed("r", 0, 0, 1))
     assert life.num_early_blocks == 2
+
+
+def test_what_came_early_for_a_lost_attempt_does_not_count() -> None:
+    gateway = Gateway("p0", "d0")
+    life, _ = gateway.add()
+    gateway.table.landed(Landed("r", 0, 0, 2))
+    gateway.lose("p0")
+    gateway.join("p0")
+    gateway.table.landed(Landed("r", 0, 1, 1))
+    gateway.says("p0", tokens(0, 7, attempt=1))
+    assert life.num_early_blocks == 1
 
 
 # Borrowing -------------------------------------------------------------------------------------
@@ -439,6 +471,15 @@ def test_only_the_present_legs_worker_is_believed(worker: str, delta: TokenDelta
     assert gateway.count("stale_messages") == 1
 
 
+def test_a_worker_that_speaks_before_it_was_asked() -> None:
+    gateway = Gateway("p0", "p1", "d0")
+    life = lending(gateway)
+    assert life.worker_id == "p1"
+    outcome = gateway.says("p1", tokens(0, 7), handoff("p1"))
+    assert outcome == Outcome([Release("p1", "g")])
+    assert (life.phase, gateway.count("stale_messages")) == (Phase.BORROWING, 2)
+
+
 @pytest.mark.parametrize("first", [0, 2])
 def test_a_repeat_or_a_gap_ends_it(first: int) -> None:
     gateway = Gateway("p0", "d0")
@@ -485,8 +526,8 @@ def test_prefill_lost_before_the_first_token() -> None:
     assert not told(outcome)
     assert not outcome.deltas
     assert life.attempt == gateway.count("placed_again") == 1
-    gateway.says("p1", tokens(0, 7, attempt=1, num_cached=4))
-    assert life.num_cached == 4, "the client has been told of no hit yet"
+    outcome = gateway.says("p1", tokens(0, 7, attempt=1, num_cached=4))
+    assert life.num_cached == outcome.deltas[0].num_cached == 4, "of no hit was told before"
 
 
 def test_prefill_lost_before_the_handoff() -> None:
@@ -509,7 +550,8 @@ def test_decode_lost() -> None:
     worker, leg = submitted(outcome)
     assert (worker, leg.attempt, leg.emitted, leg.handoff) == ("p0", 1, (7,), None)
     assert told(outcome) == [Release("p0", "g")]
-    gateway.says("p0", tokens(1, 8, attempt=1))
+    gateway.says("p0", tokens(1, 8, attempt=1), now=9.0)
+    assert life.first_token_at == 1.0
     worker, leg = submitted(gateway.says("p0", handoff(attempt=1)))
     assert (worker, leg.emitted) == ("d1", (7, 8))
     outcome = gateway.says("d1", tokens(2, 9, attempt=1, finish=FinishReason.LENGTH))
@@ -569,10 +611,12 @@ def test_it_waits_for_a_worker_to_join() -> None:
     outcome = gateway.lose("d0", 1.0)
     assert outcome.instructions == [Release("p0", "g")]
     assert (life.phase, life.worker_id, outcome.deltas) == (Phase.WAITING, None, [])
+    assert not gateway.router._placed, "nobody has work with it"
     assert gateway.join("p1", 2.0) == Outcome(), "still nobody who decodes"
     worker, leg = submitted(gateway.join("d1", 3.0))
     assert (leg.attempt, leg.emitted) == (1, (7,))
     assert life.worker_id == worker
+    assert gateway.join("d2", 4.0) == Outcome(), "it waits no longer"
     assert gateway.tick(61.0).deltas == []
 
 
@@ -589,6 +633,16 @@ def test_it_does_not_wait_for_ever(deadline_s: float | None, at: float, code: st
     assert life.ended_at == at
     assert gateway.count("given_up") == 1
     assert gateway.join("p0", 30.0) == Outcome()
+
+
+def test_it_waits_anew_when_it_is_lost_anew() -> None:
+    gateway = Gateway("u0", max_wait_s=20.0)
+    gateway.add()
+    gateway.lose("u0", 1.0)
+    gateway.join("u0", 5.0)
+    gateway.lose("u0", 6.0)
+    assert gateway.tick(21.0) == Outcome()
+    assert ended(gateway.tick(26.0)) == "worker_lost"
 
 
 def test_the_retry_budget() -> None:
@@ -650,9 +704,11 @@ def _all_keys(*generated: int) -> list[bytes]:
 
 def test_what_a_lone_worker_keeps() -> None:
     gateway = Gateway("u0")
+    gateway.add("x")
+    gateway.table.delivered("u0", TokenDelta("x", 0, 0, 0, (1, 2), finish=FinishReason.LENGTH), 1.0)
+    assert gateway.router.stored("u0") == KEYS, "the last of 12 tokens has no KV"
     gateway.add()
     gateway.says("u0", tokens(0, 1, 2, 3, finish=FinishReason.LENGTH))
-    # Of 13 tokens 12 have KV.
     assert gateway.router.stored("u0") == _all_keys(1, 2)
     assert len(_all_keys(1, 2)) == 3
 

@@ -34,7 +34,7 @@ import msgspec
 from baton.core.held_leases import HeldLeases
 from baton.core.instructions import Ask, Instruction, Offer, Outcome, Release, Submit, Withdraw
 from baton.core.keys import ExtendKeys, extend_chain
-from baton.core.life import Content, HandoffPolicy, Life, Phase, Timers
+from baton.core.life import LEGS, Content, HandoffPolicy, Life, Phase, Timers
 from baton.core.router import Router, WorkerInfo
 from baton.errors import DeadlineExceeded, Internal, ServeError, Unavailable, WorkerLost, from_wire
 from baton.types import (
@@ -198,8 +198,9 @@ class RequestTable:
             return
         if delta.token_ids:
             if delta.first_index != len(life.tokens):
-                gap = f"worker {worker_id} sent token {delta.first_index} after {len(life.tokens)}"
-                self._fail(life, Internal(gap, stage="decode"), now)
+                count = len(life.tokens)
+                what = f"worker {worker_id} sent token {delta.first_index} after {count}"
+                self._fail(life, Internal(what, stage="decode"), now)
                 return
             if not life.drew:
                 self._drew_first(life, delta, now)
@@ -330,7 +331,6 @@ class RequestTable:
         self.counters["placed_again"] += 1
         self._withdraw(life)
         self._held.release_all(life)
-        self._router.finished(*life.key)
         life.attempt += 1
         life.phase = Phase.WAITING
         life.worker_id = None
@@ -372,8 +372,7 @@ class RequestTable:
 
     def _withdraw(self, life: Life) -> None:
         """Stop the present leg, if it was begun and its worker is there."""
-        begun = life.phase is Phase.FIRST or life.phase is Phase.SECOND
-        if begun and life.worker_id is not None and life.worker_id in self._workers:
+        if life.phase in LEGS and life.worker_id is not None and life.worker_id in self._workers:
             self._tell(Withdraw(life.worker_id, *life.key, life.attempt))
 
     def _end(self, life: Life, finish: FinishReason, now: float) -> None:
@@ -423,11 +422,15 @@ class RequestTable:
     def _current(self, worker_id: str, key: tuple[str, int], attempt: int) -> Life | None:
         """The life that this worker's message is about, if it is still its to serve."""
         life = self._lives.get(key)
-        begun = life is not None and life.phase in (Phase.FIRST, Phase.SECOND)
-        if life is not None and begun and (life.worker_id, life.attempt) == (worker_id, attempt):
-            return life
-        self.counters["stale_messages"] += 1
-        return None
+        if (
+            life is None
+            or life.worker_id != worker_id
+            or life.attempt != attempt
+            or life.phase not in LEGS
+        ):
+            self.counters["stale_messages"] += 1
+            return None
+        return life
 
 
 _ROLES = (Role.PREFILL, Role.UNIFIED, Role.DECODE)

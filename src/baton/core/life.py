@@ -28,6 +28,10 @@ class Phase(enum.Enum):
     ENDED = enum.auto()
 
 
+LEGS = (Phase.FIRST, Phase.SECOND)
+"""Phases in which a worker has been given a leg."""
+
+
 class HandoffPolicy(msgspec.Struct, frozen=True):
     """What the table may decide by itself. Durations in seconds.
 

@@ -55,6 +55,7 @@ REQUEST_EVENTS: dict[str, str] = {
 }
 """What the label `event` of `GATEWAY_EVENTS` may be."""
 
+
 def reference() -> str:
     """The page, in Markdown."""
     lines = ["# Metrics", "", *_INTRODUCTION.splitlines(), ""]
