@@ -42,19 +42,23 @@ def test_most_of_a_long_prompt_arrives_before_its_last_chunk_is_computed(
 
 
 @pytest.mark.parametrize("layout", ["1P1D", "2P1D"])
-@pytest.mark.parametrize(("num_prompt", "num_answer"), [(200, 100), (1700, 300)])
 def test_the_next_turn_of_a_chat_computes_its_new_text_only(
-    model: Path, expected: Victim, layout: str, num_prompt: int, num_answer: int
+    model: Path, expected: Victim, layout: str
 ) -> None:
-    history = prompt_of(num_prompt, seed=2)
-    new_text = prompt_of(21, seed=3)
     with Victim.start(model, layout, *SMALL) as served:
-        answer = served.ask(history, num_answer)
-        served.until(served.is_idle)  # the last blocks are kept
-        before = served.counters()
-        turn = [*history, *answer, *new_text]
-        tokens = served.ask(turn, 8)
-        after = served.counters()
+        for seed, (num_prompt, num_answer) in enumerate(((200, 100), (1700, 300)), 20):
+            check_next_turn(served, expected, prompt_of(num_prompt, seed), num_answer)
+
+
+def check_next_turn(served: Victim, expected: Victim, history: list[int], num_answer: int) -> None:
+    """A chat of that many tokens, and a turn more: what of it is computed, and what it says."""
+    new_text = prompt_of(21, seed=3)
+    answer = served.ask(history, num_answer)
+    served.until(served.is_idle)  # the last blocks are kept
+    before = served.counters()
+    turn = [*history, *answer, *new_text]
+    tokens = served.ask(turn, 8)
+    after = served.counters()
     assert tokens == expected.ask(turn, 8)
 
     def grown(name: str, role: str) -> float:

@@ -135,7 +135,11 @@ def test_nothing_more_is_fetched_after_a_block_that_did_not_come(
 
 @pytest.mark.parametrize(
     ("source_type", "target_type", "number"),
-    [("float32", "float16", 65520.0), ("bfloat16", "float16", 1e5), ("float32", "bfloat16", 3.4e38)],
+    [
+        ("float32", "float16", 65520.0),
+        ("bfloat16", "float16", 1e5),
+        ("float32", "bfloat16", 3.4e38),
+    ],
 )
 def test_a_number_that_the_type_cannot_hold_is_no_block(
     source_type: str, target_type: str, number: float

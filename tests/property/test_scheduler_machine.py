@@ -97,13 +97,13 @@ def _unlike(prefill_size: int, decode_size: int, **changes: object) -> type[Serv
     class Machine(ServingMachine):
         alike = False
         prefill_config = make_config(
-            block_size=prefill_size, num_blocks=12, num_frames=12, max_num_seqs=4,
-            max_num_batched_tokens=5, lease_ttl_s=5.0, keep_blocks=True,
+            block_size=prefill_size, num_blocks=20 // prefill_size + 1, num_frames=10,
+            max_num_seqs=4, max_num_batched_tokens=5, lease_ttl_s=5.0, keep_blocks=True,
         )  # fmt: skip
         decode_config = msgspec.structs.replace(
             make_config(
-                block_size=decode_size, num_blocks=12, num_frames=8, max_num_seqs=4,
-                max_num_batched_tokens=7, lease_ttl_s=5.0, keep_blocks=True,
+                block_size=decode_size, num_blocks=20 // decode_size + 1, num_frames=8,
+                max_num_seqs=4, max_num_batched_tokens=7, lease_ttl_s=5.0, keep_blocks=True,
             ),
             **changes,
         )  # fmt: skip

@@ -237,3 +237,15 @@ def test_import_is_light() -> None:
     code = "import sys, baton.config; print(sorted({'torch', 'numpy', 'yaml'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_a_role_may_have_settings_of_its_own(tmp_path: Path) -> None:
+    text = "engine: {block_size: 16, kernels: torch}\nprefill: {block_size: 64, dtype: bfloat16}\n"
+    config = load_config(write(tmp_path, text), {"decode.kernels": "native", "decode.device": "cpu"})
+    prefill, decode = config.for_role(Role.PREFILL), config.for_role(Role.DECODE)
+    assert (prefill.engine.block_size, prefill.model.dtype) == (64, "bfloat16")
+    assert (decode.engine.block_size, decode.model.dtype) == (16, "auto")
+    assert (prefill.engine.kernels, decode.engine.kernels) == ("torch", "native")
+    assert (prefill.engine.device, decode.engine.device) == ("auto", "cpu")
+    assert config.for_role(Role.UNIFIED) == config
+    assert load_config(write(tmp_path, to_yaml(config))) == config

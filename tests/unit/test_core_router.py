@@ -142,3 +142,26 @@ def test_books_return_to_zero() -> None:
         router.finished(*request)
         router.finished(*request)
     _assert_zero(router)
+
+
+def test_nothing_is_believed_of_workers_that_have_other_keys() -> None:
+    router = Router()
+    for name, role, key_class in (
+        ("p0", Role.PREFILL, "a"),
+        ("p1", Role.PREFILL, "b"),
+        ("d0", Role.DECODE, "b"),
+    ):
+        info = WorkerInfo(name, role, 1, 100, 4, 100, keeps_blocks=True, key_class=key_class)
+        router.join(info)
+    keys = _keys("k", "l", "m")
+    placed = [router.place(f"r{n}", 0, 12, keys, "a").prefill for n in range(2)]
+    assert placed == ["p0", "p1"]
+    for n in range(2):
+        router.finished(f"r{n}", 0)
+    assert router.stored("p0") == keys
+    assert router.stored("p1") == []
+    # p1 has computed the prompt as well, but under keys that nobody here knows.
+    assert router.place("r3", 0, 12, keys, "b").predicted_tokens == 12
+    router.finished("r3", 0)
+    again = router.place("r4", 0, 12, keys, "a")
+    assert (again.prefill, again.predicted_tokens, again.lender) == ("p0", 1, None)

@@ -26,6 +26,7 @@ from baton.fabric.tcp_server import TcpServer
 from baton.fabric.transport import ReadResult
 from baton.fabric.wire import (
     MAX_MESSAGE_BYTES,
+    PROTOCOL_VERSION,
     Refusal,
     decode_answer,
     decode_ask,
@@ -170,7 +171,7 @@ def test_a_length_that_is_too_long_is_not_waited_for(store: Store) -> None:
 
 
 def test_another_protocol_is_refused(store: Store) -> None:
-    ask = msgspec.structs.replace(decode_ask(ask_of(store)[4:]), protocol=2)
+    ask = msgspec.structs.replace(decode_ask(ask_of(store)[4:]), protocol=PROTOCOL_VERSION + 1)
     with connect(store) as connection:
         connection.sendall(pack(ask))
         assert decode_answer(connection.recv(4096)[4:]) == Refusal(ask.ask_id, "refused")

@@ -1,11 +1,11 @@
-"""Who may join: workers whose KV can be converted; the others are told which field keeps them out."""
+"""Who may join: workers whose KV can be converted; others are told which field keeps them out."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -25,7 +25,7 @@ DECODE = msgspec.structs.replace(PREFILL, worker_id="decode-0", role=Role.DECODE
 class FakeLink:
     """A stream on which the test says Hello."""
 
-    links: dict[str, FakeLink] = {}
+    links: ClassVar[dict[str, FakeLink]] = {}
 
     def __init__(self, address: str, *_: object, **callbacks: Callable[..., None]) -> None:
         self.say_hello = callbacks["on_hello"]

@@ -47,6 +47,4 @@ def run(args: argparse.Namespace) -> int:
     config = pinned(config.for_role(role))
     from baton.worker.main import run as run_worker  # only now torch, and OpenMP with it
 
-    return run_worker(
-        config, role, args.id, Path(args.runtime_dir), args.gateway, args.weights_fd
-    )
+    return run_worker(config, role, args.id, Path(args.runtime_dir), args.gateway, args.weights_fd)

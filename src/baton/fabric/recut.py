@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from baton.core.plan import Recut
+from baton.core.plan import Piece, Recut
 from baton.fabric.transport import ReadResult, Wanted, WritableBlock
 from baton.types import KvFormat
 
@@ -45,23 +45,21 @@ def fetch_recut(
     failed: ReadResult | None = None
     for first in range(0, len(recut.blocks), max(1, at_once)):
         batch = recut.blocks[first : first + at_once]
+        rows = staged[: len(batch)]
         if failed is None:
-            wanted = [Wanted(b.key, b.frame, b.digest, row) for b, row in zip(batch, staged)]  # noqa: B905
-            found = fetch(wanted)
+            found = fetch(
+                [Wanted(b.key, b.frame, b.digest, row) for b, row in zip(batch, rows, strict=True)]
+            )
+            failed = next((result for result in found if result is not ReadResult.OK), None)
         else:
             found = [failed] * len(batch)
-        for block, row, result in zip(batch, staged, found):  # noqa: B905 (the last is shorter)
+        for block, row, result in zip(batch, rows, found, strict=True):
             for piece in block.pieces:
-                if result is ReadResult.OK and results[piece.turn] is ReadResult.OK:
+                if results[piece.turn] is ReadResult.OK:
                     into = destinations[piece.turn]
-                    tokens = slice(piece.start, piece.start + piece.num_tokens)
-                    slots = slice(piece.slot, piece.slot + piece.num_tokens)
-                    if not _put(row, source, tokens, into, target, slots):
-                        results[piece.turn] = ReadResult.UNFIT
-                elif results[piece.turn] is ReadResult.OK:
-                    results[piece.turn] = result
-            if result is not ReadResult.OK and failed is None:
-                failed = result
+                    is_ok = result is ReadResult.OK
+                    fits = not is_ok or _put(piece, row, source, into, target)
+                    results[piece.turn] = result if fits else ReadResult.UNFIT
     return results
 
 
@@ -95,15 +93,11 @@ def _widen(values: _Array, source: str) -> _Floats:
 
 
 def _put(
-    row: WritableBlock,
-    source: KvFormat,
-    tokens: slice,
-    into: WritableBlock,
-    target: KvFormat,
-    slots: slice,
+    piece: Piece, row: WritableBlock, source: KvFormat, into: WritableBlock, target: KvFormat
 ) -> bool:
-    """Copy `tokens` of a block into `slots` of another; False if that cannot be done exactly
-    enough, and then the destination is garbage."""
+    """Copy a piece of one block into another; False if a number of it does not fit."""
+    tokens = slice(piece.start, piece.start + piece.num_tokens)
+    slots = slice(piece.slot, piece.slot + piece.num_tokens)
     if source.dtype == target.dtype:
         _slots(into, target, "u1")[:, :, slots] = _slots(row, source, "u1")[:, :, tokens]
         return True
