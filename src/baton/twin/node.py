@@ -119,7 +119,7 @@ class Node:
         tokens: list[Tokens] = []
         if ended:
             self._take_in(ended)
-            tokens = self._hold(self.scheduler.take(), ended)
+            tokens = self._keep_back(self.scheduler.take(), ended)
         self._tell_gateway(self, Report([*tokens, *self._held.values()]))
         self._state = _State.DEAD
         self._version += 1
@@ -242,13 +242,13 @@ class Node:
         update = self.scheduler.take()
         if update.exports:
             self._copy([order.key for order in update.exports])
-        tokens = self._hold(update, ends)
+        tokens = self._keep_back(update, ends)
         if tokens or update.sealed or update.landed or update.handoffs:
             self._tell_gateway(
                 self, Report(tokens, update.sealed, update.landed, update.handoffs, update.times)
             )
 
-    def _hold(self, update: Update, ends: list[float]) -> list[Tokens]:
+    def _keep_back(self, update: Update, ends: list[float]) -> list[Tokens]:
         """Keep tokens back, and return those that must go: of a leg's beginning, and of its end."""
         held, due = self._held, []
         for delta in update.deltas:
@@ -297,7 +297,7 @@ class Node:
             )
 
         if order.grant is None:
-            self._fetcher.own(self, order, self._restore(len(order.wanted)), arrived)
+            self._fetcher.own(order, self._restore(len(order.wanted)), arrived)
         else:
             self._fetcher.fetch(self, order, arrived)
 
