@@ -41,6 +41,11 @@ class Pooled:
     def __init__(self, common: Array, effects: Mapping[tuple[Hashable, ...], Array]) -> None:
         self._common, self._effects = common, effects
 
+    @property
+    def common(self) -> Array:
+        """What all share, shape (p,)."""
+        return np.exp(self._common)
+
     def parameters(self, levels: Sequence[tuple[Hashable, ...]]) -> Array:
         """Shape (p,); levels that were not seen change nothing."""
         known = [self._effects[level] for level in levels if level in self._effects]

@@ -137,6 +137,10 @@ class ServingFit:
         ]
         self._ttft = fit_pooled(ttfts, list(TTFT_START.values()), PRIORS) if ttfts else None
 
+    def common(self) -> Array:
+        """The values of `START` that all points share."""
+        return self._pooled.common
+
     def parameters(self, point: ServingPoint) -> dict[str, float]:
         """By the names of `START`."""
         found = self._pooled.parameters(point.levels)
@@ -200,6 +204,9 @@ def _point(row: dict[str, str]) -> ServingPoint | None:
     if not concurrency:
         return None
     model = find_model(row["model_path"])
+    if not split and not model.is_moe:
+        # Where they differ, several workers share the concurrency; the batch is one worker's.
+        concurrency = _number(row["batch_size"]) or concurrency
     weight_bytes = QUANTISED[row["gemm_quant_mode"]]
     model = msgspec.structs.replace(model, weight_bytes=weight_bytes, kv_bytes=_kv_bytes(row))
     return ServingPoint(
