@@ -18,11 +18,19 @@ import numpy as np
 
 from baton.core.cost import Coefficients, HeldOut, Profile
 from baton.planner.calibrate import (
-    Observation, cross_validate, fit_steps, hash_fraction, held_out,
+    Observation,
+    cross_validate,
+    fit_steps,
+    hash_fraction,
+    held_out,
 )  # fmt: skip
 from baton.planner.hardware import find_device
 from baton.planner.kernels import (
-    Fitted, fit_allreduce, fit_decode_attention, fit_gemm, fit_prompt_attention,
+    Fitted,
+    fit_allreduce,
+    fit_decode_attention,
+    fit_gemm,
+    fit_prompt_attention,
 )  # fmt: skip
 from baton.planner.layer_tables import read_steps
 from baton.planner.models import find_model
@@ -178,7 +186,7 @@ def serving_profiles(points: list[ServingPoint], fit: ServingFit) -> dict[str, P
             coefficients=coefficients(values, device, first.model),
             held_out=(held_out("decode", list(tpot)), held_out("ttft", list(ttft[ttft > 0]))),
             source=f"{SOURCE}: {len(members)} serving points",
-            date=max(p.date for p in members),
+            date=max(p.date for p in members) or "undated",
             measured=True,
             power=device.power(),
             fits=tuple(name for name in START if name != "expert_factor"),

@@ -16,7 +16,8 @@ from baton.planner.profiles import bundled_profiles, datasheet_profile, find_pro
 
 NEEDED = ("A100", "H100", "H200", "B200", "L40S", "A10G", "L4", "T4", "MI300X", "RTX 4090")
 PUBLISHED_SIZES = {
-    "Llama-2-7B": 6.7e9, "Llama-2-70B": 69e9, "Llama-3.1-8B": 8.03e9, "Llama-3.1-70B": 70.6e9,
+    "Llama-2-7B": 6.7e9, "Llama-2-13B": 13e9, "Llama-2-70B": 69e9, "Llama-3.1-8B": 8.03e9,
+    "Llama-3.1-70B": 70.6e9,
     "Mistral-7B": 7.24e9, "Yi-34B": 34.4e9, "Qwen3-32B": 32.8e9, "OPT-13B": 13e9, "OPT-66B": 66e9,
     "OPT-175B": 175e9, "BLOOM-176B": 176e9, "Qwen3-30B-A3B": 30.5e9, "Qwen3-235B-A22B": 235e9,
     "gpt-oss-120b": 117e9, "MiniMax-M2.5": 230e9, "DeepSeek-V3": 671e9, "Kimi-K2.5": 1.03e12,

@@ -28,9 +28,9 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 def read_steps(
-    directory: Path, stem: str, model: ModelShape, max_steps: int = 800
+    directory: Path, stem: str, model: ModelShape, max_of_a_kind: int = 300
 ) -> list[Observation]:
-    """Steps at points of the attention table, `max_steps` of them, chosen by hash.
+    """Steps at points of the attention table, so many at most of each kind, chosen by hash.
 
     stem: the files' beginning, such as `RTX4090_Llama-3.1-8B_tp1`.
 
@@ -44,7 +44,12 @@ def read_steps(
         steps = [_step(row, dense, last, model) for row in rows]
     except (OSError, KeyError, ValueError) as error:
         raise ConfigError(f"the layer tables {stem} cannot be read: {error!r}") from None
-    return sorted(steps, key=lambda step: hash_fraction(("pick", step.group)))[:max_steps]
+    chosen = []
+    for kind in ("decode", "prefill", "mixed"):
+        members = [step for step in steps if step.kind == kind]
+        members.sort(key=lambda step: hash_fraction(("pick", step.group)))
+        chosen += members[:max_of_a_kind]
+    return chosen
 
 
 def _step(

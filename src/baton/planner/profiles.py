@@ -85,7 +85,7 @@ def find_profile(device: Device, model: ModelShape, engine: str | None = None) -
 
 
 def datasheet_profile(device: Device, model: ModelShape) -> Profile:
-    """An estimate from the datasheet; `measured` is false, and the error is that of such guesses."""
+    """An estimate from the datasheet, which says so, with the error that such estimates have."""
     shares = _shares()
     return Profile(
         engine="datasheet",
