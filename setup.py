@@ -1,4 +1,5 @@
-"""Builds the CPU kernels, if there is a compiler; everything else is in pyproject.toml.
+"""Builds the CPU kernels, if there is a compiler, and takes the data along; the rest is in
+pyproject.toml.
 
 The libraries are plain C++ behind a C ABI, loaded with ctypes: they need neither Python's headers
 nor torch's. Each instruction set is a file compiled with its own flags, and which of them runs is
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 LIBRARIES = {  # where their sources are, and what only they are compiled with
     "baton.model._kernels": (Path("csrc"), ["-fopenmp"]),
@@ -37,6 +39,20 @@ X86 = {
     "avx512bf16": AVX512BF16,
     "avx512amx": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"],
 }
+
+
+DATA = ("hardware", "profiles")
+"""Folders of `data` that the commands read; a wheel carries them inside the package."""
+
+
+class BuildPackage(build_py):
+    """The package, and the data that it needs."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # there they lie beside it
+            for name in DATA:
+                self.copy_tree(f"data/{name}", str(Path(self.build_lib, "baton", "data", name)))
 
 
 class BuildKernels(build_ext):
@@ -75,5 +91,5 @@ setup(
         )
         for name, (directory, _) in LIBRARIES.items()
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage},
 )
