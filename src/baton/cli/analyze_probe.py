@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace, out: TextIO) -> Probe:
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         runner.run(prober.run(lengths, batches))
-    fit = fit_endpoint(f"{endpoint.model} at {endpoint.base_url}", prober.answers, args.usd_per_hour)
+    fit = fit_endpoint(f"{endpoint.model} at {endpoint.base_url}", prober.answers)
     return Probe(fit, prober.trace(), [_entry(*pair) for pair in prober.results])
 
 
