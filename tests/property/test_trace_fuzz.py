@@ -1,4 +1,4 @@
-"""Whatever a trace file holds, reading it gives requests in order or a sentence, never a traceback."""
+"""Whatever a trace file holds, it gives requests in order or a sentence, never a traceback."""
 
 from __future__ import annotations
 

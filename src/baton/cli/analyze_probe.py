@@ -77,7 +77,7 @@ def _numbers(text: str | None, flag: str, default: tuple[int, ...]) -> tuple[int
     if text is None:
         return default
     items = [item.strip() for item in text.split(",")]
-    if not all(item.isdecimal() and 0 < int(item[:7]) for item in items):
+    if not all(item.isdecimal() and int(item[:7]) > 0 for item in items):
         raise ConfigError(f"{flag} {text!r}: write whole numbers from 1 on, such as 64,256,1024")
     return tuple(sorted({int(item[:7]) for item in items}))
 

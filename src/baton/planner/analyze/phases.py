@@ -7,7 +7,7 @@ that is what a simulation is for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import numpy as np
@@ -117,8 +117,8 @@ def decode_batch(
 ) -> tuple[int, str]:
     """The largest batch of decode steps, and what bounds it.
 
-    tokens_per_s: what the traffic generates; so many sequences are never there that a step would
-    yield more than that.
+    tokens_per_s: what the traffic generates. A larger batch would yield more than that: so many
+    sequences are not there in the mean.
     """
     memory = MAX_BATCH if serving.kv_tokens is None else serving.kv_tokens // max(context, 1)
     best, limit = 1, "latency"
@@ -126,7 +126,7 @@ def decode_batch(
     while low <= high:
         middle = (low + high) // 2
         step_s, _ = serving.decode(middle, context)
-        idle = tokens_per_s is not None and middle > 1 and (middle - 1) / step_s > tokens_per_s
+        idle = tokens_per_s is not None and middle / step_s > tokens_per_s
         if middle <= memory and step_s <= tpot_s and not idle:
             best, low = middle, middle + 1
         else:
@@ -161,9 +161,7 @@ def _curves(
     return seconds, np.interp(at, grid, joules) if len(joules) == len(points) else None
 
 
-def _flops(
-    model: ModelShape, prompts: Array, spared: Array, steps: Array
-) -> tuple[float, float]:
+def _flops(model: ModelShape, prompts: Array, spared: Array, steps: Array) -> tuple[float, float]:
     """Multiply-adds count two. Attention pairs of windowed layers stop at the window."""
     moe = model.num_moe_layers * model.experts_per_token * model.expert_weights
     weights = 2 * (model.dense_weights + moe)
@@ -171,24 +169,17 @@ def _flops(
     pair = 4 * model.num_heads * model.head_dim
     full = model.num_layers - model.num_window_layers
     new = prompts - spared
-    # Query at position i sees i + 1 keys.
-    pairs = (prompts**2 - spared**2) / 2 * full
-    seen = steps * (prompts + steps / 2) * full
+    all_pairs, context = (prompts**2 - spared**2) / 2, prompts + steps / 2
+    pairs, seen = all_pairs * full, steps * context * full
     if model.num_window_layers:
-        pairs = pairs + np.minimum((prompts**2 - spared**2) / 2, new * model.window) * (
-            model.num_window_layers
-        )
-        seen = seen + steps * np.minimum(prompts + steps / 2, model.window) * (
-            model.num_window_layers
-        )
+        pairs = pairs + np.minimum(all_pairs, new * model.window) * model.num_window_layers
+        seen = seen + steps * np.minimum(context, model.window) * model.num_window_layers
     prefill = float((new * weights + pairs * pair).sum()) + head * len(prompts)
     decode = float((steps * (weights + head) + seen * pair).sum())
     return prefill, decode
 
 
-def _phase(
-    serving: Serving, seconds: float, flops: float | None, joules: float | None
-) -> Phase:
+def _phase(serving: Serving, seconds: float, flops: float | None, joules: float | None) -> Phase:
     price, reach = serving.usd_per_hour, serving.flops_per_s
     use = None
     if flops is not None and reach and seconds > 0:
@@ -211,8 +202,8 @@ def _peak(requests: Sequence[TraceRequest], prefill_s: Array, duration_s: float)
     return float(work.max() / work.mean()) if work.sum() > 0 else None
 
 
-def _array(values: object) -> Array:
-    return np.fromiter(values, dtype=np.float64)  # type: ignore[call-overload,no-any-return]
+def _array(values: Iterable[float]) -> Array:
+    return np.fromiter(values, dtype=np.float64)
 
 
 def _total(values: Array | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Kinds of worker to split a trace on: a device by name, with its price, its power and a cost model.
+"""Kinds of worker to split a trace on: a device by name, with price, power and cost model.
 
 A worker has as many devices, a power of two, as the model needs to leave room for KV.
 """
