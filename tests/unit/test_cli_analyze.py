@@ -16,7 +16,7 @@ from unit import trace_files as files
 
 from baton.cli.main import main
 
-BASE_S, TOKEN_S, STEP_S, SEQUENCE_S = 0.005, 1e-4, 0.004, 0.002
+BASE_S, TOKEN_S, STEP_S, SEQUENCE_S = 0.005, 5e-4, 0.004, 0.002
 
 
 class TimedServer:
@@ -139,7 +139,7 @@ def test_a_model_directory(trace: Path, capsys: Any) -> None:
         (["TRACE", "--cache", "0"], "--cache '0': write sizes"),
         (["TRACE", "--model", "Lama-3.1-8B"], "did you mean Llama-3.1-8B"),
         (["TRACE", "--hardware", "H10O"], "not known"),
-        (["TRACE", "--profile", "none.json"], "cannot read none.json"),
+        (["TRACE", "--profile", "none.json"], "cannot read the profile none.json"),
         (["TRACE", "--profile", "TRACE"], "no profile of this version"),
         (["TRACE", "--html", "/no/such/page.html"], "there is no such directory"),
         (["TRACE", "--tpot", "0"], "0 is not above 0"),
@@ -173,7 +173,8 @@ def test_a_server_is_measured(served: tuple[TimedServer, str], tmp_path: Path, c
     ttft = document["endpoint"]["ttft"]["coefficients"]
     gap = document["endpoint"]["gap"]["coefficients"]
     # Sleeps are never shorter than asked for, and this machine may be busy.
-    assert ttft["per_token"] + 400 * ttft["per_token_squared"] == pytest.approx(TOKEN_S, rel=0.5)
+    prefill_s = 800 * ttft["per_token"] + 800**2 * ttft["per_token_squared"]
+    assert 0.5 * 800 * TOKEN_S < prefill_s < 3 * 800 * TOKEN_S
     assert 0.5 * STEP_S < gap["step"] + gap["per_sequence"] < 6 * (STEP_S + SEQUENCE_S)
     assert gap["per_sequence"] + 400 * gap["per_kv_token"] > 0.3 * SEQUENCE_S
     sent = document["measured_requests"]

@@ -273,23 +273,34 @@ def test_cached_prompts_cost_less_prefill() -> None:
     requests = [TraceRequest(0.0, 100, 2), TraceRequest(0.0, 300, 2)]
     found = split(requests, Linear(), MODEL, batch=1, cached=[50, 300], cached_by="x")
     assert found.prefill.device_s == pytest.approx(50e-3 + 1e-3)  # the last token is computed
+    weights = 2 * 2 * (8 * 6 * 4 + 3 * 8 * 16)
+    pairs = 4 * 2 * 4 * 2 * ((100**2 - 50**2) / 2 + (300**2 - 299**2) / 2)
+    assert found.prefill.flops == pytest.approx(51 * weights + pairs + 2 * 2 * 32 * 8)
     assert found.cached == "x"
 
 
 @pytest.mark.parametrize(
-    ("kv_tokens", "tpot_s", "tokens_per_s", "expected"),
+    ("kv_tokens", "tpot_s", "expected"),
     [
-        (None, 0.05, None, (45, "latency")),
-        (1000, 0.05, None, (10, "memory")),
-        (None, 1.0, None, (256, "the engine")),
-        (None, 0.05, 300.0, (2, "traffic")),
-        (None, 0.001, None, (1, "latency")),
+        (None, 0.05, (45, "latency")),
+        (1000, 0.05, (10, "memory")),
+        (None, 1.0, (256, "the engine")),
+        (None, 0.001, (1, "latency")),
+        (10, 1.0, (1, "memory")),
     ],
 )
 def test_the_batch_and_what_bounds_it(
-    kv_tokens: int | None, tpot_s: float, tokens_per_s: float | None, expected: tuple[int, str]
+    kv_tokens: int | None, tpot_s: float, expected: tuple[int, str]
 ) -> None:
-    assert decode_batch(Linear(kv_tokens), 100, tpot_s, tokens_per_s) == expected
+    assert decode_batch(Linear(kv_tokens), 100, tpot_s) == expected
+
+
+def test_how_much_of_the_batch_the_traffic_fills() -> None:
+    # 300 tokens a second: 2 at a time yield 286, 3 would yield 375.
+    requests = [TraceRequest(float(t), 10, 301) for t in range(10)]
+    assert split(requests, Linear(), MODEL, duration_s=10.0).traffic_batch == 2
+    assert split(requests, Linear(), MODEL, duration_s=0.01).traffic_batch == 45
+    assert split(requests, Linear(), MODEL).traffic_batch is None
 
 
 def test_the_busiest_minute_of_prefill() -> None:

@@ -15,7 +15,7 @@ import msgspec
 from baton.cli import analyze_probe
 from baton.cli.parser import Parser
 from baton.cli.terminal import print_table
-from baton.core.cost import ModelShape, Profile, model_shape
+from baton.core.cost import ModelShape, model_shape
 from baton.errors import ConfigError
 from baton.model_spec import load_model_spec
 from baton.planner.analyze import Analysis, analyze
@@ -31,6 +31,7 @@ from baton.planner.analyze.workers import (
 )
 from baton.planner.endpoint import EndpointFit
 from baton.planner.models import find_model
+from baton.planner.profiles import read_profile
 from baton.planner.traces import FORMATS, read_trace
 
 SUMMARY = (
@@ -126,7 +127,7 @@ def _servings(args: argparse.Namespace) -> tuple[ModelShape | None, list[Serving
 
     A server that is measured needs none: it is compared with others only if they are named.
     """
-    profiles = [_profile(name) for name in args.profile]
+    profiles = [read_profile(Path(name)) for name in args.profile]
     is_asked = args.model or args.hardware or profiles
     if args.url is not None and not is_asked:
         return None, [], []
@@ -146,15 +147,6 @@ def _model(name: str) -> ModelShape:
     if (Path(name) / "config.json").is_file():
         return model_shape(load_model_spec(Path(name)), Path(name).resolve().name)
     return find_model(name)
-
-
-def _profile(name: str) -> Profile:
-    try:
-        return Profile.from_json(Path(name).read_bytes())
-    except OSError as error:
-        raise ConfigError(f"cannot read {name}: {error.strerror}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
 
 
 def _caches(text: str | None) -> tuple[int, ...]:

@@ -196,10 +196,11 @@ def _splits(analysis: Analysis) -> Table | None:
         "Prefill : decode" + (f" ({analysis.model.name})" if analysis.model else ""),
         (
             "on", "compute", "time", "money", "energy", "batch", "limited by",
+            "traffic fills",
             "step", "busy", "$/M tokens", "J/token",
         ),
         rows,
-        "Share of prefill : share of decode. " + basis,
+        "Share of prefill : share of decode, at full batches; busy: workers in the mean. " + basis,
     )  # fmt: skip
 
 
@@ -210,6 +211,7 @@ def _split_row(split: Split) -> tuple[str, ...]:
         *(_ratio(split.share(what)) for what in ("flops", "device_s", "usd", "joules")),
         str(split.batch),
         split.batch_limit,
+        UNKNOWN if split.traffic_batch is None else str(split.traffic_batch),
         seconds(split.step_s),
         count(split.busy_workers),
         count(split.usd_per_million_tokens),

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from baton.core.cost import Coefficients, ModelShape, Parallel, Profile, StepCost
+from baton.core.cost import ModelShape, Parallel, Profile
 from baton.errors import ConfigError
 from baton.planner.analyze.serving import Modelled
 from baton.planner.hardware import Device, devices, find_device, find_price
+from baton.planner.profiles import bundled_profiles, find_profile
 
 DEFAULT_HARDWARE = "H100,A100,L40S"
 DEFAULT_MODEL = "Llama-3.1-8B"
 USABLE = 0.9  # of the memory; the rest is activations and the runtime
 MIN_KV_SHARE = 0.1
 MAX_DEVICES = 16
-COMPUTE_REACHED, BANDWIDTH_REACHED = 0.7, 0.75
-"""Of the datasheet's peaks, for devices without measurements: what the measured ones reach."""
-LAYER_S, STEP_S, ALLREDUCE_S = 30e-6, 500e-6, 10e-6
 
 
 def workers(
@@ -27,16 +25,17 @@ def workers(
 ) -> list[Modelled]:
     """One worker for each profile, then one for each device that no profile is of.
 
+    Devices without a profile take one that comes with Baton, of an engine that was measured on all
+    of them if there is one: unlike engines on unlike devices would tell nothing.
+
     Raises:
         ConfigError: a device is not known, or the model fits on none of its workers.
     """
     found = [_worker(model, find_device(profile.device), profile) for profile in profiles]
     measured = {find_device(profile.device).name for profile in profiles}
-    for name in names:
-        device = find_device(name)
-        if device.name not in measured:
-            found.append(_worker(model, device, None))
-    return found
+    others = [device for name in names if (device := find_device(name)).name not in measured]
+    engine = _common_engine(others)
+    return found + [_worker(model, each, find_profile(each, model, engine)) for each in others]
 
 
 def device_prices() -> dict[str, float]:
@@ -45,18 +44,27 @@ def device_prices() -> dict[str, float]:
     return {name: price.usd_per_device_hour for name, price in found.items() if price is not None}
 
 
-def _worker(model: ModelShape, device: Device, profile: Profile | None) -> Modelled:
+def _common_engine(wanted: Sequence[Device]) -> str | None:
+    """Whole engines before kernels alone."""
+    engines = [
+        {each.engine for each in bundled_profiles().values() if find_device(each.device) == device}
+        for device in wanted
+    ]
+    common = set.intersection(*engines) if engines else set()
+    return min(common, key=lambda name: (name.endswith("kernels"), name), default=None)
+
+
+def _worker(model: ModelShape, device: Device, profile: Profile) -> Modelled:
     num_devices = _num_devices(model, device)
-    rates = profile.coefficients if profile is not None else datasheet(device, model)
     price = find_price(device)
     weights = model.num_weights * model.weight_bytes
     free = USABLE * device.memory_bytes * num_devices - weights
     return Modelled(
         device.name if num_devices == 1 else f"{num_devices}x {device.name}",
-        StepCost(model, rates, Parallel(tensor=num_devices)),
+        profile.cost(model, Parallel(tensor=num_devices)),
         basis=_basis(profile),
         usd_per_hour=price.usd_per_device_hour * num_devices if price else None,
-        power=profile.power if profile and profile.power else device.power(),
+        power=profile.power or device.power(),
         kv_tokens=int(free / model.kv_bytes_per_token),
     )
 
@@ -74,28 +82,9 @@ def _num_devices(model: ModelShape, device: Device) -> int:
     return count
 
 
-def _basis(profile: Profile | None) -> str:
-    if profile is None:
-        return "an estimate from its datasheet, nothing measured"
+def _basis(profile: Profile) -> str:
+    error = profile.held_out[0] if profile.held_out else None
+    off = f", off by {error.median:.0%} ({error.kind}, held out)" if error else ""
     if not profile.measured:
-        return f"an estimate from a datasheet ({profile.source})"
-    error = profile.error("step")
-    off = f", off by {error.median:.0%} on held-out steps" if error else ""
-    return f"measured with {profile.engine} on {profile.model.name}, {profile.date}{off}"
-
-
-def datasheet(device: Device, model: ModelShape) -> Coefficients:
-    """Coefficients from peaks alone."""
-    flops = COMPUTE_REACHED * device.peak(model.weight_bytes)
-    bandwidth = BANDWIDTH_REACHED * device.memory_bytes_per_s
-    return Coefficients(
-        flops_per_s=flops,
-        weight_bytes_per_s=bandwidth,
-        attention_flops_per_s=COMPUTE_REACHED * device.bf16_flops_per_s,
-        kv_bytes_per_s=bandwidth,
-        activation_bytes_per_s=bandwidth,
-        step_s=STEP_S,
-        layer_s=LAYER_S,
-        allreduce_s=ALLREDUCE_S,
-        allreduce_bytes_per_s=0.7 * device.link_bytes_per_s,
-    )
+        return f"an estimate from its datasheet, not measured{off}"
+    return f"{profile.engine} measured with {profile.model.name}, {profile.date}{off}"
