@@ -31,8 +31,8 @@ from baton.planner.serving import START, ServingFit, ServingPoint, coefficients,
 
 ROOT = Path(__file__).parents[2]
 GPUS = ("a100_sxm", "h100_sxm", "h200_sxm", "b200_sxm", "l40s")
-KERNEL_DATES = {"a100_sxm": "2026", "h100_sxm": "2026", "h200_sxm": "2026", "b200_sxm": "2026",
-                "l40s": "2026"}  # fmt: skip
+KERNEL_DATE = "2026"
+"""The tables carry versions (vLLM 0.14 and 0.19), no dates."""
 BORROWED_ATTENTION = {"h200_sxm": "h100_sxm"}
 """Of the H200's prompt attention table three rows in four are faster than its peak: same dies."""
 SMALL_KERNELS, SMALL_KERNEL_S = 4, 3e-6
@@ -76,7 +76,7 @@ def main() -> int:
         errors = ", ".join(f"{e.kind} {e.median:.1%} (p90 {e.p90:.1%}, n {e.num_points})"
                            for e in profile.held_out)  # fmt: skip
         print(f"{name}: {errors}")
-    shares = datasheet_shares(kernels, common)
+    shares = datasheet_shares(kernels, common, points)
     (args.out / "datasheet.json").write_bytes(
         msgspec.json.format(msgspec.json.encode(shares), indent=1) + b"\n"
     )
@@ -138,7 +138,7 @@ class Kernels:
             coefficients=rates,
             held_out=tuple(fit.error for fit in self.fits),
             source=f"{SOURCE}: kernels of {self.gpu}",
-            date=KERNEL_DATES[self.gpu],
+            date=KERNEL_DATE,
             measured=True,
             power=self.device.power(),
             fits=("flops_per_s", "weight_bytes_per_s", "attention_flops_per_s", "kv_bytes_per_s",
@@ -176,15 +176,15 @@ def serving_profiles(points: list[ServingPoint], fit: ServingFit) -> dict[str, P
             device=device.name,
             model=first.model,
             coefficients=coefficients(values, device, first.model),
-            held_out=(held_out("decode", list(tpot)), held_out("prefill", list(ttft[ttft > 0]))),
+            held_out=(held_out("decode", list(tpot)), held_out("ttft", list(ttft[ttft > 0]))),
             source=f"{SOURCE}: {len(members)} serving points",
-            date="2026",
+            date=max(p.date for p in members),
             measured=True,
             power=device.power(),
             fits=tuple(name for name in START if name != "expert_factor"),
             notes=(
                 "From TTFT and TPOT of whole servers at constant concurrency; `decode` is the "
-                "error of TPOT, `prefill` that of TTFT, with its queue. Of the prompts of others, "
+                "error of TPOT, `ttft` that of TTFT with its queue. Of the prompts of others, "
                 f"{parameters['interference']:.2f} came between a request's tokens."
             ),
         )
@@ -233,8 +233,14 @@ def layer_profile(
     )
 
 
-def datasheet_shares(kernels: dict[str, Kernels], common: dict[str, float]) -> Shares:
-    """Medians over the devices; the error is of each device, from the medians of the others."""
+def datasheet_shares(
+    kernels: dict[str, Kernels], common: dict[str, float], points: list[ServingPoint]
+) -> Shares:
+    """Medians over the devices.
+
+    The error is that of whole engines on a device of which nothing was measured: each device's
+    serving points, predicted by a fit to the others. Other makers' devices may be further off.
+    """
 
     def shares_of(each: Kernels) -> dict[str, float]:
         device = each.device
@@ -253,52 +259,28 @@ def datasheet_shares(kernels: dict[str, Kernels], common: dict[str, float]) -> S
 
     all_shares = {gpu: shares_of(each) for gpu, each in kernels.items()}
 
-    def medians(without: str = "") -> dict[str, float]:
-        rest = [shares for gpu, shares in all_shares.items() if gpu != without]
-        return {name: float(f"{median(s[name] for s in rest):.4g}") for name in rest[0]}
+    found = list(all_shares.values())
+    medians = {name: float(f"{median(s[name] for s in found):.4g}") for name in found[0]}
 
-    model = find_model("Llama-3.1-8B")
-    decode, prefill = [], []
-    for gpu, each in kernels.items():
-        truth = each.profile(common).cost()
-        guess = Profile("", "", model, _rates(each, medians(gpu), common), (), "", "", False).cost()
-        for batch in (1, 4, 16, 64, 128):
-            for context in (256, 1024, 4096):
-                shape = _decode(batch, context)
-                decode.append(truth.step_s(shape) / guess.step_s(shape))
-        for tokens in (256, 512, 1024, 2048, 4096, 8192):
-            shape = _prompt(tokens)
-            prefill.append(truth.step_s(shape) / guess.step_s(shape))
+    decode, ttft = [], []
+    for device in sorted({p.device for p in points}):
+        others = ServingFit([p for p in points if p.device != device])
+        for p in points:
+            if p.device == device:
+                ttft_s, tpot_s = others.predict(p)
+                decode.append(p.tpot_s / tpot_s)
+                ttft.append(p.ttft_s / ttft_s)
     return Shares(
-        **medians(),
+        **medians,
         step_s=common["step_s"],
         sequence_s=common["sequence_s"],
-        held_out=(held_out("decode", decode), held_out("prefill", prefill)),
-        source=f"medians over {', '.join(kernels)} of {SOURCE}; held out: each from the others",
+        held_out=(held_out("decode", decode), held_out("ttft", [r for r in ttft if r > 0])),
+        source=(
+            f"medians over {', '.join(kernels)} of {SOURCE}; held out: serving points of H100, "
+            "H200, B200 and GB200, each predicted without any of its own"
+        ),
         date="2026",
     )
-
-
-def _rates(each: Kernels, shares: dict[str, float], common: dict[str, float]) -> Coefficients:
-    from baton.planner.profiles import from_shares
-
-    whole = Shares(
-        **shares, step_s=common["step_s"], sequence_s=common["sequence_s"], held_out=(),
-        source="", date="",
-    )  # fmt: skip
-    return from_shares(whole, each.device, 2.0)
-
-
-def _decode(batch: int, context: int):  # type: ignore[no-untyped-def]
-    from baton.planner.steady import Load, decode_shape
-
-    return decode_shape(Load(context, 2, batch))
-
-
-def _prompt(tokens: int):  # type: ignore[no-untyped-def]
-    from baton.planner.steady import prompt_shape
-
-    return prompt_shape(tokens)
 
 
 if __name__ == "__main__":

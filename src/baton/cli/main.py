@@ -19,6 +19,7 @@ from baton.errors import BatonError, ConfigError, ModelError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "analyze": ("Measure", "what a trace says about its traffic; prefill against decode"),
+    "profile": ("Measure", "how long a model's steps take on this machine, to plan with"),
     "serve": ("Run", "start gateway and workers on this machine, and keep them running"),
     "chat": ("Run", "talk to a served model in the terminal"),
     "bench": ("Compare", "load any OpenAI-compatible server; latency, goodput, frontier"),

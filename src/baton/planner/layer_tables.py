@@ -44,7 +44,7 @@ def read_steps(
         steps = [_step(row, dense, last, model) for row in rows]
     except (OSError, KeyError, ValueError) as error:
         raise ConfigError(f"the layer tables {stem} cannot be read: {error!r}") from None
-    return sorted(steps, key=lambda step: hash_fraction(step.group))[:max_steps]
+    return sorted(steps, key=lambda step: hash_fraction(("pick", step.group)))[:max_steps]
 
 
 def _step(

@@ -58,7 +58,8 @@ TTFT_START = {"start_s": 0.03, "queue": 0.5, "prompt": 1.0}
 class ServingPoint(msgspec.Struct, frozen=True):
     """One measured row. tpot_s, ttft_s: the answers; ttft_s is 0 where it was not measured.
 
-    num_prefill, num_decode: workers of each kind, 0 and 1 where one kind does both.
+    num_prefill, num_decode: workers of each kind, 0 and 1 where one kind does both. date: of the
+    measurement, ISO 8601.
     """
 
     configuration: tuple[tuple[str, str], ...]
@@ -73,6 +74,7 @@ class ServingPoint(msgspec.Struct, frozen=True):
     num_prefill: int = 0
     num_decode: int = 1
     prefill_parallel: Parallel = Parallel()
+    date: str = ""
 
     @property
     def num_devices(self) -> int:
@@ -222,6 +224,7 @@ def _point(row: dict[str, str]) -> ServingPoint | None:
         int(_number(row["prefill_num_workers"])) if split else 0,
         int(_number(row["decode_num_workers"])) if split else 1,
         _parallel(row, "prefill_") if split else Parallel(),
+        row["measured"],
     )
 
 
