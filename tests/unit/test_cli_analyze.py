@@ -168,6 +168,10 @@ def test_a_server_is_measured(served: tuple[TimedServer, str], tmp_path: Path, c
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert "tiny at http://127.0.0.1" in text
+    measured = text.partition("Measured (medians)")[2].splitlines()[2:8]
+    assert [row.split()[:2] for row in measured] == [
+        ["10", "1"], ["100", "1"], ["400", "1"], ["800", "1"], ["400", "3"], ["400", "6"],
+    ]  # fmt: skip
     assert "these are the requests of the measurement" in text
     document = json.loads(json_file.read_text())
     ttft = document["endpoint"]["ttft"]["coefficients"]

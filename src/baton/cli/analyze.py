@@ -105,6 +105,9 @@ def run(args: argparse.Namespace) -> int:
     if args.url is not None:
         probe = analyze_probe.measure(args, out)
         fit, requests = probe.fit, probe.requests
+        columns = ("prompt tokens", "at a time", "TTFT", "ITL", "longest")
+        print_table(columns, probe.rows, title="Measured (medians)", file=out)
+        print(file=out)
         servings.insert(0, fit)
         trace = trace or probe.trace
     assert trace is not None  # there is a trace, or a server, which gives one
@@ -186,7 +189,7 @@ def show(analysis: Analysis, out: TextIO) -> None:
         f"{analysis.source}: {analysis.num_requests:,} requests, {analysis.trace_format}", file=out
     )
     for note in analysis.notes:
-        print(f"note: {note}", file=out)
+        print(textwrap.fill(f"note: {note}", 100, subsequent_indent="      "), file=out)
     for table in tables(analysis):
         print(file=out)
         if table.name == "claims":
@@ -195,8 +198,8 @@ def show(analysis: Analysis, out: TextIO) -> None:
                 print(line, file=out)
         else:
             print_table(table.columns, table.rows, title=table.title, file=out)
-        if table.note:
-            print(table.note, file=out)
+        for line in textwrap.wrap(table.note, 100):
+            print(line, file=out)
 
 
 def _claim_lines(table: Table) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """What prefill and decode take of a trace's compute, device time, money and energy.
 
 Prompts are counted as if each were computed alone, answers as steps of a full batch, the largest
-that memory and latency allow: so it is the share of the capacity that each phase needs. Traffic too
-thin for such batches leaves a worker idle, or its batches small; `traffic_batch` tells. What waiting
+that memory and latency allow: it is the capacity that each phase needs. Traffic too thin for such
+batches leaves a worker idle, or its batches small; `traffic_batch` tells. What waiting
 and interference add is not in it; that is what a simulation is for.
 """
 
