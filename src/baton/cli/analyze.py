@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -14,15 +15,24 @@ import msgspec
 from baton.cli import analyze_probe
 from baton.cli.parser import Parser
 from baton.cli.terminal import print_table
-from baton.core.cost import ModelShape
+from baton.core.cost import ModelShape, model_shape
 from baton.errors import ConfigError
+from baton.model_spec import load_model_spec
 from baton.planner.analyze import Analysis, analyze
 from baton.planner.analyze.page import page
 from baton.planner.analyze.serving import Serving
 from baton.planner.analyze.sharing import DEFAULT_CACHES
 from baton.planner.analyze.tables import Table, tables
+from baton.planner.analyze.workers import (
+    DEFAULT_HARDWARE,
+    DEFAULT_MODEL,
+    device_prices,
+    workers,
+)
 from baton.planner.endpoint import EndpointFit
-from baton.planner.traces import FORMATS, Trace, read_trace
+from baton.planner.models import find_model
+from baton.planner.profiles import read_profile
+from baton.planner.traces import FORMATS, read_trace
 
 SUMMARY = (
     "Read a trace of traffic and tell what a layout is chosen by: lengths, rate, bursts, shared\n"
@@ -50,9 +60,9 @@ def add_arguments(parser: Parser) -> None:
     add("--cache", metavar="LIST", help="Prefix caches to try, in tokens: 300k,1M,10M.")
 
     add = parser.add_argument_group("Cost").add_argument
-    add("--model", metavar="DIR", help="Model that serves it; by default the profile's.")
+    add("--model", metavar="NAME", help=f"Model, or its directory. [{DEFAULT_MODEL}]")
+    add("--hardware", metavar="LIST", help=f"Devices, the main one first. [{DEFAULT_HARDWARE}]")
     add("--profile", action="append", default=[], metavar="FILE", help="Cost model; repeat it.")
-    add("--usd-per-hour", type=_positive, metavar="USD", help="Price of the first worker.")
     add("--tpot", type=_positive, default=50.0, metavar="MS", help="Longest decode step. [50]")
     add("--batch", type=_count, metavar="N", help="Sequences a decode step; by default computed.")
 
@@ -89,17 +99,22 @@ def run(args: argparse.Namespace) -> int:
     trace = None
     if args.trace is not None:
         trace = read_trace(Path(args.trace), mapping=args.columns, sort=args.sort, seed=args.seed)
-    model, servings = _servings(args)
+    model, servings, notes = _servings(args)
     fit: EndpointFit | None = None
     requests: list[dict[str, object]] = []
     if args.url is not None:
         probe = analyze_probe.measure(args, out)
         fit, requests = probe.fit, probe.requests
+        columns = ("prompt tokens", "at a time", "TTFT", "ITL", "longest")
+        print_table(columns, probe.rows, title="Measured (medians)", file=out)
+        print(file=out)
         servings.insert(0, fit)
         trace = trace or probe.trace
+    assert trace is not None  # there is a trace, or a server, which gives one
+    trace = msgspec.structs.replace(trace, notes=(*trace.notes, *notes))
     analysis = analyze(
-        _checked(trace), servings, model=model, endpoint=fit, caches=caches,
-        tpot_s=args.tpot / 1000, batch=args.batch,
+        trace, servings, model=model, endpoint=fit, caches=caches,
+        tpot_s=args.tpot / 1000, batch=args.batch, prices=device_prices(),
     )  # fmt: skip
     show(analysis, out)
     if args.html:
@@ -110,13 +125,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _checked(trace: Trace | None) -> Trace:
-    assert trace is not None  # `run` demands a trace or a server
-    return trace
+def _servings(args: argparse.Namespace) -> tuple[ModelShape | None, list[Serving], list[str]]:
+    """The model, the kinds of worker and what was assumed of them.
+
+    A server that is measured needs none: it is compared with others only if they are named.
+    """
+    profiles = [read_profile(Path(name)) for name in args.profile]
+    is_asked = args.model or args.hardware or profiles
+    if args.url is not None and not is_asked:
+        return None, [], []
+    notes = []
+    if args.model is not None:
+        model = _model(args.model)
+    elif profiles:
+        model = profiles[0].model
+    else:
+        model = find_model(DEFAULT_MODEL)
+        notes.append(f"costs are those of {model.name}; give --model for another one")
+    names = (args.hardware or ("" if profiles else DEFAULT_HARDWARE)).split(",")
+    return model, [*workers(model, [n for n in names if n.strip()], profiles)], notes
 
 
-def _servings(args: argparse.Namespace) -> tuple[ModelShape | None, list[Serving]]:
-    return None, []
+def _model(name: str) -> ModelShape:
+    if (Path(name) / "config.json").is_file():
+        return model_shape(load_model_spec(Path(name)), Path(name).resolve().name)
+    return find_model(name)
 
 
 def _caches(text: str | None) -> tuple[int, ...]:
@@ -156,7 +189,7 @@ def show(analysis: Analysis, out: TextIO) -> None:
         f"{analysis.source}: {analysis.num_requests:,} requests, {analysis.trace_format}", file=out
     )
     for note in analysis.notes:
-        print(f"note: {note}", file=out)
+        print(textwrap.fill(f"note: {note}", 100, subsequent_indent="      "), file=out)
     for table in tables(analysis):
         print(file=out)
         if table.name == "claims":
@@ -165,12 +198,13 @@ def show(analysis: Analysis, out: TextIO) -> None:
                 print(line, file=out)
         else:
             print_table(table.columns, table.rows, title=table.title, file=out)
-        if table.note:
-            print(table.note, file=out)
+        for line in textwrap.wrap(table.note, 100):
+            print(line, file=out)
 
 
 def _claim_lines(table: Table) -> Iterator[str]:
     """Sentences, which columns of numbers are no place for."""
     for says, _, verdict, why in table.rows:
-        yield f"  {verdict:<14}{says}"
-        yield f"  {'':<14}{why}"
+        lines = textwrap.wrap(f"{says}: {why}", 82)
+        yield f"  {verdict:<15}{lines[0]}"
+        yield from (f"  {'':<15}{line}" for line in lines[1:])

@@ -8,6 +8,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Iterator
+from statistics import median
 from typing import TextIO
 
 import msgspec
@@ -20,6 +21,7 @@ from baton.cli.load.prompts import PromptSource
 from baton.cli.load.workload import Arrival
 from baton.cli.parser import Parser
 from baton.errors import BatonError, ConfigError
+from baton.planner.analyze.tables import seconds
 from baton.planner.endpoint import Answer, EndpointFit, fit_endpoint
 from baton.planner.traces import Trace
 from baton.twin.workload import TraceRequest
@@ -32,11 +34,16 @@ MIN_LENGTHS = 4
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """What was measured: the fit, its requests as a trace without times, and one entry each."""
+    """What was measured: the fit, its requests as a trace without times, and one entry each.
+
+    rows: (prompt tokens, how many at a time, TTFT, gap, longest gap) as text, medians of requests
+    that were alike.
+    """
 
     fit: EndpointFit
     trace: Trace
     requests: list[dict[str, object]]
+    rows: list[tuple[str, ...]]
 
 
 def add_arguments(parser: Parser) -> None:
@@ -69,15 +76,16 @@ def measure(args: argparse.Namespace, out: TextIO) -> Probe:
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         runner.run(prober.run(lengths, batches))
-    fit = fit_endpoint(f"{endpoint.model} at {endpoint.base_url}", prober.answers, args.usd_per_hour)
-    return Probe(fit, prober.trace(), [_entry(*pair) for pair in prober.results])
+    fit = fit_endpoint(f"{endpoint.model} at {endpoint.base_url}", prober.answers)
+    entries = [_entry(*pair) for pair in prober.results]
+    return Probe(fit, prober.trace(), entries, prober.rows())
 
 
 def _numbers(text: str | None, flag: str, default: tuple[int, ...]) -> tuple[int, ...]:
     if text is None:
         return default
     items = [item.strip() for item in text.split(",")]
-    if not all(item.isdecimal() and 0 < int(item[:7]) for item in items):
+    if not all(item.isdecimal() and int(item[:7]) > 0 for item in items):
         raise ConfigError(f"{flag} {text!r}: write whole numbers from 1 on, such as 64,256,1024")
     return tuple(sorted({int(item[:7]) for item in items}))
 
@@ -118,6 +126,22 @@ class _Prober:
 
     def _good(self) -> Iterator[tuple[RequestResult, int]]:
         yield from ((r, batch) for r, batch in self.results if r.failure is None and r.event_s)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One for each prompt length and number at a time, in the order of sending."""
+        groups: dict[tuple[int, int], list[RequestResult]] = {}
+        for result, batch in self._good():
+            groups.setdefault((result.prompt_tokens or 0, batch), []).append(result)
+        return [
+            (
+                f"{length:,}",
+                str(batch),
+                seconds(median(r.ttft_s or 0.0 for r in group)),
+                seconds(median([gap for r in group for gap in r.itl_s] or [0.0])),
+                seconds(max((gap for r in group for gap in r.itl_s), default=0.0)),
+            )
+            for (length, batch), group in groups.items()
+        ]
 
     async def run(self, lengths: tuple[int, ...], batches: tuple[int, ...]) -> None:
         """Alone, at every length, again and again; then batches; until the time is over."""

@@ -69,12 +69,13 @@ class EndpointFit(msgspec.Struct, frozen=True):
     @property
     def basis(self) -> str:
         return (
-            f"measured from outside: TTFT off by {self.ttft.error:.0%} (n={self.ttft.num_points}), "
-            f"gaps by {self.gap.error:.0%} (n={self.gap.num_points}), batches up to {self.max_batch}"
+            f"measured from outside: TTFT off by {self.ttft.error:.1%} (n={self.ttft.num_points}), "
+            f"gaps by {self.gap.error:.1%} (n={self.gap.num_points}), in batches up to "
+            f"{self.max_batch}"
         )
 
     def prefill(self, num_tokens: int) -> tuple[float, float | None]:
-        """Seconds of a prompt, without `base`: a step's own constant part cannot be told from it."""
+        """Seconds of a prompt without `base`, which a step's constant part cannot be told from."""
         c = self.ttft.coefficients
         return c["per_token"] * num_tokens + c["per_token_squared"] * num_tokens**2, None
 
@@ -150,9 +151,7 @@ def _gap_points(
     return rows, gaps, largest
 
 
-def _fit(
-    names: tuple[str, ...], rows: Sequence[tuple[float, ...]], values: Sequence[float]
-) -> Fit:
+def _fit(names: tuple[str, ...], rows: Sequence[tuple[float, ...]], values: Sequence[float]) -> Fit:
     x, y = np.asarray(rows, dtype=np.float64), np.asarray(values, dtype=np.float64)
     errors = []
     for i in range(len(y)):
@@ -160,9 +159,7 @@ def _fit(
         predicted = float(x[i] @ non_negative(x[kept], y[kept]))
         errors.append(abs(predicted / y[i] - 1))
     found = non_negative(x, y)
-    return Fit(
-        dict(zip(names, map(float, found), strict=True)), len(y), float(np.median(errors))
-    )
+    return Fit(dict(zip(names, map(float, found), strict=True)), len(y), float(np.median(errors)))
 
 
 def non_negative(x: Matrix, y: Array) -> Array:
@@ -187,4 +184,5 @@ def non_negative(x: Matrix, y: Array) -> Array:
                 least = left
                 best = np.zeros(x.shape[1])
                 best[list(columns)] = found
-    return best / scale
+    best /= scale
+    return best

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -120,8 +120,8 @@ def analyze(
     )
 
 
-def _share(flags: object) -> float:
-    found = list(flags)  # type: ignore[call-overload]
+def _share(flags: Iterable[bool]) -> float:
+    found = list(flags)
     return sum(found) / len(found)
 
 

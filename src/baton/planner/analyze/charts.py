@@ -35,7 +35,7 @@ class Scale:
         return self._start + part * (self._end - self._start)
 
     def ticks(self) -> list[float]:
-        """Round values within the scale: powers of ten (and 2, 5 on short scales), or even steps."""
+        """Round values within the scale: powers of ten (and 2, 5 times them), or even steps."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             steps = (1.0,) if self.high / self.low > 2000 else (1.0, 2.0, 5.0)
@@ -101,13 +101,13 @@ class Chart:
                 f"<title>{escape(form_x(a))}: {escape(form_y(b))}</title></circle>"
             )
 
-    def rule(self, at: float, name: str) -> None:
-        """A vertical line, such as a quantile's."""
+    def rule(self, at: float, name: str, row: int = 0) -> None:
+        """A vertical line, such as a quantile's; its name stands in a row, counted from the top."""
         place = self.x(at)
         self._marks.append(
             f'<line class="rule" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP}" '
             f'y2="{HEIGHT - BOTTOM}"/>'
-            f'<text class="tag" x="{place + 3:.1f}" y="{TOP + 9}">{escape(name)}</text>'
+            f'<text class="tag" x="{place + 3:.1f}" y="{TOP + 9 + 12 * row}">{escape(name)}</text>'
         )
 
     def svg(self) -> str:
@@ -123,8 +123,10 @@ class Chart:
                 f"{escape(form_y(value))}</text>"
             )
         for value in self.x.ticks():
+            place = self.x(value)
+            side = "end" if place > WIDTH - RIGHT - 14 else "mid"  # the last one would be cut
             parts.append(
-                f'<text class="axis mid" x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 15}">'
+                f'<text class="axis {side}" x="{place:.1f}" y="{HEIGHT - BOTTOM + 15}">'
                 f"{escape(form_x(value))}</text>"
             )
         parts += self._marks
@@ -133,7 +135,8 @@ class Chart:
         parts.append(
             f'<line class="base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>'
             f'<text class="axis mid" x="{middle:.0f}" y="{HEIGHT - 6}">{x_label}</text>'
-            f'<text class="axis mid" transform="translate(12 {(TOP + bottom) / 2:.0f}) rotate(-90)">'
+            '<text class="axis mid" '
+            f'transform="translate(12 {(TOP + bottom) / 2:.0f}) rotate(-90)">'
             f"{y_label}</text></svg>"
         )
         return "".join(parts)

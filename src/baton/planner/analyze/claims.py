@@ -59,9 +59,7 @@ class Facts(msgspec.Struct, frozen=True):
 
 def judge(facts: Facts) -> tuple[Claim, ...]:
     """Every rule, in a fixed order."""
-    return tuple(
-        Claim(name, says, *rule(facts)) for name, says, rule in RULES
-    )
+    return tuple(Claim(name, says, *rule(facts)) for name, says, rule in RULES)
 
 
 Verdict = tuple[bool, str, str]
@@ -181,7 +179,7 @@ def _idle_decode(facts: Facts) -> Verdict:
 
 
 def _a100_decode(facts: Facts) -> Verdict:
-    found = {}
+    found: dict[str, float] = {}
     for split in facts.splits:
         for device in ("A100", "H100"):
             if device in split.label and split.decode.usd is not None and split.cached == "none":
@@ -204,9 +202,9 @@ def _peak_prefill(facts: Facts) -> Verdict:
     factor = peaks[0]
     why = f"prefill work of the busiest minute is {factor:.2g}x the mean minute's"
     if factor < 2:
-        return True, FAILS, why + ": sized by the mean, it is short of that only"
-    over = "" if factor <= 3 else ", more than the rule says"
-    return True, HOLDS, why + f": sized by the mean it falls short by as much{over}"
+        return True, FAILS, why + ": who sizes it by the mean is short of no more"
+    over = "" if factor <= 3 else ", and by more than the rule says"
+    return True, HOLDS, why + f": who sizes it by the mean is short by as much{over}"
 
 
 def _best(splits: Sequence[Split], what: str) -> tuple[float, float, str, str] | None:

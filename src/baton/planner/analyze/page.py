@@ -23,7 +23,7 @@ STYLE = """
 body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;margin:0 auto;
 max-width:1060px;padding:24px 20px 60px}
 h1{font-size:1.5em;margin:0 0 4px}h2{font-size:1.1em;margin:32px 0 8px}
-.dim{color:var(--dim)}.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(380px,1fr));
+.dim{color:var(--dim)}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(380px,100%),1fr));
 gap:14px}figure{background:var(--card);border:1px solid var(--rule);border-radius:6px;margin:0;
 padding:10px 12px 6px}figcaption{font-weight:600;font-size:.92em}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;
@@ -38,7 +38,8 @@ border:1px solid var(--rule);border-radius:6px;padding:8px 14px;min-width:8.5em}
 svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--dim)}
 .s1{fill:var(--s1)}.s2{fill:var(--s2)}.s3{fill:var(--s3)}.line{fill:none;stroke-width:1.8}
 .l1{stroke:var(--s1)}.l2{stroke:var(--s2)}.l3{stroke:var(--s3)}
-.dashed{stroke-dasharray:5 4}.grid{stroke:var(--rule);stroke-width:1}.base{stroke:var(--dim);stroke-width:1}
+.dashed{stroke-dasharray:5 4}
+.grid{stroke:var(--rule);stroke-width:1}.base{stroke:var(--dim);stroke-width:1}
 .rule{stroke:var(--fg);stroke-dasharray:3 3;opacity:.55}svg .tag{fill:var(--fg)}
 .end{text-anchor:end}.mid{text-anchor:middle}svg .on{fill:var(--on);text-anchor:middle}
 """
@@ -92,7 +93,9 @@ def _tiles(analysis: Analysis) -> str:
     ]
     if first is not None:
         tiles.append((share(first.share("device_s")), f"of time is prefill, {first.label}"))
-    cells = (f'<div class="tile"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in tiles)
+    cells = (
+        f'<div class="tile"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in tiles
+    )
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
@@ -132,14 +135,14 @@ def _histogram(lengths: Lengths, name: str, series: int) -> str:
     edges, counts = lengths.histogram.edges, lengths.histogram.counts
     title = f"{name} length"
     chart = Chart(
-        title, (edges[0], edges[-1]), (0, max(counts)), log_x=edges[-1] > 20 * edges[0],
+        title, (edges[0], edges[-1]), (0, 1.08 * max(counts)), log_x=edges[-1] > 20 * edges[0],
         x_label="tokens", y_label="requests", x_format=_short, y_format=_short,
     )  # fmt: skip
     for low, high, number in zip(edges, edges[1:], counts, strict=False):
         tip = f"{low:,.0f} to {high - 1:,.0f} tokens: {number:,} requests"
         chart.bar(low, high, number, tip, series)
-    for q in (50, 90):
-        chart.rule(lengths.quantile(q), f"p{q}")
+    for row, q in enumerate((50, 90)):
+        chart.rule(lengths.quantile(q), f"p{q}", row)
     return _figure(title, chart.svg())
 
 
@@ -149,7 +152,7 @@ def _traffic_charts(analysis: Analysis) -> Iterator[str]:
         return
     unit, scale = ("h", 3600.0) if when.duration_s > 7200 else ("min", 60.0)
     chart = Chart(
-        "Rate over time", (0, when.duration_s / scale), (0, max(when.series)),
+        "Rate over time", (0, when.duration_s / scale), (0, 1.05 * max(when.series)),
         x_label=f"{unit} from the start", y_label="requests/s",
     )  # fmt: skip
     points = [((i + 0.5) * when.series_s / scale, rate) for i, rate in enumerate(when.series)]
@@ -158,7 +161,9 @@ def _traffic_charts(analysis: Analysis) -> Iterator[str]:
     if when.by_hour:
         known = [rate for rate in when.by_hour if rate is not None]
         label = "hour of the day, UTC" if when.hours_are_utc else "hour, counted from the start"
-        day = Chart("Shape of the day", (0, 24), (0, max(known)), x_label=label, y_label="requests/s")
+        day = Chart(
+            "Shape of the day", (0, 24), (0, 1.05 * max(known)), x_label=label, y_label="requests/s"
+        )
         for hour, rate in enumerate(when.by_hour):
             if rate is not None:
                 day.bar(hour, hour + 1, rate, f"{hour:02d} h: {rate:.3g}/s")
@@ -177,7 +182,9 @@ def _sharing_charts(analysis: Analysis) -> Iterator[str]:
         x_format=_short, y_format=lambda value: f"{value:.0%}",
     )  # fmt: skip
     chart.line([(size, hits.token_ratio) for size, hits in sized], dots=True)
-    chart.line([(sized[0][0], endless.token_ratio), (sized[-1][0], endless.token_ratio)], 2, dashed=True)
+    chart.line(
+        [(sized[0][0], endless.token_ratio), (sized[-1][0], endless.token_ratio)], 2, dashed=True
+    )
     yield _figure("Prefix hits by size of the cache", chart.svg())
 
 

@@ -1,13 +1,14 @@
 """What prefill and decode take of a trace's compute, device time, money and energy.
 
-Prompts are counted as if each were computed alone, answers as steps of a full batch: the largest
-that the memory, the latency and the traffic allow. What waiting and interference add is not in it;
-that is what a simulation is for.
+Prompts are counted as if each were computed alone, answers as steps of a full batch, the largest
+that memory and latency allow: it is the capacity that each phase needs. Traffic too thin for such
+batches leaves a worker idle, or its batches small; `traffic_batch` tells. What waiting
+and interference add is not in it; that is what a simulation is for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import numpy as np
@@ -35,9 +36,10 @@ class Split(msgspec.Struct, frozen=True):
     """Prefill against decode on one kind of worker.
 
     cached: `none`, or the prefix cache whose hits prefill was spared. batch: sequences a decode
-    step, bounded by `batch_limit` (memory, latency, traffic, the engine, or given). busy_workers:
-    workers that the traffic keeps busy in the mean, if nothing ever waits. peak_prefill: prefill
-    time that arrives in the busiest minute, over the mean.
+    step, bounded by `batch_limit` (memory, latency, the engine, or given); step_s is its time.
+    traffic_batch: sequences that decode at once in the mean where one worker takes them all (at
+    most `batch`). busy_workers: workers that the traffic keeps busy in the mean, at full batches.
+    peak_prefill: prefill time that arrives in the busiest minute, over the mean.
     """
 
     label: str
@@ -45,6 +47,7 @@ class Split(msgspec.Struct, frozen=True):
     cached: str
     batch: int
     batch_limit: str
+    traffic_batch: int | None
     step_s: float
     prefill: Phase
     decode: Phase
@@ -84,8 +87,11 @@ def split(
     steps = np.maximum(outputs - 1, 0)
     contexts = prompts + outputs / 2
     mean = int(np.average(contexts, weights=steps)) if steps.sum() else int(contexts.mean())
-    rate = float(steps.sum()) / duration_s if duration_s > 0 else None
-    size, limit = (batch, "given") if batch else decode_batch(serving, mean, tpot_s, rate)
+    size, limit = (batch, "given") if batch else decode_batch(serving, mean, tpot_s)
+    filled = None
+    if duration_s > 0:  # a larger batch would yield more tokens than are wanted
+        rate = float(steps.sum()) / duration_s
+        filled = min(size, _largest(lambda n: n / serving.decode(n, mean)[0] <= rate))
     seconds, joules = _curves(lambda context: serving.decode(size, context), contexts)
     decode_s = steps * seconds / size
     decode_j = None if joules is None else float((steps * joules).sum()) / size
@@ -102,6 +108,7 @@ def split(
         cached=cached_by,
         batch=size,
         batch_limit=limit,
+        traffic_batch=filled,
         step_s=serving.decode(size, mean)[0],
         prefill=prefill,
         decode=decode,
@@ -112,27 +119,22 @@ def split(
     )
 
 
-def decode_batch(
-    serving: Serving, context: int, tpot_s: float, tokens_per_s: float | None = None
-) -> tuple[int, str]:
-    """The largest batch of decode steps, and what bounds it.
-
-    tokens_per_s: what the traffic generates; so many sequences are never there that a step would
-    yield more than that.
-    """
+def decode_batch(serving: Serving, context: int, tpot_s: float) -> tuple[int, str]:
+    """The largest batch of decode steps that memory and latency allow, and what bounds it."""
     memory = MAX_BATCH if serving.kv_tokens is None else serving.kv_tokens // max(context, 1)
-    best, limit = 1, "latency"
+    size = _largest(lambda n: n <= memory and serving.decode(n, context)[0] <= tpot_s)
+    if size == MAX_BATCH:
+        return size, "the engine"
+    return size, "memory" if size >= memory else "latency"
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest batch that fits, if all smaller ones do; at least 1."""
     low, high = 1, MAX_BATCH
-    while low <= high:
-        middle = (low + high) // 2
-        step_s, _ = serving.decode(middle, context)
-        idle = tokens_per_s is not None and middle > 1 and (middle - 1) / step_s > tokens_per_s
-        if middle <= memory and step_s <= tpot_s and not idle:
-            best, low = middle, middle + 1
-        else:
-            limit = "memory" if middle > memory else "latency" if step_s > tpot_s else "traffic"
-            high = middle - 1
-    return best, "the engine" if best == MAX_BATCH else limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def _prefill(serving: Serving, prompts: Array, spared: Array) -> tuple[Array, Array | None]:
@@ -161,9 +163,7 @@ def _curves(
     return seconds, np.interp(at, grid, joules) if len(joules) == len(points) else None
 
 
-def _flops(
-    model: ModelShape, prompts: Array, spared: Array, steps: Array
-) -> tuple[float, float]:
+def _flops(model: ModelShape, prompts: Array, spared: Array, steps: Array) -> tuple[float, float]:
     """Multiply-adds count two. Attention pairs of windowed layers stop at the window."""
     moe = model.num_moe_layers * model.experts_per_token * model.expert_weights
     weights = 2 * (model.dense_weights + moe)
@@ -171,24 +171,17 @@ def _flops(
     pair = 4 * model.num_heads * model.head_dim
     full = model.num_layers - model.num_window_layers
     new = prompts - spared
-    # Query at position i sees i + 1 keys.
-    pairs = (prompts**2 - spared**2) / 2 * full
-    seen = steps * (prompts + steps / 2) * full
+    all_pairs, context = (prompts**2 - spared**2) / 2, prompts + steps / 2
+    pairs, seen = all_pairs * full, steps * context * full
     if model.num_window_layers:
-        pairs = pairs + np.minimum((prompts**2 - spared**2) / 2, new * model.window) * (
-            model.num_window_layers
-        )
-        seen = seen + steps * np.minimum(prompts + steps / 2, model.window) * (
-            model.num_window_layers
-        )
+        pairs = pairs + np.minimum(all_pairs, new * model.window) * model.num_window_layers
+        seen = seen + steps * np.minimum(context, model.window) * model.num_window_layers
     prefill = float((new * weights + pairs * pair).sum()) + head * len(prompts)
     decode = float((steps * (weights + head) + seen * pair).sum())
     return prefill, decode
 
 
-def _phase(
-    serving: Serving, seconds: float, flops: float | None, joules: float | None
-) -> Phase:
+def _phase(serving: Serving, seconds: float, flops: float | None, joules: float | None) -> Phase:
     price, reach = serving.usd_per_hour, serving.flops_per_s
     use = None
     if flops is not None and reach and seconds > 0:
@@ -211,8 +204,8 @@ def _peak(requests: Sequence[TraceRequest], prefill_s: Array, duration_s: float)
     return float(work.max() / work.mean()) if work.sum() > 0 else None
 
 
-def _array(values: object) -> Array:
-    return np.fromiter(values, dtype=np.float64)  # type: ignore[call-overload,no-any-return]
+def _array(values: Iterable[float]) -> Array:
+    return np.fromiter(values, dtype=np.float64)
 
 
 def _total(values: Array | None) -> float | None:

@@ -129,9 +129,7 @@ def turns(requests: Sequence[TraceRequest]) -> Turns:
     sessions = Counter(request.session for request in requests if request.session)
     if sessions:
         named = sum(sessions.values())
-        return Turns(
-            "session", 1 - len(sessions) / named, len(sessions), named / len(sessions)
-        )
+        return Turns("session", 1 - len(sessions) / named, len(sessions), named / len(sessions))
     if not any(request.blocks for request in requests):
         return Turns("nothing", None, None, None)
     return Turns("blocks", _continuations(requests) / len(requests), None, None)

@@ -104,7 +104,7 @@ def _traffic(when: Arrivals | None) -> Table | None:
     if when.hour_peak_over_mean is not None:
         zone = "UTC" if when.hours_are_utc else "counted from the start"
         hours = [(rate, hour) for hour, rate in enumerate(when.by_hour) if rate is not None]
-        rate, hour = max(hours)
+        hour = max(hours)[1]
         text = f"{hour:02d} h ({zone}), {when.hour_peak_over_mean:.2f}x the mean hour"
         rows.append(("busiest hour of the day", text))
     else:
@@ -132,7 +132,8 @@ def _sharing(analysis: Analysis) -> Table | None:
         "sharing",
         "Shared prefixes (least recently used is dropped)",
         ("", "of tokens", "of blocks", "of requests"),
-        tuple(rows) or (("unknown: the trace has no block ids or texts", UNKNOWN, UNKNOWN, UNKNOWN),),
+        tuple(rows)
+        or (("unknown: the trace has no block ids or texts", UNKNOWN, UNKNOWN, UNKNOWN),),
         notes,
     )
 
@@ -158,8 +159,7 @@ def _latencies(analysis: Analysis) -> Table | None:
     if analysis.latencies is None:
         return None
     rows = tuple(
-        (name.upper(), *map(seconds, values))
-        for name, values in analysis.latencies.metrics.items()
+        (name.upper(), *map(seconds, values)) for name, values in analysis.latencies.metrics.items()
     )
     return Table(
         "latencies",
@@ -196,10 +196,11 @@ def _splits(analysis: Analysis) -> Table | None:
         "Prefill : decode" + (f" ({analysis.model.name})" if analysis.model else ""),
         (
             "on", "compute", "time", "money", "energy", "batch", "limited by",
+            "traffic fills",
             "step", "busy", "$/M tokens", "J/token",
         ),
         rows,
-        "Share of prefill : share of decode. " + basis,
+        "Share of prefill : share of decode, at full batches; busy: workers in the mean. " + basis,
     )  # fmt: skip
 
 
@@ -210,6 +211,7 @@ def _split_row(split: Split) -> tuple[str, ...]:
         *(_ratio(split.share(what)) for what in ("flops", "device_s", "usd", "joules")),
         str(split.batch),
         split.batch_limit,
+        UNKNOWN if split.traffic_batch is None else str(split.traffic_batch),
         seconds(split.step_s),
         count(split.busy_workers),
         count(split.usd_per_million_tokens),

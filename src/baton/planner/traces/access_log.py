@@ -24,15 +24,24 @@ NAME = "access-log"
 Entry = Mapping[str, object]
 _PLACES = ("", "response.body.", "response.", "body.", "result.", "metadata.", "request.body.")
 _REQUEST_PLACES = ("", "request.body.", "request.", "body.")
-TIME = ("start_time", "startTime", "arrival", "received_at", "request_time", "timestamp", "ts")
-TIME += ("@timestamp", "time", "created_at", "created")
+TIME = (
+    *("start_time", "startTime", "arrival", "received_at", "request_time"),
+    *("timestamp", "ts", "@timestamp", "time", "created_at", "created"),
+)
 USAGE_IN = ("usage.prompt_tokens", "usage.input_tokens", "prompt_tokens", "input_tokens")
 USAGE_OUT = ("usage.completion_tokens", "usage.output_tokens", "completion_tokens", "output_tokens")
 CACHED = ("usage.prompt_tokens_details.cached_tokens", "cached_tokens")
 SECONDS = {"_ms": 1e-3, "_us": 1e-6, "Ms": 1e-3}
 TTFT = ("ttft", "ttft_s", "ttft_ms", "time_to_first_token", "time_to_first_token_ms")
 E2E = ("duration_s", "duration_ms", "latency_s", "latency_ms", "e2e_s", "response_time_ms")
-SESSION = ("session_id", "session", "conversation_id", "conversation", "thread_id", "metadata.session_id")
+SESSION = (
+    "session_id",
+    "session",
+    "conversation_id",
+    "conversation",
+    "thread_id",
+    "metadata.session_id",
+)
 TENANT = ("user", "tenant", "organization", "api_key_alias", "safety_identifier")
 STATUS = ("status_code", "status", "response.status_code", "http_status")
 

@@ -1,4 +1,4 @@
-"""Results of load tests: `vllm bench serve --save-result --save-detailed`, and `baton bench --json`.
+"""Results of load tests: `vllm bench serve --save-detailed`, and `baton bench --json`.
 
 vLLM's is one JSON object with parallel lists, a place a request: `input_lens`, `output_lens`,
 `ttfts` (seconds), `itls` (a list each), `start_times` (seconds of one clock; older versions have
@@ -87,7 +87,9 @@ def read_baton(source: Source, document: dict[str, object]) -> Trace:
         )
     entries = runs[0].get("requests") if isinstance(runs[0], dict) else None
     if not isinstance(entries, list):
-        raise ConfigError(f"{source} has no list runs[0].requests: write it with baton bench --json")
+        raise ConfigError(
+            f"{source} has no list runs[0].requests: write it with baton bench --json"
+        )
     num_failed = 0
     num_cached = 0
 

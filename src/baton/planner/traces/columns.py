@@ -1,4 +1,4 @@
-"""Any CSV file, or any JSON lines, by a mapping of its columns: `arrival=ts:ms,prompt=in,output=out`.
+"""Any CSV file, or any JSON lines, by a mapping: `arrival=ts:ms,prompt=in,output=out`.
 
 A column of JSON lines is a path (`usage.prompt_tokens`). Times are seconds unless a unit follows
 (`:ms`, `:us`, `:ns`), or dates; an arrival that counts from 1970 may be in any of these units.

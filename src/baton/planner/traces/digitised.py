@@ -1,13 +1,13 @@
-"""Curves read off published figures, such as the Azure week of May 2024, and requests drawn from them.
+"""Requests drawn from curves that were read off figures, such as Azure's weeks of May 2024.
 
     <name>_rate_7days_digitised.csv               hour_from_start,req_per_min_low,req_per_min,…
     <name>_input_tokens_cdf_digitised.csv         tokens,cdf_percent
     <name>_output_tokens_cdf_digitised.csv        the same, of outputs
 
 The rate file is given; the other two must lie beside it (gzipped, if it is). Arrivals are Poisson
-with the curve's rate, thinned by one factor to `MAX_REQUESTS`, so that the week's shape stays and its
-height does not; lengths are drawn from the curves, independently of each other, which the real ones
-are not. The same seed draws the same requests.
+with the curve's rate, thinned by one factor to about `MAX_REQUESTS`, so that the week's shape stays
+and its height does not; lengths are drawn from the curves, independently of each other, which the
+real ones are not. The same seed draws the same requests.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def read(source: Source, *, seed: int = 0) -> Trace:
             )
             yield Place(str(source), line), request
 
-    note = f"drawn from curves read off figures, {keep:.3g} of all requests; no trace of single ones"
+    note = (
+        f"drawn from curves read off figures, {keep:.3g} of all requests; no trace of single ones"
+    )
     return finish(rows(), source=str(source), format=NAME, in_order=True, notes=(note,))
 
 
@@ -74,9 +76,7 @@ def _rate_curve(source: Source) -> list[tuple[float, float]]:
     return curve
 
 
-def _arrivals(
-    curve: list[tuple[float, float]], keep: float, rng: random.Random
-) -> Iterator[float]:
+def _arrivals(curve: list[tuple[float, float]], keep: float, rng: random.Random) -> Iterator[float]:
     """A Poisson process with the curve's rate, piece by piece (gaps have no memory)."""
     for (start, rate), (end, _) in pairwise(curve):
         now = start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import msgspec
 
@@ -110,7 +110,7 @@ def tick(times: list[float]) -> float:
     distinct = sorted(set(times))
     if len(distinct) < 3 or len(distinct) >= COARSE * len(times):
         return 0.0
-    gaps = [b - a for a, b in zip(distinct, distinct[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(distinct)]
     least = min(gaps)
     steps = [gap / round(gap / least) for gap in gaps]
     step = sorted(steps)[len(steps) // 2]
