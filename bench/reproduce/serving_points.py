@@ -58,7 +58,9 @@ def main() -> int:
         found = predict_half(kinds["dense, aggregated"], f"salt {number}")
         error = float(np.median([abs(ours / p.tpot_s - 1) for p, _, ours in found]))
         same, _ = order(found, same_concurrency=True)
-        print(f"another split ({number}): n {len(found)}, TPOT median {error:.1%}, order {same:.1%}")
+        print(
+            f"another split ({number}): n {len(found)}, TPOT median {error:.1%}, order {same:.1%}"
+        )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     dense = figures["dense, aggregated"]
@@ -76,7 +78,7 @@ def predict_half(points: Sequence[ServingPoint], salt: str) -> Predicted:
 
 def report(kind: str, found: Predicted, rows: bool) -> dict[str, float]:
     if rows:
-        print("| model, engine, device, ranks, in/out, concurrency | published TPOT ms | ours | error |")
+        print("| model, engine, device, ranks, in/out, batch | published TPOT ms | ours | error |")
         print("|---|---:|---:|---:|")
         for p, _, ours in found:
             where = f"{p.model.name} {p.model.weight_bytes:g}B, {p.engine}, {p.device}"
@@ -113,13 +115,15 @@ def report(kind: str, found: Predicted, rows: bool) -> dict[str, float]:
         for same, name in ((True, "order"), (False, "order_any_concurrency")):
             share, num_pairs = order(found, same)
             figures[name], figures[name + "_pairs"] = share, num_pairs
-            print(f"{name.replace('_', ' ')} of output tokens/s/GPU, {num_pairs} pairs that ", end="")
+            print(
+                f"{name.replace('_', ' ')} of output tokens/s/GPU, {num_pairs} pairs that ", end=""
+            )
             print(f"differ by more than {MIN_DIFFERENCE:.0%}: {share:.1%} right")
     return figures
 
 
 def order(found: Predicted, same_concurrency: bool) -> tuple[float, int]:
-    """Share of pairs of configurations whose order by output tokens/s/GPU is right, and of how many.
+    """Share of pairs whose order by output tokens/s/GPU is right, and the number of pairs.
 
     Pairs have the same model and lengths, and the same concurrency unless told otherwise.
     """

@@ -20,7 +20,7 @@ from baton.errors import ConfigError
 SUMMARY = (
     "Measure how long steps of a model take on this machine: prompts, decoding and both together\n"
     "at several contexts, and copies of KV. Writes a profile for simulate and plan, with the error\n"
-    "that it has on steps which its fit did not see. Keep the machine free of other work meanwhile."
+    "that it has on steps which its fit did not see. Keep the machine free of other work so long."
 )
 EXAMPLES = """\
   baton profile --model ./my-model                         two minutes, profile.json

@@ -45,8 +45,6 @@ __all__ = [
     "transfer_s",
 ]
 
-FORMAT = 1
-
 
 class HeldOut(msgspec.Struct, frozen=True):
     """How far predictions were off on measurements that the fit had not seen.
@@ -86,14 +84,14 @@ class Profile(msgspec.Struct, frozen=True):
     block_bytes: int = 0
     export_s: float = 0.0
     import_s: float = 0.0
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
 
     def cost(self, model: ModelShape | None = None, parallel: Parallel | None = None) -> StepCost:
         """The cost model of `model` (the measured one) on workers of `parallel` (one device)."""
         return StepCost(model or self.model, self.coefficients, parallel or Parallel())
 
     def error(self, kind: str) -> HeldOut | None:
-        """The held-out error for `kind`, or the first one there is; None if nothing was measured."""
+        """The held-out error of `kind`, else the first one; None if nothing was measured."""
         for each in self.held_out:
             if each.kind == kind:
                 return each

@@ -1,10 +1,10 @@
 """The time and power of one step of an engine, from its shape: pure arithmetic, microseconds.
 
-    step = step_s + layers × layer_s + sequences × sequence_s + samples × sample_s   (overhead)
-         + smooth max(weights' flops, weights' bytes), experts apart                  (linear layers)
-         + tokens × activation bytes                                                  (elementwise)
-         + query-key pairs × flops + KV read                                          (attention)
-         + per layer, two all-reduces among tensor-parallel ranks                     (communication)
+    step = step_s + layers × layer_s + sequences × sequence_s + samples × sample_s   overhead
+         + smooth max(weights' flops, weights' bytes), experts apart                  linear layers
+         + tokens × activation bytes                                                  elementwise
+         + query-key pairs × flops + KV read                                          attention
+         + per layer, two all-reduces among tensor-parallel ranks                     communication
 
 The smooth max of compute a and memory b is (a^p + b^p)^(1/p): it bends where real kernels bend,
 near the ridge. Every term is a coefficient's, so each can be fitted, and none needs a table.
@@ -93,7 +93,7 @@ class Parallel(msgspec.Struct, frozen=True):
 
 
 class Coefficients(msgspec.Struct, frozen=True):
-    """What an engine reaches on a device. Rates are those of one device, as far as they are reached.
+    """What an engine reaches on a device. Rates are those of one device.
 
     A rate of None leaves its term out. `sharpness` is the p of the smooth max. `allreduce_s` is
     the latency of one all-reduce, `allreduce_bytes_per_s` the rate at which each rank's share
@@ -213,7 +213,7 @@ class StepCost:
         if total <= 0:
             return power.idle_w
         compute = (shape.num_tokens / self._data * self._dense * self._flop_s) + parts.attention_s
-        memory = (self._dense + self._head) * self._byte_s**self._root + parts.kv_s
+        memory = (self._dense + self._head) * float(self._byte_s**self._root) + parts.kv_s
         if parts.experts_s:
             compute += min(parts.experts_s, self._experts_s(shape.num_tokens, memory=False))
             memory += parts.experts_s

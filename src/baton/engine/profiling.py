@@ -111,7 +111,9 @@ class Bench:
             min(map(len, times)),
         )
 
-    def time_policy(self, max_num_seqs: int, max_num_batched_tokens: int) -> list[tuple[int, float]]:
+    def time_policy(
+        self, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> list[tuple[int, float]]:
         """(decoding sequences, median seconds a step beside the runner's), at several batches.
 
         On a GPU the engine thread works while the device computes, so it counts for nothing.

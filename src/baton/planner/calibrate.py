@@ -66,7 +66,7 @@ def minimise(
     found = scipy.optimize.least_squares(
         residuals, origin, loss="soft_l1", f_scale=SOFT, bounds=(origin - 9, origin + 9)
     )
-    return np.exp(found.x)
+    return np.asarray(np.exp(found.x), float)
 
 
 def fit_steps(

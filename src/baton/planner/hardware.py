@@ -91,7 +91,7 @@ def data_dir(name: str) -> Path:
     for root in (PACKAGED_DATA, CHECKOUT_DATA):
         if (root / name).is_dir():
             return root / name
-    raise ConfigError(f"the data folder {name!r} is missing from this installation: reinstall Baton")
+    raise ConfigError(f"the data folder {name!r} is missing here: reinstall Baton")
 
 
 def find_device(name: str) -> Device:

@@ -44,7 +44,7 @@ def fit_gemm(directory: Path, gpu: str, dtype: str) -> Fitted:
     """
     rows = [row for row in _table(directory, f"{gpu}.gemm_perf.*") if row["gemm_dtype"] == dtype]
     table = _columns(rows, "m", "n", "k", "latency")
-    m, n, k, _ = table.T
+    _, n, k, _ = table.T
     table = table[(n >= MIN_SIZE) & (k >= MIN_SIZE)]
 
     def predict(at: Array, values: Array) -> Array:
@@ -116,7 +116,7 @@ def fit_allreduce(directory: Path, gpu: str) -> Fitted:
     rows = _table(directory, f"{gpu}.custom_allreduce_perf.*")
     rows = [row for row in rows if row["backend"] == "vllm_graph"]
     table = _columns(rows, "num_gpus", "message_size", "latency")
-    ranks, num_elements, _ = table.T
+    num_elements = table[:, 1]
 
     def predict(at: Array, values: Array) -> Array:
         ranks, num_elements = at.T

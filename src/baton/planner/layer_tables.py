@@ -2,8 +2,8 @@
 
 LLMServingSim's profiles hold, for one model on one GPU under vLLM, the time of each layer by tokens
 (`dense`), of attention by prompt chunk and decode batch (`attention`), and of the head and the
-sampler by sequences (`per_sequence`), in microseconds. A step is the layers' times, times the number
-of layers, plus what comes once. The engine's own work between them is not in it.
+sampler by sequences (`per_sequence`), in microseconds. A step is a layer's times, for all layers,
+plus what comes once. The engine's own work between them is not in it.
 """
 
 from __future__ import annotations

@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import difflib
 
+import msgspec
+
 from baton.core.cost import ModelShape
 from baton.errors import ConfigError
 
 
-def _dense(name: str, *sizes: int, mlp_matrices: int = 3) -> ModelShape:
-    return ModelShape(name, *sizes, mlp_matrices=mlp_matrices)
+def _opt(name: str, *sizes: int) -> ModelShape:
+    """A model whose MLP has two matrices and no gate."""
+    return msgspec.structs.replace(ModelShape(name, *sizes), mlp_matrices=2)
 
 
 _KNOWN: tuple[ModelShape, ...] = (
-    _dense("Llama-2-7B", 32, 4096, 32, 32, 128, 11008, 32000),
-    _dense("Llama-2-13B", 40, 5120, 40, 40, 128, 13824, 32000),
-    _dense("Llama-2-70B", 80, 8192, 64, 8, 128, 28672, 32000),
-    _dense("Llama-3.1-8B", 32, 4096, 32, 8, 128, 14336, 128256),
-    _dense("Llama-3.1-70B", 80, 8192, 64, 8, 128, 28672, 128256),
-    _dense("Mistral-7B", 32, 4096, 32, 8, 128, 14336, 32000),
-    _dense("Yi-34B", 60, 7168, 56, 8, 128, 20480, 64000),
-    _dense("Qwen3-32B", 64, 5120, 64, 8, 128, 25600, 151936),
-    _dense("OPT-13B", 40, 5120, 40, 40, 128, 20480, 50272, mlp_matrices=2),
-    _dense("OPT-66B", 64, 9216, 72, 72, 128, 36864, 50272, mlp_matrices=2),
-    _dense("OPT-175B", 96, 12288, 96, 96, 128, 49152, 50272, mlp_matrices=2),
-    _dense("BLOOM-176B", 70, 14336, 112, 112, 128, 57344, 250880, mlp_matrices=2),
+    ModelShape("Llama-2-7B", 32, 4096, 32, 32, 128, 11008, 32000),
+    ModelShape("Llama-2-13B", 40, 5120, 40, 40, 128, 13824, 32000),
+    ModelShape("Llama-2-70B", 80, 8192, 64, 8, 128, 28672, 32000),
+    ModelShape("Llama-3.1-8B", 32, 4096, 32, 8, 128, 14336, 128256),
+    ModelShape("Llama-3.1-70B", 80, 8192, 64, 8, 128, 28672, 128256),
+    ModelShape("Mistral-7B", 32, 4096, 32, 8, 128, 14336, 32000),
+    ModelShape("Yi-34B", 60, 7168, 56, 8, 128, 20480, 64000),
+    ModelShape("Qwen3-32B", 64, 5120, 64, 8, 128, 25600, 151936),
+    _opt("OPT-13B", 40, 5120, 40, 40, 128, 20480, 50272),
+    _opt("OPT-66B", 64, 9216, 72, 72, 128, 36864, 50272),
+    _opt("OPT-175B", 96, 12288, 96, 96, 128, 49152, 50272),
+    _opt("BLOOM-176B", 70, 14336, 112, 112, 128, 57344, 250880),
     ModelShape(
         "Qwen3-30B-A3B", 48, 2048, 32, 4, 128, 0, 151936,
         num_experts=128, experts_per_token=8, expert_size=768,

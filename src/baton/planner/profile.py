@@ -84,10 +84,11 @@ def step_grid(
     batches = [batch for batch in DECODE_BATCHES if batch <= limit]
     chunks = [chunk for chunk in CHUNKS if chunk <= max_num_batched_tokens]
     contexts = [int(share * max_context) for share in CONTEXT_SHARES]
-    steps: list[Step] = []
-    for batch in batches:
-        for context in contexts:
-            steps.append(("decode", (ChunkShape(1, max(context, 8), True),) * batch))
+    steps: list[Step] = [
+        ("decode", (ChunkShape(1, max(context, 8), True),) * batch)
+        for batch in batches
+        for context in contexts
+    ]
     for i, chunk in enumerate(chunks):
         for context in contexts:
             # Not the last chunk of a prompt every third time: it draws nothing.
