@@ -39,6 +39,7 @@ from baton.rpc.messages import (
     encode,
 )
 from baton.rpc.outbox import Outbox
+from baton.rpc.tls import GATEWAY, WORKER, RpcTls
 from baton.types import Lend, Request, Sealed
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ KEPT_INSTRUCTIONS: Final = 1024
 MAX_REQUEST_TOKENS: Final = 4 << 20
 ANNOUNCE_TIMEOUT_S: Final = 5.0
 ANNOUNCE_DELAYS_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+WARN_EVERY: Final = 10
 
 _BROKEN: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
 
@@ -80,8 +82,10 @@ class WorkerLink:
         on_hello: Callable[[Hello], None],
         on_report: Callable[[StepReport], None],
         on_lost: Callable[[str], None],
+        tls: RpcTls | None = None,
     ) -> None:
         self._address = address
+        self._tls = tls
         self._gateway_id = gateway_id
         self._gateway_epoch = gateway_epoch
         self._secret = secret
@@ -200,7 +204,7 @@ class WorkerLink:
 
     async def _stream(self) -> None:
         """Open a stream, or resume the broken one, and serve it until it breaks or ends."""
-        async with connect(self._address) as channel:
+        async with connect(self._address, self._tls, WORKER) as channel:
             call = channel.stream_stream(STREAM_METHOD)(metadata=credentials(self._secret))
             tasks: list[asyncio.Task[None]] = []
             try:
@@ -346,7 +350,9 @@ def _groups(requests: list[Request]) -> list[tuple[Request, ...]]:
     return [tuple(group) for group in groups]
 
 
-async def announce(gateway_address: str, message: Announce, secret: bytes) -> AnnounceReply:
+async def announce(
+    gateway_address: str, message: Announce, secret: bytes, tls: RpcTls | None = None
+) -> AnnounceReply:
     """Tell a gateway where a worker is; tries again, with back-off, until it answers.
 
     Returns its reply; a gateway that refuses the call itself (another secret, another protocol)
@@ -354,7 +360,7 @@ async def announce(gateway_address: str, message: Announce, secret: bytes) -> An
     """
     attempt = 0
     while True:
-        async with connect(gateway_address) as channel:
+        async with connect(gateway_address, tls, GATEWAY) as channel:
             try:
                 data: bytes = await channel.unary_unary(ANNOUNCE_METHOD)(
                     encode(message), metadata=credentials(secret), timeout=ANNOUNCE_TIMEOUT_S
@@ -363,11 +369,14 @@ async def announce(gateway_address: str, message: Announce, secret: bytes) -> An
             except grpc.aio.AioRpcError as error:
                 if error.code() not in (*_BROKEN, grpc.StatusCode.DEADLINE_EXCEEDED):
                     return AnnounceReply(False, f"{error.code().name}: {error.details()}")
-                log.debug("announce gateway=%s failed=%s", gateway_address, error.details())
+                reason = error.details()
             except MalformedMessage as error:
                 return AnnounceReply(False, f"malformed reply: {error}")
         await asyncio.sleep(ANNOUNCE_DELAYS_S[min(attempt, len(ANNOUNCE_DELAYS_S) - 1)])
         attempt += 1
+        # A gateway that starts a moment later than its workers is nothing to speak of.
+        level = logging.DEBUG if attempt % WARN_EVERY else logging.WARNING
+        log.log(level, "cannot reach gateway=%s tries=%d: %s", gateway_address, attempt, reason)
 
 
 async def _raise_status(call: Any) -> None:
