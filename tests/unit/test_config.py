@@ -284,3 +284,11 @@ def test_import_is_light() -> None:
     code = "import sys, baton.config; print(sorted({'torch', 'numpy', 'yaml'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["host-a.yaml", "host-b.yaml"])
+def test_the_example_of_two_hosts_is_a_configuration(name: str) -> None:
+    config = load_config(Path(__file__).parents[2] / "examples" / "two-hosts" / name)
+    assert config.has_other_hosts and config.serves_blocks_over_tcp
+    assert config.rpc_tls is not None
+    assert config.block_tls == config.rpc_tls
