@@ -174,6 +174,9 @@ class TwoHosts:
             served.until_whole()
             yield served
             served._stop()
+        except BaseException:
+            print(served.output()[-20000:])
+            raise
         finally:
             for process in served._processes.values():
                 process.kill()

@@ -24,12 +24,6 @@ AFTER = ("--fabric.fetch-early", "false")
 
 
 @pytest.fixture(scope="module")
-def network() -> Iterator[Network]:
-    with Network.open() as network:
-        yield network
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_long_model(tmp_path_factory.mktemp("two-hosts") / "org-tiny")
 
@@ -44,16 +38,19 @@ def expected(model: Path) -> Iterator[Victim]:
 
 
 @pytest.fixture(scope="module")
-def prefill_there(network: Network, model: Path) -> Iterator[TwoHosts]:
+def prefill_there(model: Path) -> Iterator[TwoHosts]:
     where = {"prefill-0": THERE, "decode-0": HERE}
-    with TwoHosts.start(network, model, where, *LONG, *AFTER) as served:
+    with (
+        Network.open() as network,
+        TwoHosts.start(network, model, where, *LONG, *AFTER) as served,
+    ):
         yield served
 
 
 @pytest.fixture(scope="module")
-def decode_there(network: Network, model: Path) -> Iterator[TwoHosts]:
+def decode_there(model: Path) -> Iterator[TwoHosts]:
     where = {"prefill-0": HERE, "decode-0": THERE}
-    with TwoHosts.start(network, model, where, *LONG) as served:
+    with Network.open() as network, TwoHosts.start(network, model, where, *LONG) as served:
         yield served
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
+import subprocess
 from pathlib import Path
 
 import grpc
@@ -14,6 +16,7 @@ from rpc_ends import LOAD, SECRET, Gateway, TcpProxy, hello, request, run, statu
 
 from baton.config import TlsFiles
 from baton.errors import ConfigError
+from baton.rpc.auth import read_secret
 from baton.rpc.channel import caller_host, connect, split_tcp_address, tcp_address
 from baton.rpc.client import announce
 from baton.rpc.listener import Tcp
@@ -114,9 +117,17 @@ def test_a_stranger_opens_no_stream(
     run(main())
 
 
-@pytest.mark.parametrize("name", ["theirs", "gateway", "nobody", ""])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("theirs", "CERTIFICATE_VERIFY_FAILED"),
+        ("gateway", "Hostname Verification Check failed"),
+        ("nobody", "Hostname Verification Check failed"),
+        ("", ""),
+    ],
+)
 def test_a_worker_that_is_none_of_ours_is_told_nothing(
-    tmp_path: Path, files: Path, name: str
+    tmp_path: Path, files: Path, name: str, reason: str
 ) -> None:
     """One of another authority, with a certificate for something else, or without TLS."""
     authority = "theirs" if name == "theirs" else "ours"
@@ -126,6 +137,7 @@ def test_a_worker_that_is_none_of_ours_is_told_nothing(
         async with worker(f"unix:{tmp_path}/w", tcp=tcp) as (srv, handler, _):
             gateway = Gateway(srv.tcp_address, tls=tls(files, "gateway"))
             await until(lambda: gateway.losses, 10.0)
+            assert reason in gateway.losses[0]
             assert gateway.hellos == handler.events == []
 
     run(main())
@@ -181,6 +193,30 @@ def test_plain_bytes_get_no_answer(tmp_path: Path, files: Path) -> None:
             code, _ = await status_of(here, encode(Open("gw", 1)), metadata=None)
             assert code is grpc.StatusCode.UNAUTHENTICATED
 
+    run(main())
+
+
+def test_the_certificates_of_the_example(tmp_path: Path) -> None:
+    """Made as examples/two-hosts says: host A's gateway reaches host B's worker, not the reverse."""
+    readme = Path(__file__).parents[2] / "examples" / "two-hosts" / "README.md"
+    (commands,) = re.findall(r"^```\n(EC=.*?)^```$", readme.read_text(), re.M | re.S)
+    subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, capture_output=True)
+    a, b = (
+        RpcTls(TlsFiles(*(str(tmp_path / name) for name in ("ca.pem", f"{x}.pem", f"{x}.key"))))
+        for x in ("host-a", "host-b")
+    )
+    secret = read_secret(tmp_path)
+
+    async def main() -> None:
+        for here, there, joins in ((a, b, True), (b, a, False), (a, a, True)):
+            tcp = Tcp("127.0.0.1", 0, there)
+            async with worker(f"unix:{tmp_path}/w", tcp=tcp) as (srv, _, _):
+                gateway = Gateway(srv.tcp_address, tls=here)
+                await until(lambda: gateway.hellos or gateway.losses)  # noqa: B023
+                assert bool(gateway.hellos) is joins
+                await gateway.link.close()
+
+    assert len(secret) == 32
     run(main())
 
 

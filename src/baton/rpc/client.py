@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S: Final = 5.0
 RESUME_DELAYS_S: Final = (0.0, 0.05, 0.1, 0.2)
+RESUME_S: Final = 5.0  # a worker forgets us sooner
 STEADY_S: Final = 1.0  # a stream that was up for so long earns a full set of tries again
 ACK_EVERY: Final = 64
 KEPT_INSTRUCTIONS: Final = 1024
@@ -95,6 +96,7 @@ class WorkerLink:
         self._task: asyncio.Task[None] | None = None
         self._hello: Hello | None = None
         self._is_over = False
+        self._up_since: float | None = None  # the present stream's Hello, by the loop's clock
         self._news = asyncio.Event()
         self._outbox = Outbox()
         self._sent = 0  # the last Instructions written to the present stream
@@ -178,8 +180,9 @@ class WorkerLink:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         delays = iter(RESUME_DELAYS_S)
+        give_up_at = loop.time() + RESUME_S
         while True:
-            started = loop.time()
+            self._up_since = None
             try:
                 await self._stream()
             except _Broken as broken:
@@ -189,10 +192,12 @@ class WorkerLink:
             except Exception:  # a callback of ours failed: the link's requests must still end
                 log.exception("link failed worker=%s", self._address)
                 return self._lose("internal error of the gateway")
-            if loop.time() - started > STEADY_S:
+            # A connection that did not come about can take long, too: it earns nothing.
+            if self._up_since is not None and loop.time() - self._up_since > STEADY_S:
                 delays = iter(RESUME_DELAYS_S)
+                give_up_at = loop.time() + RESUME_S
             delay = next(delays, None)
-            if delay is None:
+            if delay is None or loop.time() > give_up_at:
                 return self._lose(reason)
             log.info("resume worker=%s reason=%s", self._address, reason)
             await asyncio.sleep(delay)
@@ -248,6 +253,7 @@ class WorkerLink:
             raise _Ended("the worker has started anew")
         if not self._outbox.can_resume_after(hello.last_index):
             raise _Ended(f"instructions after {hello.last_index} are not kept any more")
+        self._up_since = asyncio.get_running_loop().time()
         self._sent = hello.last_index
         self._acked = self._received
         self._news.set()
