@@ -1,6 +1,6 @@
 """A script: passes on what comes to Unix sockets in a folder to the gateway's ports on loopback.
 
-    http_relay.py FOLDER        public.sock to port 8000, admin.sock to port 8001
+http_relay.py FOLDER        public.sock to port 8000, admin.sock to port 8001
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ START_S = 90.0
 STOP_S = 20.0
 DRAIN_S = LEASE_TTL_S + 5.0
 TOLD_S = 27.0
-"""When at the latest both ends know of a cut: keepalive (10 s, and 10 s more), one try to resume."""
+"""When at the latest both ends know of a cut: keepalive (10 s, and 10 s more), tries to resume."""
 
 _KINDS = (("--user", "--map-root-user"), ())
 _SYSFS = "mount -t sysfs none /sys"  # where UCX looks for network devices
@@ -352,7 +352,11 @@ class TwoHosts:
         return ["worker", "--role", role, "--id", name, "--gateway", gateway]
 
     def _relay(self) -> None:
-        program = (sys.executable, str(Path(__file__).with_name("http_relay.py")), str(self._folder))
+        program = (
+            sys.executable,
+            str(Path(__file__).with_name("http_relay.py")),
+            str(self._folder),
+        )
         self._processes["relay"] = subprocess.Popen(
             [*self.network.enter(HERE), *program], env={**os.environ, "PYTHONPATH": ""}
         )

@@ -88,8 +88,20 @@ def test_answers_over_two_hosts_are_those_of_one(served: TwoHosts, expected: Vic
     assert "tls=True" in said and "tls=False" not in served.output()
 
 
+def test_the_check_measures_the_wire(prefill_there: TwoHosts) -> None:
+    prefill_there.ask(prompt_of(300, 48), 40)
+    with prefill_there.http("admin") as client:
+        report = client.post("/fabric/check").raise_for_status().json()
+    ways = {(link["source"], link["reader"], link["transport"]) for link in report["links"]}
+    assert ("prefill-0", "decode-0", "tcp") in ways
+    assert {transport for _, _, transport in ways} == {"tcp"}
+    for link in report["links"]:
+        assert link["problem"] == "" and link["bytes_per_s"] > 1e6, link
+    prefill_there.check_drained()
+
+
 def test_on_one_host_it_is_shared_memory(prefill_there: TwoHosts) -> None:
-    """A second prefill worker, beside the decode worker: both ways at once, each where it is due."""
+    """A second prefill worker, beside the decode worker: both ways, each where it is due."""
     served = prefill_there
     served.where["prefill-1"] = HERE
     served.run("prefill-1")
@@ -216,6 +228,29 @@ def test_a_cut_in_the_middle_of_an_answer(decode_there: TwoHosts, expected: Vict
     assert 20 < len(tokens) < 6000
     assert tokens == expected.ask(prompt, len(tokens))
     heals(served, expected, prompt_of(400, 45))
+
+
+def test_a_worker_that_dies_is_told_at_once(decode_there: TwoHosts, expected: Victim) -> None:
+    """Its host closes its connections: no need to wait for keepalive."""
+    served = decode_there
+    with ThreadPoolExecutor(1) as pool, served.http() as client:
+        asked = pool.submit(client.post, COMPLETIONS, json=served.body(prompt_of(50, 49), 6000))
+        served.until(lambda: served.counter("decode-0", "num_requests_running"), "decoding")
+        served.kill("decode-0")
+        started = time.monotonic()
+        response = asked.result(30)
+    assert time.monotonic() - started < 1.0
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_lost")
+    served.until(lambda: not served.is_ready(), "the gateway's knowing", 1.0)
+    served.run("decode-0")
+    heals(served, expected, prompt_of(400, 50))
+
+
+def test_a_gateway_that_starts_anew_finds_all(decode_there: TwoHosts, expected: Victim) -> None:
+    served = decode_there
+    served.kill("gateway")
+    served.run("gateway")
+    heals(served, expected, prompt_of(400, 51))
 
 
 def test_a_short_cut_is_not_noticed(decode_there: TwoHosts, expected: Victim) -> None:

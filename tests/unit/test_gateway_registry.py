@@ -73,7 +73,11 @@ def test_workers_hear_where_the_others_serve_blocks(tmp_path: Path) -> None:
             member = gateway._members[worker_id]
             member.link.tell_peers = lambda peers, who=worker_id: told.update({who: peers})  # type: ignore[method-assign]
             theirs: Hello = msgspec.structs.replace(
-                hello(), worker_id=worker_id, fabric_host="10.0.0.2", fabric_port=tcp, nixl_port=nixl
+                hello(),
+                worker_id=worker_id,
+                fabric_host="10.0.0.2",
+                fabric_port=tcp,
+                nixl_port=nixl,
             )
             gateway._greeted(member.announced, theirs)
         expected = (Address("b", 7, "10.0.0.2", 5), Address("c", 7, "10.0.0.2", 0, 6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import socket
 import subprocess
@@ -68,22 +69,24 @@ def test_a_stream_over_tls_is_as_one_over_a_socket(tmp_path: Path, files: Path) 
 
 def test_a_link_that_is_cut_resumes(tmp_path: Path, files: Path) -> None:
     async def main() -> None:
-        async with worker(f"unix:{tmp_path}/w", tcp=listen(files)) as (srv, handler, _):
-            async with TcpProxy(srv.tcp_address) as proxy:
-                gateway = Gateway(proxy.address, tls=tls(files, "gateway"))
-                await until(lambda: gateway.hellos)
-                for i in range(100):
-                    if i % 40 == 20:
-                        await proxy.cut()
-                    srv.report("gw", load=LOAD, counters={"step": i})
-                    gateway.link.submit(request(f"r{i}"))
-                    await asyncio.sleep(0.005)
-                await until(lambda: len(gateway.reports) == 100)
-                assert [r.counters["step"] for r in gateway.reports] == list(range(100))
-                assert handler.submitted() == [f"r{i}" for i in range(100)]
-                assert proxy.num_connections == 3
-                assert gateway.losses == []
-                await gateway.link.close()
+        async with contextlib.AsyncExitStack() as stack:
+            serving = worker(f"unix:{tmp_path}/w", tcp=listen(files))
+            srv, handler, _ = await stack.enter_async_context(serving)
+            proxy = await stack.enter_async_context(TcpProxy(srv.tcp_address))
+            gateway = Gateway(proxy.address, tls=tls(files, "gateway"))
+            await until(lambda: gateway.hellos)
+            for i in range(100):
+                if i % 40 == 20:
+                    await proxy.cut()
+                srv.report("gw", load=LOAD, counters={"step": i})
+                gateway.link.submit(request(f"r{i}"))
+                await asyncio.sleep(0.005)
+            await until(lambda: len(gateway.reports) == 100)
+            assert [r.counters["step"] for r in gateway.reports] == list(range(100))
+            assert handler.submitted() == [f"r{i}" for i in range(100)]
+            assert proxy.num_connections == 3
+            assert gateway.losses == []
+            await gateway.link.close()
 
     run(main())
 
@@ -197,7 +200,7 @@ def test_plain_bytes_get_no_answer(tmp_path: Path, files: Path) -> None:
 
 
 def test_the_certificates_of_the_example(tmp_path: Path) -> None:
-    """Made as examples/two-hosts says: host A's gateway reaches host B's worker, not the reverse."""
+    """Made as examples/two-hosts says: A's gateway reaches B's worker, and not the reverse."""
     readme = Path(__file__).parents[2] / "examples" / "two-hosts" / "README.md"
     (commands,) = re.findall(r"^```\n(EC=.*?)^```$", readme.read_text(), re.M | re.S)
     subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, capture_output=True)

@@ -129,8 +129,10 @@ _TLS_FIELDS = ("tls_ca_file", "tls_cert_file", "tls_key_file")
 
 
 def _tls_files(section: FabricConfig | RpcConfig, name: str) -> TlsFiles | None:
-    given = [file for field in _TLS_FIELDS if (file := getattr(section, field)) is not None]
-    return TlsFiles(*given, section=name) if len(given) == len(_TLS_FIELDS) else None
+    ca, cert, key = section.tls_ca_file, section.tls_cert_file, section.tls_key_file
+    if ca is None or cert is None or key is None:
+        return None
+    return TlsFiles(ca, cert, key, name)
 
 
 def _check_tls_files(section: FabricConfig | RpcConfig, name: str) -> None:

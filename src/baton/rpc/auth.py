@@ -1,7 +1,8 @@
 """The deployment secret: who may join the control plane.
 
 The supervisor writes 32 random bytes to `<runtime-dir>/secret`, which only its user can read; a
-deployment of several hosts has a file of its own for it. What crosses the wire is a token derived from it, in the metadata of every call.
+deployment of several hosts has a file of its own for it. What crosses the wire is a token derived
+from it, in the metadata of every call.
 """
 
 from __future__ import annotations

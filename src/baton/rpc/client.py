@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -96,7 +97,7 @@ class WorkerLink:
         self._task: asyncio.Task[None] | None = None
         self._hello: Hello | None = None
         self._is_over = False
-        self._up_since: float | None = None  # the present stream's Hello, by the loop's clock
+        self._up_since = math.inf  # the present stream's Hello, by the loop's clock
         self._news = asyncio.Event()
         self._outbox = Outbox()
         self._sent = 0  # the last Instructions written to the present stream
@@ -182,7 +183,7 @@ class WorkerLink:
         delays = iter(RESUME_DELAYS_S)
         give_up_at = loop.time() + RESUME_S
         while True:
-            self._up_since = None
+            self._up_since = math.inf
             try:
                 await self._stream()
             except _Broken as broken:
@@ -193,7 +194,7 @@ class WorkerLink:
                 log.exception("link failed worker=%s", self._address)
                 return self._lose("internal error of the gateway")
             # A connection that did not come about can take long, too: it earns nothing.
-            if self._up_since is not None and loop.time() - self._up_since > STEADY_S:
+            if loop.time() - self._up_since > STEADY_S:
                 delays = iter(RESUME_DELAYS_S)
                 give_up_at = loop.time() + RESUME_S
             delay = next(delays, None)

@@ -99,11 +99,11 @@ class Listener:
         """
         if not is_authorized(self._secret, context.invocation_metadata()):
             raise Refused(Code.UNAUTHENTICATED, "not of this deployment: the secrets differ")
-        if self._tls is not None and caller_host(context.peer()) is not None:
-            if not may_be(self._callers, context):
-                raise Refused(
-                    Code.UNAUTHENTICATED, f"the caller's certificate lacks the name {self._callers}"
-                )
+        over_tls = self._tls is not None and caller_host(context.peer()) is not None
+        if over_tls and not may_be(self._callers, context):
+            raise Refused(
+                Code.UNAUTHENTICATED, f"the caller's certificate lacks the name {self._callers}"
+            )
 
     async def set_serving(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse

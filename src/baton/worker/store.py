@@ -121,6 +121,4 @@ class Store:
         nixl = NixlStore(self._runtime_dir, self.address.worker_id, arena, lease_secret, tcp)
         self._closing.callback(nixl.stop)
         if nixl.tcp_port is not None:
-            self.address = msgspec.structs.replace(
-                self.address, host=host, nixl_port=nixl.tcp_port
-            )
+            self.address = msgspec.structs.replace(self.address, host=host, nixl_port=nixl.tcp_port)
