@@ -16,8 +16,10 @@ import uvloop
 from baton.rpc.auth import credentials
 from baton.rpc.channel import STREAM_METHOD, connect
 from baton.rpc.client import WorkerLink
+from baton.rpc.listener import Tcp
 from baton.rpc.messages import Hello, Instructions, StepReport
 from baton.rpc.server import WorkerServer
+from baton.rpc.tls import RpcTls
 from baton.types import KvFormat, Request, Role, SamplingParams, WorkerLoad
 
 SECRET = b"s" * 32
@@ -88,24 +90,26 @@ class Handler:
 class Gateway:
     """A WorkerLink and what it was told."""
 
-    def __init__(self, address: str, epoch: int = 1, secret: bytes = SECRET) -> None:
+    def __init__(
+        self, address: str, epoch: int = 1, secret: bytes = SECRET, tls: RpcTls | None = None
+    ) -> None:
         self.hellos: list[Hello] = []
         self.reports: list[StepReport] = []
         self.losses: list[str] = []
         self.link = WorkerLink(
             address, "gw", epoch, secret, self.hellos.append, self.reports.append,
-            self.losses.append,
+            self.losses.append, tls,
         )  # fmt: skip
         self.link.start()
 
 
 @contextlib.asynccontextmanager
 async def worker(
-    address: str, resume_window_s: float = 2.0
+    address: str, resume_window_s: float = 2.0, tcp: Tcp | None = None
 ) -> AsyncIterator[tuple[WorkerServer, Handler, str]]:
     handler = Handler()
     server = WorkerServer(hello, handler, SECRET, resume_window_s=resume_window_s)
-    bound = await server.start(address)
+    bound = await server.start(address, tcp)
     try:
         yield server, handler, bound
     finally:
@@ -168,7 +172,7 @@ class Proxy:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
         try:
-            up_reader, up_writer = await asyncio.open_unix_connection(self._target)
+            up_reader, up_writer = await self._connect()
         except OSError:  # nobody listens there any more
             writer.transport.abort()
             return
@@ -178,6 +182,9 @@ class Proxy:
             asyncio.create_task(self._copy(up_reader, writer)),
         ]
 
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_unix_connection(self._target)
+
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(4096):
@@ -185,3 +192,19 @@ class Proxy:
                 writer.write(data)
                 await writer.drain()
         writer.transport.abort()
+
+
+class TcpProxy(Proxy):
+    """The same, of a TCP address to another."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(Path(), Path())
+        self._host, _, self._port = target.rpartition(":")
+
+    async def __aenter__(self) -> TcpProxy:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(self._host, int(self._port))

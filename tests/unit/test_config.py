@@ -14,6 +14,7 @@ from baton.config import (
     GatewayConfig,
     Layout,
     ModelConfig,
+    TlsFiles,
     flags,
     format_size,
     is_loopback,
@@ -62,7 +63,7 @@ def test_every_flag_sets_its_own_field_and_has_help() -> None:
             text = "false"
         elif flag.field.endswith("cpus"):
             text = "0-3,8"
-        elif flag.path == "fabric.tcp_host":
+        elif flag.path in ("fabric.tcp_host", "rpc.host"):
             text = "::1"
         elif ".tls_" in flag.path:
             continue  # needs others: tested below
@@ -110,6 +111,11 @@ def test_every_flag_sets_its_own_field_and_has_help() -> None:
         ),
         ("fabric: {tcp_host: 0.0.0.0}", r"no address that other workers could connect to: give"),
         ("fabric: {tcp_host: '::'}", r"fabric.tcp_host :: is no address"),
+        (
+            "rpc: {tls_key_file: a}",
+            r"rpc.tls_key_file is set without rpc.tls_ca_file and rpc.tls_c",
+        ),
+        ("rpc: {host: 0.0.0.0}", r"rpc.host 0.0.0.0 is no address that other hosts could connect"),
         ("fabric: {transport: smoke}", r"expected auto\|nixl\|shm\|tcp"),
     ],
 )
@@ -212,10 +218,55 @@ def test_serving_blocks_beyond_loopback_needs_tls_or_the_word(listens: dict[str,
     with pytest.raises(ConfigError, match=r"10\.0\.0\.1 can be reached.*--fabric\.allow-insecure"):
         load_config(None, beyond)
     tls = {f"fabric.tls_{name}_file": name for name in ("ca", "cert", "key")}
-    assert load_config(None, {**beyond, **tls}).fabric.listens
+    assert load_config(None, {**beyond, **tls}).serves_blocks_over_tcp
     load_config(None, {**beyond, "fabric.allow_insecure": "true"})
-    assert load_config(None, listens).fabric.listens
-    assert not load_config(None, {"fabric.tcp_host": "10.0.0.1"}).fabric.listens, "nor exposed"
+    assert load_config(None, listens).serves_blocks_over_tcp
+    silent = load_config(None, {"fabric.tcp_host": "10.0.0.1"})
+    assert not silent.serves_blocks_over_tcp, "nor exposed"
+
+
+SECURE = {f"rpc.tls_{name}_file": name for name in ("ca", "cert", "key")}
+SECURE |= {"rpc.secret_file": "secret"}
+
+
+def test_talking_to_other_hosts_needs_tls_and_a_secret_or_the_word() -> None:
+    beyond = {"rpc.host": "10.0.0.1"}
+    for lacking in SECURE:
+        partial = {field: value for field, value in SECURE.items() if field == "rpc.secret_file"}
+        if lacking == "rpc.secret_file":
+            partial = {field: value for field, value in SECURE.items() if field != lacking}
+        with pytest.raises(ConfigError, match=r"10\.0\.0\.1 can be reached.*--rpc\.allow-insecure"):
+            load_config(None, {**beyond, **partial})
+    load_config(None, {**beyond, **SECURE})
+    words = {"rpc.allow_insecure": "true", "fabric.allow_insecure": "true"}
+    load_config(None, {**beyond, **words})
+    load_config(None, {"rpc.port": "7000"})
+
+
+def test_blocks_are_served_where_other_hosts_are() -> None:
+    config = load_config(None, {"rpc.host": "10.0.0.1", **SECURE})
+    assert (config.has_other_hosts, config.serves_blocks_over_tcp) == (True, True)
+    assert config.block_host == "10.0.0.1"
+    assert config.block_tls == config.rpc_tls == TlsFiles("ca", "cert", "key", "rpc")
+    own = {f"fabric.tls_{name}_file": f"own {name}" for name in ("ca", "cert", "key")}
+    tls = load_config(None, {"rpc.host": "10.0.0.1", **SECURE, **own}).block_tls
+    assert tls == TlsFiles("own ca", "own cert", "own key")
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1 cannot be reached from the other hosts"):
+        load_config(None, {"rpc.host": "10.0.0.1", **SECURE, "fabric.tcp_host": "127.0.0.1"})
+    words = {"rpc.host": "10.0.0.1", **SECURE, "rpc.allow_insecure": "true"}
+    load_config(None, {**words, "fabric.tcp_host": "::1", "fabric.tcp_advertise": "10.0.0.9:1"})
+    alone = load_config(None, {"rpc.port": "7000"})
+    assert (alone.has_other_hosts, alone.serves_blocks_over_tcp) == (False, False)
+    assert alone.rpc_tls is alone.block_tls is None
+
+
+@pytest.mark.parametrize("field", ["fabric.transport", "fabric.between_hosts"])
+def test_nixl_between_hosts_must_be_told_that_it_is_open(field: str) -> None:
+    beyond = {"rpc.host": "10.0.0.1", **SECURE, field: "nixl"}
+    with pytest.raises(ConfigError, match=r"without encryption.*--fabric\.allow-insecure"):
+        load_config(None, beyond)
+    assert load_config(None, {**beyond, "fabric.allow_insecure": "true"}).uses_nixl
+    assert load_config(None, {field: "nixl"}).uses_nixl == (field == "fabric.transport")
 
 
 def test_the_admin_listener_stays_on_loopback_even_with_tls() -> None:
@@ -241,7 +292,8 @@ def test_import_is_light() -> None:
 
 def test_a_role_may_have_settings_of_its_own(tmp_path: Path) -> None:
     text = "engine: {block_size: 16, kernels: torch}\nprefill: {block_size: 64, dtype: bfloat16}\n"
-    config = load_config(write(tmp_path, text), {"decode.kernels": "native", "decode.device": "cpu"})
+    own = {"decode.kernels": "native", "decode.device": "cpu"}
+    config = load_config(write(tmp_path, text), own)
     prefill, decode = config.for_role(Role.PREFILL), config.for_role(Role.DECODE)
     assert (prefill.engine.block_size, prefill.model.dtype) == (64, "bfloat16")
     assert (decode.engine.block_size, decode.model.dtype) == (16, "auto")
@@ -249,3 +301,11 @@ def test_a_role_may_have_settings_of_its_own(tmp_path: Path) -> None:
     assert (prefill.engine.device, decode.engine.device) == ("auto", "cpu")
     assert config.for_role(Role.UNIFIED) == config
     assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("name", ["host-a.yaml", "host-b.yaml"])
+def test_the_example_of_two_hosts_is_a_configuration(name: str) -> None:
+    config = load_config(Path(__file__).parents[2] / "examples" / "two-hosts" / name)
+    assert config.has_other_hosts and config.serves_blocks_over_tcp
+    assert config.rpc_tls is not None
+    assert config.block_tls == config.rpc_tls

@@ -165,7 +165,8 @@ def test_announce_retries_until_there_is_a_gateway(tmp_path: Path) -> None:
     message = Announce("decode-0", f"unix:{tmp_path}/w", Role.DECODE, 7)
     seen: list[Announce] = []
 
-    def on_announce(said: Announce) -> AnnounceReply:
+    def on_announce(said: Announce, caller: str | None) -> AnnounceReply:
+        assert caller is None
         seen.append(said)
         return AnnounceReply(said.role is Role.DECODE, "")
 

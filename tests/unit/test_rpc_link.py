@@ -389,3 +389,27 @@ def test_resumed_hello_tells_what_was_acted_upon(tmp_path: Path) -> None:
             assert [message.index for message in handler.messages] == [1, 2]
 
     run(main())
+
+
+def test_connections_that_take_long_to_fail_are_no_reason_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a host is gone: each try takes a while, and none has come about."""
+    monkeypatch.setattr(client, "RESUME_S", 1.0)
+    monkeypatch.setattr(client, "STEADY_S", 0.2)
+    num_tries = 0
+
+    async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_tries
+        num_tries += 1
+        await asyncio.sleep(0.4)
+        writer.transport.abort()
+
+    async def main() -> None:
+        async with await asyncio.start_unix_server(accept, tmp_path / "w"):
+            gateway = Gateway(f"unix:{tmp_path}/w")
+            await until(lambda: gateway.losses, 4.0)
+            assert "UNAVAILABLE" in gateway.losses[0]
+            assert num_tries in (2, 3, 4)
+
+    run(main())

@@ -40,6 +40,7 @@ _METAVARS = {
     "gateway.host": "ADDR",
     "gateway.admin_host": "ADDR",
     "fabric.tcp_host": "ADDR",
+    "rpc.host": "ADDR",
 }
 
 

@@ -9,9 +9,14 @@ from baton.cli.parser import Parser, add_config_flags, config_from
 from baton.errors import ConfigError
 from baton.types import Role
 
-SUMMARY = "Run one worker. `baton serve` starts these; start one by hand to look at it alone."
+SUMMARY = (
+    "Run one worker. `baton serve` starts those of its own host; start the others by hand, or one\n"
+    "to look at it alone."
+)
 EXAMPLES = """\
   baton worker --role prefill --id prefill-0 --runtime-dir /run/baton --config baton.yaml
+  baton worker --role decode --id decode-1 --runtime-dir /run/baton --config baton.yaml \
+--gateway 10.0.0.1:7000 --rpc.host 10.0.0.2
 """
 
 
@@ -21,19 +26,22 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--id", required=True, help="Its name, unique in the deployment.")
     parser.add_argument(
-        "--runtime-dir", required=True, metavar="DIR", help="Directory of sockets and state."
+        "--runtime-dir",
+        required=True,
+        metavar="DIR",
+        help="Directory of sockets and state; made if it is not there.",
     )
     parser.add_argument(
         "--gateway",
         action="append",
         default=[],
         metavar="ADDR",
-        help="Address of a gateway to announce itself to; repeat for several.",
+        help="Gateway to announce itself to, unix:PATH or HOST:PORT; repeat for several.",
     )
     parser.add_argument(
         "--weights-fd", type=int, metavar="FD", help="Descriptor of the host's packed weights."
     )
-    add_config_flags(parser, only=("model", "engine", "store", "fabric", "launch", "log"))
+    add_config_flags(parser, only=("model", "engine", "store", "fabric", "rpc", "launch", "log"))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,17 +12,18 @@ from baton.config.flags import Flag, flags, format_size, format_value, parse_siz
 from baton.config.layout import Layout
 from baton.config.load import Overrides, load_config, to_yaml
 from baton.config.sections import (
-    Config,
     EngineConfig,
     FabricConfig,
     GatewayConfig,
     LaunchConfig,
     LogConfig,
     ModelConfig,
+    RpcConfig,
     Section,
     StoreConfig,
-    is_loopback,
 )
+from baton.config.tls import TlsFiles
+from baton.config.whole import Config, is_loopback
 
 __all__ = [
     "SHARED",
@@ -36,8 +37,10 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "Overrides",
+    "RpcConfig",
     "Section",
     "StoreConfig",
+    "TlsFiles",
     "flags",
     "format_cpus",
     "format_size",

@@ -9,7 +9,8 @@ from decimal import Decimal
 import msgspec
 from msgspec import inspect
 
-from baton.config.sections import Config, Section
+from baton.config.sections import Section
+from baton.config.whole import Config
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from baton.config.flags import flags, format_value, parse_size, sections
-from baton.config.sections import Config
+from baton.config.whole import Config
 from baton.errors import ConfigError
 
 Overrides = Mapping[str, object]

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
-
-from baton.config.cpus import SHARED, parse_cpus
-from baton.config.layout import Layout
-from baton.errors import ConfigError
-from baton.types import Role
 
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0, le=1e6)]
@@ -141,26 +135,29 @@ class FabricConfig(Section, frozen=True):
         Literal["auto", "shm", "tcp", "nixl"],
         Meta(
             description="Way of the blocks: shm (shared memory), tcp or nixl; auto is shm between "
-            "workers of one host, else tcp."
+            "workers of one host, else between_hosts."
         ),
     ] = "auto"
+    between_hosts: Annotated[
+        Literal["tcp", "nixl"],
+        Meta(description="What auto takes where there is no shared memory."),
+    ] = "tcp"
     fetch_early: Annotated[
         bool,
         Meta(description="Fetch blocks of a prompt while the rest of it is still being computed."),
     ] = True
     tcp_host: Annotated[
-        str,
+        Annotated[str, Meta(min_length=1)] | None,
         Meta(
-            min_length=1,
             description="Address on which a worker serves its blocks over TCP, and under which "
-            "the others reach it.",
+            "the others reach it; by default rpc.host.",
         ),
-    ] = "127.0.0.1"
+    ] = None
     tcp_port: Annotated[
         Annotated[int, Meta(ge=0, le=65535)] | None,
         Meta(
             description="Port for that, of each worker; 0 takes any free one; by default none, or "
-            "any if the transport is tcp."
+            "any if the transport is tcp or there are other hosts."
         ),
     ] = None
     tcp_advertise: Annotated[
@@ -177,7 +174,8 @@ class FabricConfig(Section, frozen=True):
         str | None,
         Meta(
             description="The deployment's own certificate authority (PEM): whoever has a "
-            "certificate of it may connect. Needs tls_cert_file and tls_key_file."
+            "certificate of it may connect. Needs tls_cert_file and tls_key_file; by default "
+            "rpc's."
         ),
     ] = None
     tls_cert_file: Annotated[
@@ -194,13 +192,61 @@ class FabricConfig(Section, frozen=True):
         ),
     ] = 0.01
     allow_insecure: Annotated[
-        bool, Meta(description="Serve blocks beyond loopback without TLS.")
+        bool, Meta(description="Serve blocks beyond loopback without TLS; NIXL has none.")
     ] = False
 
-    @property
-    def listens(self) -> bool:
-        """Whether workers serve their blocks over TCP."""
-        return self.transport == "tcp" or self.tcp_port is not None
+
+class RpcConfig(Section, frozen=True):
+    """RPC: how gateway and workers of several hosts talk to each other."""
+
+    host: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="Address of this machine on which its gateway and workers listen for "
+            "those of other hosts, and under which these reach them.",
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[
+        Annotated[int, Meta(ge=0, le=65535)] | None,
+        Meta(
+            description="Port on which the gateway listens for workers of other hosts; 0 takes "
+            "any free one; by default none: all are on this host and use Unix sockets."
+        ),
+    ] = None
+    worker_port: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=65535,
+            description="Port of a worker whose gateway is on another host; 0 takes any free one.",
+        ),
+    ] = 0
+    secret_file: Annotated[
+        str | None,
+        Meta(
+            description="File of 32 random bytes, the same on every host, that its user alone "
+            "may read; by default the file secret in the runtime directory."
+        ),
+    ] = None
+    tls_ca_file: Annotated[
+        str | None,
+        Meta(
+            description="The deployment's own certificate authority (PEM). Needs tls_cert_file "
+            "and tls_key_file."
+        ),
+    ] = None
+    tls_cert_file: Annotated[
+        str | None,
+        Meta(
+            description="TLS certificate chain of the processes of this host (PEM), with the "
+            "names baton-gateway, baton-worker or both."
+        ),
+    ] = None
+    tls_key_file: Annotated[str | None, Meta(description="TLS private key (PEM).")] = None
+    allow_insecure: Annotated[
+        bool, Meta(description="Talk to other hosts without TLS or a secret_file.")
+    ] = False
 
 
 class GatewayConfig(Section, frozen=True):
@@ -277,128 +323,3 @@ class LogConfig(Section, frozen=True):
     decision_log: Annotated[
         str | None, Meta(description="Directory for decision logs, which `baton replay` reads.")
     ] = None
-
-
-class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything that a user can set."""
-
-    model: ModelConfig = ModelConfig()
-    engine: EngineConfig = EngineConfig()
-    prefill: PrefillConfig = PrefillConfig()
-    decode: DecodeConfig = DecodeConfig()
-    store: StoreConfig = StoreConfig()
-    fabric: FabricConfig = FabricConfig()
-    gateway: GatewayConfig = GatewayConfig()
-    launch: LaunchConfig = LaunchConfig()
-    log: LogConfig = LogConfig()
-
-    def for_role(self, role: Role) -> Config:
-        """What a worker of this role goes by: its own settings in place of everybody's."""
-        own = {Role.PREFILL: self.prefill, Role.DECODE: self.decode}.get(role)
-        if own is None:
-            return self
-        engine = {
-            name: value
-            for name in ("device", "block_size", "kernels")
-            if (value := getattr(own, name)) is not None
-        }
-        return msgspec.structs.replace(
-            self,
-            model=msgspec.structs.replace(self.model, dtype=own.dtype or self.model.dtype),
-            engine=msgspec.structs.replace(self.engine, **engine),
-        )
-
-    def validate(self) -> None:
-        """Check what no type can: listeners, TLS files, layout, lists of cores, back-off.
-
-        Raises:
-            ConfigError: it names the fields and what to change.
-        """
-        gateway = self.gateway
-        Layout.parse(self.launch.layout)
-        if self.engine.cpus not in (None, SHARED):
-            parse_cpus(self.engine.cpus, "engine.cpus")
-        for name in ("prefill_cpus", "decode_cpus"):
-            if (cpus := getattr(self.launch, name)) is not None:
-                parse_cpus(cpus, f"launch.{name}")
-        for have, lack in (("cert", "key"), ("key", "cert")):
-            if getattr(gateway, f"tls_{have}_file") and not getattr(gateway, f"tls_{lack}_file"):
-                raise ConfigError(
-                    f"gateway.tls_{have}_file is set without gateway.tls_{lack}_file: "
-                    f"give both, or neither"
-                )
-        if not gateway.allow_insecure:
-            _check_listeners(gateway)
-        _check_fabric(self.fabric)
-        if gateway.port == gateway.admin_port != 0:
-            raise ConfigError(
-                f"gateway.port and gateway.admin_port are both {gateway.port}: "
-                "give the admin listener a port of its own"
-            )
-        if self.launch.restart_backoff_max_s < self.launch.restart_backoff_s:
-            raise ConfigError(
-                "launch.restart_backoff_max_s is less than launch.restart_backoff_s: raise it"
-            )
-
-
-def _check_listeners(gateway: GatewayConfig) -> None:
-    if not is_loopback(gateway.host):
-        missing = [
-            name
-            for name in ("tls_cert_file", "tls_key_file", "api_keys_file")
-            if getattr(gateway, name) is None
-        ]
-        if missing:
-            raise ConfigError(
-                f"gateway.host {gateway.host} can be reached from other machines, and "
-                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: set "
-                f"{'it' if len(missing) == 1 else 'them'}, listen on 127.0.0.1, or say "
-                "--gateway.allow-insecure"
-            )
-    if not is_loopback(gateway.admin_host):
-        raise ConfigError(
-            f"gateway.admin_host {gateway.admin_host} can be reached from other machines, and the "
-            "admin listener has neither TLS nor API keys: use 127.0.0.1, or say "
-            "--gateway.allow-insecure"
-        )
-
-
-def _check_fabric(fabric: FabricConfig) -> None:
-    names = ("tls_ca_file", "tls_cert_file", "tls_key_file")
-    missing = [name for name in names if getattr(fabric, name) is None]
-    if 0 < len(missing) < len(names):
-        given = next(name for name in names if name not in missing)
-        raise ConfigError(
-            f"fabric.{given} is set without {' and '.join(f'fabric.{name}' for name in missing)}: "
-            "give all three, or none"
-        )
-    if is_any_address(fabric.tcp_host):
-        raise ConfigError(
-            f"fabric.tcp_host {fabric.tcp_host} is no address that other workers could connect "
-            "to: give the one of this machine under which they reach it"
-        )
-    is_open = fabric.listens and not is_loopback(fabric.tcp_host)
-    if is_open and missing and not fabric.allow_insecure:
-        raise ConfigError(
-            f"fabric.tcp_host {fabric.tcp_host} can be reached from other machines, and "
-            "fabric.tls_ca_file, fabric.tls_cert_file and fabric.tls_key_file are not set: "
-            "set them, listen on 127.0.0.1, or say --fabric.allow-insecure"
-        )
-
-
-def is_any_address(host: str) -> bool:
-    """Whether `host` stands for every address of this machine: 0.0.0.0, ::."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_unspecified
-    except ValueError:
-        return False
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`; a name other than localhost counts as not."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

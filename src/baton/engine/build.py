@@ -120,7 +120,7 @@ def build_engine(
         prefix_cache=config.engine.prefix_cache,
         lease_ttl_s=config.store.lease_ttl_s,
         keep_blocks=config.store.keep_blocks and with_store and config.engine.prefix_cache,
-        codecs=_codecs(loaded.fingerprint, kv_format) if config.fabric.listens else (),
+        codecs=_codecs(loaded.fingerprint, kv_format) if config.serves_blocks_over_tcp else (),
         max_kl=config.fabric.max_kl,
     )
     index = StoreIndex(limits.num_frames)

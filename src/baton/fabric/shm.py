@@ -93,6 +93,17 @@ class ShmTransport:
                 results += [ReadResult.TIMED_OUT] * len(batch)
         return results
 
+    def reach(self, grant: Grant, deadline: float) -> str | None:
+        """Map the store of `grant`, for fetches to come; if it cannot be, why not.
+
+        That it can is proof that the source is on this host, and that it is of this epoch.
+        """
+        try:
+            self._arena(grant, deadline)
+        except _NoArena as error:
+            return str(error)
+        return None
+
     def close(self) -> None:
         """Unmap every arena; a later fetch maps what it needs again."""
         for source in {source for source, _ in self._arenas}:
@@ -130,6 +141,8 @@ class ShmTransport:
             late = time.monotonic() >= deadline
             result = ReadResult.TIMED_OUT if late else ReadResult.UNREACHABLE
             raise _NoArena(result, "no answer in time") from error
+        except FileNotFoundError as error:
+            raise _NoArena(ReadResult.UNREACHABLE, "it has no socket here") from error
         except (OSError, ArenaRefused, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _NoArena(ReadResult.UNREACHABLE, str(error)) from error
         except StaleEpoch as error:

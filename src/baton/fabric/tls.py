@@ -12,17 +12,9 @@ from __future__ import annotations
 
 import ssl
 
-import msgspec
+from baton.config import TlsFiles
 
-from baton.errors import ConfigError
-
-
-class TlsFiles(msgspec.Struct, frozen=True):
-    """Paths of PEM files: the deployment's authority, our certificate chain, and its key."""
-
-    ca_file: str
-    cert_file: str
-    key_file: str
+__all__ = ["TlsFiles", "client_context", "server_context"]
 
 
 def server_context(files: TlsFiles) -> ssl.SSLContext:
@@ -46,22 +38,5 @@ def client_context(files: TlsFiles) -> ssl.SSLContext:
 def _with_files(context: ssl.SSLContext, files: TlsFiles) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_verify_locations(cafile=files.ca_file)
-    except OSError as error:
-        raise ConfigError(
-            f"fabric.tls_ca_file {files.ca_file} cannot be used: {error}; "
-            "give the PEM file of the deployment's certificate authority"
-        ) from error
-    try:
-        context.load_cert_chain(files.cert_file, files.key_file, password=_no_password)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"fabric.tls_cert_file {files.cert_file} with fabric.tls_key_file {files.key_file} "
-            f"cannot be used: {error}; give a PEM certificate chain and its key, not encrypted"
-        ) from error
+    files.load_into(context)
     return context
-
-
-def _no_password() -> str:
-    raise ValueError("the key is encrypted")  # else OpenSSL asks at the terminal

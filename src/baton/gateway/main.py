@@ -31,7 +31,10 @@ from baton.model.hub import resolve_model
 from baton.observe.logs import open_decision_log, setup_logging
 from baton.observe.metrics import Metrics
 from baton.rpc.auth import read_secret
+from baton.rpc.channel import numeric
+from baton.rpc.listener import Tcp
 from baton.rpc.server import RegistryServer
+from baton.rpc.tls import RpcTls
 from baton.text.chat_template import ChatTemplate
 from baton.text.tokenizer import Tokenizer
 
@@ -56,7 +59,8 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
     template = ChatTemplate.from_dir(model_dir)
     gateway = config.gateway
     gateway_id = "gateway"
-    secret = read_secret(runtime_dir)
+    secret = read_secret(runtime_dir, config.rpc.secret_file)
+    tcp = _tcp(config)
     with contextlib.ExitStack() as stack:
         router = Router()
         decisions = open_decision_log(config.log.decision_log, gateway_id)
@@ -109,8 +113,10 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
             _listen(gateway.host, gateway.port, "gateway.port"),
             _listen(gateway.admin_host, gateway.admin_port, "gateway.admin_port"),
         ]
+        if tcp is not None:
+            dispatcher.registry.open_to_hosts(tcp.tls)
         registry = RegistryServer(dispatcher.registry.announce, secret)
-        await registry.start(f"unix:{runtime_dir / REGISTRY_SOCKET}")
+        await registry.start(f"unix:{runtime_dir / REGISTRY_SOCKET}", tcp)
         await registry.set_serving(True)
         stopping = asyncio.Event()
         _on_signals(servers, stopping)
@@ -126,6 +132,14 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
             await dispatcher.close()
             await registry.stop(0.0)
     return 0
+
+
+def _tcp(config: Config) -> Tcp | None:
+    """Where workers of other hosts announce themselves, if they may."""
+    rpc, files = config.rpc, config.rpc_tls
+    if rpc.port is None:
+        return None
+    return Tcp(numeric(rpc.host, "rpc.host"), rpc.port, RpcTls(files) if files else None)
 
 
 class _Server(uvicorn.Server):

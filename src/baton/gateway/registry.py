@@ -18,8 +18,10 @@ from pathlib import Path
 
 from baton.core.unlike import End, misfit
 from baton.gateway.dispatch import Readiness
+from baton.rpc.channel import is_numeric, split_tcp_address
 from baton.rpc.client import WorkerLink
 from baton.rpc.messages import Address, Announce, AnnounceReply, Hello, StepReport
+from baton.rpc.tls import RpcTls
 from baton.types import Role, WorkerLoad
 
 logger = logging.getLogger(__name__)
@@ -71,19 +73,26 @@ class Registry:
         self._members: dict[str, Member] = {}
         self._refused: dict[tuple[str, int], str] = {}  # by worker id and epoch, oldest first
         self._was_complete = False
+        self._tls: RpcTls | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
-    def announce(self, message: Announce) -> AnnounceReply:
-        """A worker says that it is there; a new start of it takes the place of the old one."""
+    def open_to_hosts(self, tls: RpcTls | None) -> None:
+        """Speak `tls` (None: plain text) with workers that announce themselves over TCP."""
+        self._tls = tls
+
+    def announce(self, message: Announce, caller: str | None = None) -> AnnounceReply:
+        """A worker says that it is there; a new start of it takes the place of the old one.
+
+        caller: the host that it calls from; None through the Unix socket.
+        """
         worker_id = message.worker_id
         if not _WORKER_ID.fullmatch(worker_id):
             return AnnounceReply(False, "a worker id has 1 to 64 letters, digits, '_', '.', '-'")
-        if message.address != f"unix:{self._runtime_dir / worker_id}.sock":
-            # An address from a peer is never followed to where this side did not look for it.
-            return AnnounceReply(False, "the worker's socket is not in this runtime directory")
-        refused = self._refused.get((worker_id, message.epoch))
-        if refused is not None:
-            return AnnounceReply(False, refused)
+        problem = self._unfollowable(message, caller)
+        if problem is None:
+            problem = self._refused.get((worker_id, message.epoch))
+        if problem is not None:
+            return AnnounceReply(False, problem)
         known = self._members.get(worker_id)
         if known is not None:
             if known.announced.epoch == message.epoch:
@@ -97,10 +106,28 @@ class Registry:
             on_hello=lambda hello: self._greeted(message, hello),
             on_report=lambda report: self._reported(message, report),
             on_lost=lambda reason: self._lost(message, reason),
+            tls=self._tls,
         )
         self._members[worker_id] = Member(message, link)
         link.start()
         return AnnounceReply(True)
+
+    def _unfollowable(self, message: Announce, caller: str | None) -> str | None:
+        """Why the address is not followed: a peer does not send this side where it likes.
+
+        On this host a worker is where its socket must be. Elsewhere it is TLS that says whether a
+        worker of ours answers there, and without TLS it must be where it called from.
+        """
+        if caller is None:
+            if message.address == f"unix:{self._runtime_dir / message.worker_id}.sock":
+                return None
+            return "the worker's socket is not in this runtime directory"
+        host = (split_tcp_address(message.address) or ("", 0))[0]
+        if not is_numeric(host):
+            return f"{message.address} is not the numeric address and port of a worker"
+        if self._tls is None and host != caller:
+            return f"without TLS a worker must announce the host that it calls from, {caller}"
+        return None
 
     def link(self, worker_id: str) -> WorkerLink | None:
         member = self._members.get(worker_id)
@@ -164,12 +191,18 @@ class Registry:
         self._on_join(hello)
 
     def _tell_peers(self) -> None:
-        """Every worker hears where the others serve their blocks."""
+        """Every worker hears where the others serve their blocks to other hosts."""
         hellos = [member.hello for member in self.joined()]
         addresses = tuple(
-            Address(hello.worker_id, hello.epoch, hello.fabric_host, hello.fabric_port)
+            Address(
+                hello.worker_id,
+                hello.epoch,
+                hello.fabric_host,
+                hello.fabric_port,
+                hello.nixl_port,
+            )
             for hello in hellos
-            if hello is not None and hello.fabric_port
+            if hello is not None and (hello.fabric_port or hello.nixl_port)
         )
         if addresses:
             for member in self.joined():

@@ -23,7 +23,7 @@ from baton.launch.ready import ReadyProbe, base_url
 from baton.launch.runtime_dir import runtime_dir
 from baton.launch.supervisor import Probe, Supervisor
 from baton.model.region import create_memfd
-from baton.rpc.auth import create_secret
+from baton.rpc.auth import create_secret, read_secret
 from baton.types import Role
 
 Command = Callable[[str, Role | None, Path, Sequence[str]], list[str]]
@@ -77,7 +77,10 @@ def serve(config: Config, *, command: Command = baton_command, probe: Probe | No
     shares = share_out(config, workers, sorted(os.sched_getaffinity(0)), usable_cores())
     console = Console()
     with runtime_dir() as directory, _weights_memfds(config, workers.values()) as memfds:
-        create_secret(directory)
+        if config.rpc.secret_file is None:
+            create_secret(directory)
+        else:
+            read_secret(directory, config.rpc.secret_file)
         (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
         def worker(name: str, role: Role) -> Child:

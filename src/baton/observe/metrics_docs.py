@@ -29,6 +29,8 @@ EVENTS: dict[str, str] = {
     "are unlike: of another size, type or device.",
     "early_lost_*": "Blocks that could not be fetched early; the ending says why. They are asked "
     "for again. 0 without faults.",
+    "blocks_by_*": "Blocks fetched from other workers over `shm`, `tcp` or `nixl`, and verified.",
+    "ms_by_*": "Milliseconds spent fetching over `shm`, `tcp` or `nixl`, failures included.",
     "lent_blocks": "Blocks of the store opened to a worker that computes a prompt with the same "
     "beginning.",
     "fallback_import_*": "Blocks, or whole handoffs, that could not be used and were recomputed; "

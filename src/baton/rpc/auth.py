@@ -1,7 +1,8 @@
 """The deployment secret: who may join the control plane.
 
-The supervisor writes 32 random bytes to `<runtime-dir>/secret`, which only its user can read.
-What crosses the wire is a token derived from it, in the metadata of every call.
+The supervisor writes 32 random bytes to `<runtime-dir>/secret`, which only its user can read; a
+deployment of several hosts has a file of its own for it. What crosses the wire is a token derived
+from it, in the metadata of every call.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ def create_secret(runtime_dir: Path) -> bytes:
     return secret
 
 
-def read_secret(runtime_dir: Path) -> bytes:
-    """The secret of the deployment that lives in `runtime_dir`.
+def read_secret(runtime_dir: Path, secret_file: str | None = None) -> bytes:
+    """The secret of the deployment: that of `runtime_dir`, or what `secret_file` holds.
 
     Raises:
         ConfigError: there is none, others can read it, or it is not a secret.
     """
-    path = runtime_dir / "secret"
+    path = runtime_dir / "secret" if secret_file is None else Path(secret_file)
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -50,7 +51,10 @@ def read_secret(runtime_dir: Path) -> bytes:
     if stat.S_IMODE(mode) & 0o077:
         raise ConfigError(f"the secret {path} is open to other users: chmod 600 it")
     if len(secret) != SECRET_BYTES:
-        raise ConfigError(f"the secret {path} must have {SECRET_BYTES} bytes")
+        raise ConfigError(
+            f"the secret {path} must have {SECRET_BYTES} bytes: write "
+            f"some with head -c {SECRET_BYTES} /dev/urandom"
+        )
     return secret
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -39,18 +40,21 @@ from baton.rpc.messages import (
     encode,
 )
 from baton.rpc.outbox import Outbox
+from baton.rpc.tls import GATEWAY, WORKER, RpcTls
 from baton.types import Lend, Request, Sealed
 
 log = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S: Final = 5.0
 RESUME_DELAYS_S: Final = (0.0, 0.05, 0.1, 0.2)
+RESUME_S: Final = 5.0  # a worker forgets us sooner
 STEADY_S: Final = 1.0  # a stream that was up for so long earns a full set of tries again
 ACK_EVERY: Final = 64
 KEPT_INSTRUCTIONS: Final = 1024
 MAX_REQUEST_TOKENS: Final = 4 << 20
 ANNOUNCE_TIMEOUT_S: Final = 5.0
 ANNOUNCE_DELAYS_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+WARN_EVERY: Final = 10
 
 _BROKEN: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
 
@@ -80,8 +84,10 @@ class WorkerLink:
         on_hello: Callable[[Hello], None],
         on_report: Callable[[StepReport], None],
         on_lost: Callable[[str], None],
+        tls: RpcTls | None = None,
     ) -> None:
         self._address = address
+        self._tls = tls
         self._gateway_id = gateway_id
         self._gateway_epoch = gateway_epoch
         self._secret = secret
@@ -91,6 +97,7 @@ class WorkerLink:
         self._task: asyncio.Task[None] | None = None
         self._hello: Hello | None = None
         self._is_over = False
+        self._up_since = math.inf  # the present stream's Hello, by the loop's clock
         self._news = asyncio.Event()
         self._outbox = Outbox()
         self._sent = 0  # the last Instructions written to the present stream
@@ -174,8 +181,9 @@ class WorkerLink:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         delays = iter(RESUME_DELAYS_S)
+        give_up_at = loop.time() + RESUME_S
         while True:
-            started = loop.time()
+            self._up_since = math.inf
             try:
                 await self._stream()
             except _Broken as broken:
@@ -185,10 +193,12 @@ class WorkerLink:
             except Exception:  # a callback of ours failed: the link's requests must still end
                 log.exception("link failed worker=%s", self._address)
                 return self._lose("internal error of the gateway")
-            if loop.time() - started > STEADY_S:
+            # A connection that did not come about can take long, too: it earns nothing.
+            if loop.time() - self._up_since > STEADY_S:
                 delays = iter(RESUME_DELAYS_S)
+                give_up_at = loop.time() + RESUME_S
             delay = next(delays, None)
-            if delay is None:
+            if delay is None or loop.time() > give_up_at:
                 return self._lose(reason)
             log.info("resume worker=%s reason=%s", self._address, reason)
             await asyncio.sleep(delay)
@@ -200,7 +210,7 @@ class WorkerLink:
 
     async def _stream(self) -> None:
         """Open a stream, or resume the broken one, and serve it until it breaks or ends."""
-        async with connect(self._address) as channel:
+        async with connect(self._address, self._tls, WORKER) as channel:
             call = channel.stream_stream(STREAM_METHOD)(metadata=credentials(self._secret))
             tasks: list[asyncio.Task[None]] = []
             try:
@@ -244,6 +254,7 @@ class WorkerLink:
             raise _Ended("the worker has started anew")
         if not self._outbox.can_resume_after(hello.last_index):
             raise _Ended(f"instructions after {hello.last_index} are not kept any more")
+        self._up_since = asyncio.get_running_loop().time()
         self._sent = hello.last_index
         self._acked = self._received
         self._news.set()
@@ -346,7 +357,9 @@ def _groups(requests: list[Request]) -> list[tuple[Request, ...]]:
     return [tuple(group) for group in groups]
 
 
-async def announce(gateway_address: str, message: Announce, secret: bytes) -> AnnounceReply:
+async def announce(
+    gateway_address: str, message: Announce, secret: bytes, tls: RpcTls | None = None
+) -> AnnounceReply:
     """Tell a gateway where a worker is; tries again, with back-off, until it answers.
 
     Returns its reply; a gateway that refuses the call itself (another secret, another protocol)
@@ -354,7 +367,7 @@ async def announce(gateway_address: str, message: Announce, secret: bytes) -> An
     """
     attempt = 0
     while True:
-        async with connect(gateway_address) as channel:
+        async with connect(gateway_address, tls, GATEWAY) as channel:
             try:
                 data: bytes = await channel.unary_unary(ANNOUNCE_METHOD)(
                     encode(message), metadata=credentials(secret), timeout=ANNOUNCE_TIMEOUT_S
@@ -363,11 +376,14 @@ async def announce(gateway_address: str, message: Announce, secret: bytes) -> An
             except grpc.aio.AioRpcError as error:
                 if error.code() not in (*_BROKEN, grpc.StatusCode.DEADLINE_EXCEEDED):
                     return AnnounceReply(False, f"{error.code().name}: {error.details()}")
-                log.debug("announce gateway=%s failed=%s", gateway_address, error.details())
+                reason = error.details()
             except MalformedMessage as error:
                 return AnnounceReply(False, f"malformed reply: {error}")
         await asyncio.sleep(ANNOUNCE_DELAYS_S[min(attempt, len(ANNOUNCE_DELAYS_S) - 1)])
         attempt += 1
+        # A gateway that starts a moment later than its workers is nothing to speak of.
+        level = logging.DEBUG if attempt % WARN_EVERY else logging.WARNING
+        log.log(level, "cannot reach gateway=%s tries=%d: %s", gateway_address, attempt, reason)
 
 
 async def _raise_status(call: Any) -> None:

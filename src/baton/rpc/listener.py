@@ -1,4 +1,9 @@
-"""A listening gRPC end with raw-bytes methods, and how it refuses a peer."""
+"""A listening gRPC end with raw-bytes methods, and how it refuses a peer.
+
+It listens at a Unix socket, which the kernel guards, or over TCP, or both. Whoever calls must have
+the deployment's secret; who calls over TLS must also have a certificate for the role that calls
+here.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +14,14 @@ from typing import Any, Final, TypeVar
 
 import grpc
 import grpc.aio
+import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from baton.errors import ConfigError
 from baton.rpc.auth import is_authorized
-from baton.rpc.channel import SERVER_OPTIONS
+from baton.rpc.channel import SERVER_OPTIONS, caller_host, is_unix, tcp_address
 from baton.rpc.messages import PROTOCOL_VERSION, MalformedMessage
+from baton.rpc.tls import RpcTls, may_be
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +41,39 @@ class Refused(Exception):
         self.reason = reason
 
 
-class Listener:
-    """A grpc.aio server with raw-bytes methods and the standard health service."""
+class Tcp(msgspec.Struct, frozen=True):
+    """Where to listen besides a Unix socket. port 0 takes any free one; tls None is plain text."""
 
-    def __init__(self, service: str, methods: dict[str, Any]) -> None:
+    host: str
+    port: int
+    tls: RpcTls | None
+
+
+class Listener:
+    """A grpc.aio server with raw-bytes methods and the standard health service.
+
+    secret: of the deployment. callers: the name that certificates of those who call must have.
+    `tcp_address` is where it listens over TCP, "" if it does not.
+    """
+
+    def __init__(self, service: str, methods: dict[str, Any], secret: bytes, callers: str) -> None:
+        self.tcp_address = ""
         self._service = service
         self._methods = methods
+        self._secret = secret
+        self._callers = callers
+        self._tls: RpcTls | None = None
         self._health = health.aio.HealthServicer()
         self._server: Any = None
 
-    async def start(self, address: str) -> str:
+    async def start(self, address: str, tcp: Tcp | None = None) -> str:
+        """Listen at `address`, `unix:/path` or plain `host:port`, and at `tcp` if given.
+
+        Returns `address` with the port that was bound.
+
+        Raises:
+            ConfigError: it cannot be bound.
+        """
         # Made here because grpc.aio ties a server to the running loop.
         server = grpc.aio.server(
             options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS
@@ -53,15 +83,27 @@ class Listener:
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         await self.set_serving(False)
-        try:
-            port = server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {address}: {error}") from None
+        port = _bind(server, address, None)
+        if tcp is not None:
+            self._tls = tcp.tls
+            tcp_port = _bind(server, tcp_address(tcp.host, tcp.port), tcp.tls)
+            self.tcp_address = tcp_address(tcp.host, tcp_port)
+            log.info("listening address=%s tls=%s", self.tcp_address, tcp.tls is not None)
         await server.start()
         self._server = server
-        if address.startswith("unix:"):
-            return address
-        return f"{address.rpartition(':')[0]}:{port}"
+        return address if is_unix(address) else f"{address.rpartition(':')[0]}:{port}"
+
+    def check(self, context: Any) -> None:
+        """Raises:
+        Refused: the caller is none of ours, or may not call here.
+        """
+        if not is_authorized(self._secret, context.invocation_metadata()):
+            raise Refused(Code.UNAUTHENTICATED, "not of this deployment: the secrets differ")
+        over_tls = self._tls is not None and caller_host(context.peer()) is not None
+        if over_tls and not may_be(self._callers, context):
+            raise Refused(
+                Code.UNAUTHENTICATED, f"the caller's certificate lacks the name {self._callers}"
+            )
 
     async def set_serving(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse
@@ -80,9 +122,13 @@ class Listener:
             log.warning("a peer does not read: its connection is left to the end of the process")
 
 
-def check_token(secret: bytes, context: Any) -> None:
-    if not is_authorized(secret, context.invocation_metadata()):
-        raise Refused(Code.UNAUTHENTICATED, "not of this deployment: the secrets differ")
+def _bind(server: Any, address: str, tls: RpcTls | None) -> int:
+    try:
+        if tls is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, tls.listening()))
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {address}: {error}") from None
 
 
 def decoded(decode: Callable[[bytes], T], data: bytes) -> T:

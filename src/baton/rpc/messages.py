@@ -84,7 +84,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     block keys. `kv_format` and they must match, or be convertible, between the two ends of a
     handoff (`core.unlike`).
     `num_frames` is the size of its store; with `keeps_blocks` it holds what was computed here.
-    `fabric_host` and `fabric_port` are where it serves blocks over TCP, if it does.
+    `fabric_host` and `fabric_port` are where it serves blocks over TCP, if it does, `nixl_port` is
+    the port there of its door for NIXL.
     `last_index` (set by the server) is the last Instructions acted upon: not 0 only on a resume.
     """
 
@@ -108,16 +109,18 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     keeps_blocks: bool = False
     fabric_host: str = ""
     fabric_port: int = 0
+    nixl_port: int = 0
     last_index: int = 0
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Where a worker, in this start of it, serves its blocks over TCP."""
+    """Where a worker, in this start of it, serves its blocks to other hosts; 0 is no port."""
 
     worker_id: str
     epoch: int
     host: str
     port: int
+    nixl_port: int = 0
 
 
 class Measure(msgspec.Struct, frozen=True):

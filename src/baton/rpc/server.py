@@ -22,8 +22,8 @@ import grpc.aio
 import msgspec
 
 from baton.errors import WireError
-from baton.rpc.channel import GATEWAY_SERVICE, WORKER_SERVICE, unbroken
-from baton.rpc.listener import Code, Listener, Refused, check_token, decoded, version_text
+from baton.rpc.channel import GATEWAY_SERVICE, WORKER_SERVICE, caller_host, unbroken
+from baton.rpc.listener import Code, Listener, Refused, Tcp, decoded, version_text
 from baton.rpc.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
@@ -40,6 +40,7 @@ from baton.rpc.messages import (
     encode,
 )
 from baton.rpc.outbox import Outbox
+from baton.rpc.tls import GATEWAY, WORKER
 from baton.types import Handoff, Landed, Sealed, StageTimes, TokenDelta, WorkerLoad
 
 log = logging.getLogger(__name__)
@@ -107,22 +108,24 @@ class WorkerServer:
     ) -> None:
         self._hello_factory = hello_factory
         self._handler = handler
-        self._secret = secret
         self._resume_window_s = resume_window_s
         self._peers: dict[str, _Peer] = {}
         self._stopping = False
         self._listener = Listener(
             WORKER_SERVICE,
             {"Stream": grpc.stream_stream_rpc_method_handler(self._stream)},
+            secret,
+            GATEWAY,
         )
 
-    async def start(self, address: str) -> str:
-        """Listen on `unix:/path` or `host:port` (port 0: any); return the bound address.
+    async def start(self, address: str, tcp: Tcp | None = None) -> str:
+        """See `Listener.start`."""
+        return await self._listener.start(address, tcp)
 
-        Raises:
-            ConfigError: the address cannot be bound.
-        """
-        return await self._listener.start(address)
+    @property
+    def tcp_address(self) -> str:
+        """Where gateways on other hosts reach it; "" without `tcp`."""
+        return self._listener.tcp_address
 
     async def set_serving(self, serving: bool) -> None:
         """What the gRPC health service answers; NOT_SERVING until first set."""
@@ -204,7 +207,7 @@ class WorkerServer:
 
     async def _stream(self, _requests: object, context: Any) -> None:
         try:
-            check_token(self._secret, context)
+            self._listener.check(context)
             peer, stream = self._admit(await _read_open(context))
         except Refused as refused:
             await context.abort(refused.code, refused.reason)
@@ -314,20 +317,23 @@ class RegistryServer:
     """The gateway's side of `Announce`: workers say where they are. Serves gRPC health too.
 
     `on_announce` runs on the event loop's thread and only sees well-formed announcements of this
-    protocol version.
+    protocol version, with the host that they came from: None through the Unix socket.
     """
 
-    def __init__(self, on_announce: Callable[[Announce], AnnounceReply], secret: bytes) -> None:
+    def __init__(
+        self, on_announce: Callable[[Announce, str | None], AnnounceReply], secret: bytes
+    ) -> None:
         self._on_announce = on_announce
-        self._secret = secret
         self._listener = Listener(
             GATEWAY_SERVICE,
             {"Announce": grpc.unary_unary_rpc_method_handler(self._announce)},
+            secret,
+            WORKER,
         )
 
-    async def start(self, address: str) -> str:
-        """See `WorkerServer.start`."""
-        return await self._listener.start(address)
+    async def start(self, address: str, tcp: Tcp | None = None) -> str:
+        """See `Listener.start`."""
+        return await self._listener.start(address, tcp)
 
     async def set_serving(self, serving: bool) -> None:
         await self._listener.set_serving(serving)
@@ -338,14 +344,14 @@ class RegistryServer:
 
     async def _announce(self, data: bytes, context: Any) -> bytes:
         try:
-            check_token(self._secret, context)
+            self._listener.check(context)
             message = decoded(decode_announce, data)
         except Refused as refused:
             await context.abort(refused.code, refused.reason)
             raise  # for the type checker: abort always raises
         if message.protocol != PROTOCOL_VERSION:
             return encode(AnnounceReply(False, version_text(message.protocol)))
-        return encode(self._on_announce(message))
+        return encode(self._on_announce(message, caller_host(context.peer())))
 
 
 async def _read_open(context: Any) -> Open:

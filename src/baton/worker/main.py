@@ -48,13 +48,14 @@ def run(
             role,
             worker_id,
             runtime_dir,
+            gateways,
             weights_fd=weights_fd,
             progress=progress,
             decision_sink=sink,
         )
     if weights_fd is not None:
         os.close(weights_fd)  # what it holds stays mapped
-    code = uvloop.run(_serve(worker, gateways))
+    code = uvloop.run(_serve(worker))
     if code == 0:
         worker.close()
     if decisions is not None:
@@ -66,7 +67,7 @@ def run(
     return code
 
 
-async def _serve(worker: Worker, gateways: list[str]) -> int:
+async def _serve(worker: Worker) -> int:
     loop = asyncio.get_running_loop()
     heard = 0
 
@@ -80,4 +81,4 @@ async def _serve(worker: Worker, gateways: list[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    return await worker.run(gateways)
+    return await worker.run()

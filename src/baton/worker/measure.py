@@ -14,7 +14,7 @@ import numpy as np
 from baton.errors import ConfigError
 from baton.fabric.transport import ReadResult, Transport, Wanted
 from baton.rpc.messages import Measure, Measured
-from baton.worker.store import Store
+from baton.worker.ways import Ways
 
 ROUNDS_S: Final = 0.5
 """For how long each way is used."""
@@ -23,15 +23,15 @@ FETCH_S: Final = 2.0
 MAX_BLOCKS: Final = 64
 
 
-def measure(store: Store, ask: Measure) -> list[Measured]:
+def measure(ways: Ways, ask: Measure) -> list[Measured]:
     """One figure for each way by which blocks of the lender could come; none if it lent none."""
     sealed, block_bytes = ask.sealed, ask.kv_format.block_bytes
     places = list(zip(sealed.keys, sealed.frames, sealed.digests, strict=False))[:MAX_BLOCKS]
     wanted = [Wanted(*place, np.empty(block_bytes, np.uint8)) for place in places]
     found = []
-    for name in store.ways(sealed.grant.source) if wanted else ():
+    for name in ways.names(sealed.grant) if wanted else ():
         try:
-            way = store.open_way(name, ask.kv_format)
+            way = ways.open(name, ask.kv_format)
         except ConfigError as error:
             found.append(Measured(ask.number, name, str(error)))
             continue

@@ -1,32 +1,29 @@
-"""A worker's block store with its doors, and the ways to the stores of others.
+"""A worker's block store with its doors, behind which others read it.
 
-doors   shm: the arena's descriptor, on this host; tcp and nixl where they are configured
-ways    chosen for each source when its first block is wanted, and logged with the reason
+shm: the arena's descriptor, on this host; tcp and nixl where they are configured. The ways out, to
+the stores of others, are in `ways`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from baton.config import Config, FabricConfig
-from baton.engine import inbox
+import msgspec
+
+from baton.config import Config
 from baton.engine.build import Built
-from baton.errors import ConfigError
 from baton.fabric.arena import Arena
 from baton.fabric.codec import CODECS
-from baton.fabric.descriptors import DescriptorServer, socket_path
-from baton.fabric.shm import ShmTransport
-from baton.fabric.tcp import TcpTransport
+from baton.fabric.descriptors import DescriptorServer
 from baton.fabric.tcp_server import TcpServer
 from baton.fabric.thread import Fabric
-from baton.fabric.tls import TlsFiles, client_context, server_context
-from baton.fabric.transport import Peer, Transport
+from baton.fabric.tls import server_context
+from baton.rpc.channel import numeric
 from baton.rpc.messages import Address
-from baton.types import KvFormat
+from baton.worker.ways import Ways
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +33,25 @@ RAW: Final = "raw"
 class Store:
     """Arena, doors and fabric threads of one worker. Call `open`, and `close` after the engine.
 
-    `peers` are the workers that serve blocks over TCP, by id; it is replaced as they change.
-    `address` is where this one does, as others are told; ("", 0) if it does not.
+    `address` is where it serves its blocks to other hosts, as others are told.
     """
 
     def __init__(
-        self, config: Config, runtime_dir: Path, built: Built, closing: contextlib.ExitStack
+        self,
+        config: Config,
+        worker_id: str,
+        epoch: int,
+        runtime_dir: Path,
+        built: Built,
+        closing: contextlib.ExitStack,
     ) -> None:
-        self.peers: Mapping[str, Address] = {}
-        self.address: tuple[str, int] = ("", 0)
+        kv_format, inbox = built.scheduler_config.kv_format, built.engine.inbox
+        self.address = Address(worker_id, epoch, "", 0)
+        self.ways = Ways(config, runtime_dir, kv_format, inbox.put)
         self.fabric: Fabric
-        self._config = config.fabric
+        self._config = config
+        self._tls = server_context(config.block_tls) if config.block_tls else None
         self._runtime_dir = runtime_dir
-        self._kv_format = built.scheduler_config.kv_format
-        self._inbox = built.engine.inbox
-        self._tls = _tls_files(config.fabric)
         self._closing = closing
 
     @classmethod
@@ -72,14 +73,14 @@ class Store:
         with contextlib.ExitStack() as closing:
             arena = Arena.create(limits.num_frames, limits.block_bytes, epoch, kv_format)
             closing.callback(arena.close)
-            store = cls(config, runtime_dir, built, closing)
+            store = cls(config, worker_id, epoch, runtime_dir, built, closing)
             descriptors = DescriptorServer(runtime_dir, worker_id, arena, lease_secret)
             closing.callback(descriptors.stop)
-            if config.fabric.listens:
-                store._listen(worker_id, arena, lease_secret, built)
-            if config.fabric.transport == "nixl":
-                store._open_nixl(worker_id, arena, lease_secret)
-            store.fabric = Fabric(arena, store._way_to, built.engine.inbox.put)
+            if config.serves_blocks_over_tcp:
+                store._listen(arena, lease_secret, built)
+            if config.uses_nixl:
+                store._open_nixl(arena, lease_secret)
+            store.fabric = Fabric(arena, store.ways.to, built.engine.inbox.put)
             closing.callback(store.fabric.stop)
             store._closing = closing.pop_all()
         return store
@@ -88,100 +89,36 @@ class Store:
         """Close every door, end the threads, give back the memory."""
         self._closing.close()
 
-    def _listen(self, worker_id: str, arena: Arena, lease_secret: bytes, built: Built) -> None:
-        config = self._config
+    def _listen(self, arena: Arena, lease_secret: bytes, built: Built) -> None:
+        fabric = self._config.fabric
         server = TcpServer(
-            config.tcp_host,
-            config.tcp_port or 0,
-            worker_id,
+            self._config.block_host,
+            fabric.tcp_port or 0,
+            self.address.worker_id,
             arena,
-            self._kv_format,
+            built.scheduler_config.kv_format,
             lease_secret,
             built.engine.scheduler.exports.leases.allows,
-            server_context(self._tls) if self._tls else None,
+            self._tls,
             {name: codec for name, codec in CODECS.items() if name != RAW},
         )
         self._closing.callback(server.stop)
-        self.address = server.address
-        if config.tcp_advertise is not None:
-            host, _, port = config.tcp_advertise.rpartition(":")
-            self.address = (host.strip("[]"), int(port))
+        host, port = server.address
+        if fabric.tcp_advertise is not None:
+            host, _, digits = fabric.tcp_advertise.rpartition(":")
+            host, port = host.strip("[]"), int(digits)
+        self.address = msgspec.structs.replace(self.address, host=host, port=port)
         logger.info("serving blocks over tcp address=%s tls=%s", server.address, bool(self._tls))
 
-    def _open_nixl(self, worker_id: str, arena: Arena, lease_secret: bytes) -> None:
+    def _open_nixl(self, arena: Arena, lease_secret: bytes) -> None:
         from baton.fabric.nixl import NixlStore  # an optional package
+        from baton.fabric.nixl.store import Listen
 
-        nixl = NixlStore(self._runtime_dir, worker_id, arena, lease_secret)
+        tcp, host = None, self.address.host
+        if self._config.has_other_hosts:
+            host = host or numeric(self._config.block_host, "fabric.tcp_host")
+            tcp = Listen(host, 0, self._tls, self._config.fabric.allow_insecure)
+        nixl = NixlStore(self._runtime_dir, self.address.worker_id, arena, lease_secret, tcp)
         self._closing.callback(nixl.stop)
-
-    # Ways to others; called on the thread that fetches from `source` -----------------------
-
-    def _way_to(self, source: str, kv_format: KvFormat | None) -> Transport:
-        name, reason = self._choose(source)
-        logger.info("transport source=%s name=%s reason=%s", source, name, reason)
-        if kv_format is not None:
-            ours = self._kv_format
-            logger.info("blocks of source=%s are unlike ours: %s, not %s", source, kv_format, ours)
-        return self.open_way(name, kv_format)
-
-    def open_way(self, name: str, kv_format: KvFormat | None = None) -> Transport:
-        """A transport of this name, for one thread to use and close.
-
-        kv_format: of the blocks that it is to fetch; None is ours.
-
-        Raises:
-            ConfigError: the package that it needs is missing.
-        """
-        kv_format = kv_format or self._kv_format
-        if name == "shm":
-            return ShmTransport(self._runtime_dir, kv_format)
-        if name == "nixl":
-            from baton.fabric.nixl import NixlTransport
-            from baton.fabric.nixl.door import Doors
-
-            return NixlTransport(Doors(self._runtime_dir), kv_format)
-        tls = client_context(self._tls) if self._tls else None
-        codecs = {name: codec for name, codec in CODECS.items() if name != RAW}
-        return TcpTransport(self._resolve, kv_format, tls, self._config.tcp_streams, codecs)
-
-    def ways(self, source: str) -> list[str]:
-        """Names of the transports by which blocks of `source` could come."""
-        found = []
-        if self._is_here(source):
-            found.append("shm")
-        if source in self.peers:
-            found.append("tcp")
-        if self._config.transport == "nixl":
-            found.append("nixl")
-        return found
-
-    def _choose(self, source: str) -> tuple[str, str]:
-        """The transport for a source, and why."""
-        wanted = self._config.transport
-        if wanted != "auto":
-            choice = wanted, "fabric.transport says so"
-        elif self._is_here(source):
-            choice = "shm", "it is on this host"
-        elif source in self.peers:
-            choice = "tcp", "it is on another host"
-        else:
-            choice = "shm", "no address of it is known"
-        if choice[0] == "tcp":
-            self._inbox.put(inbox.Wire(source))
-        return choice
-
-    def _is_here(self, source: str) -> bool:
-        path = socket_path(self._runtime_dir, source)
-        return path is not None and path.exists()
-
-    def _resolve(self, source: str) -> Peer | None:
-        peer = self.peers.get(source)
-        return None if peer is None else Peer(peer.worker_id, peer.epoch, peer.host, peer.port)
-
-
-def _tls_files(config: FabricConfig) -> TlsFiles | None:
-    files = (config.tls_ca_file, config.tls_cert_file, config.tls_key_file)
-    given = [file for file in files if file is not None]
-    if given and len(given) < len(files):
-        raise ConfigError("fabric.tls_ca_file, tls_cert_file and tls_key_file come together")
-    return TlsFiles(*given) if given else None
+        if nixl.tcp_port is not None:
+            self.address = msgspec.structs.replace(self.address, host=host, nixl_port=nixl.tcp_port)

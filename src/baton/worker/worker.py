@@ -9,9 +9,11 @@ The event loop's thread owns who asked for what (`_live`); the engine's owns eve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from baton.config import Config
@@ -25,6 +27,7 @@ from baton.errors import Internal, WorkerLost
 from baton.model.checkpoint import Progress
 from baton.model.hub import resolve_model
 from baton.rpc.auth import read_secret
+from baton.rpc.channel import is_unix
 from baton.rpc.client import announce
 from baton.rpc.messages import Announce, Hello, Instructions, Measure, Measured
 from baton.rpc.server import WorkerServer
@@ -38,6 +41,7 @@ from baton.types import (
     TokenDelta,
     WorkerLoad,
 )
+from baton.worker.hosts import listener_for
 from baton.worker.measure import measure
 from baton.worker.store import Store
 
@@ -45,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """Between load reports of a worker that has no other news."""
+ANNOUNCE_EVERY_S = 5.0
 STOP_GRACE_S = 1.0
 
 
@@ -52,7 +57,7 @@ class Worker:
     """Everything of one worker process but its signals and exit code.
 
     Args:
-        address: where to listen for gateways, `unix:/path` or `host:port`.
+        gateways: where to announce itself, `unix:/path` or `host:port`.
 
     Raises:
         ModelError, ConfigError: the model or the configuration cannot be used.
@@ -64,6 +69,7 @@ class Worker:
         role: Role,
         worker_id: str,
         runtime_dir: Path,
+        gateways: Sequence[str] = (),
         *,
         weights_fd: int | None = None,
         progress: Progress | None = None,
@@ -73,8 +79,10 @@ class Worker:
         self._role = role
         self._id = worker_id
         self._runtime_dir = runtime_dir
+        self._gateways = gateways
+        self._tcp = listener_for(config, gateways)
         self._epoch = secrets.randbits(63)
-        self._secret = read_secret(runtime_dir)
+        self._secret = read_secret(runtime_dir, config.rpc.secret_file)
         lease_secret = secrets.token_bytes(32)
         self._built: Built = build_engine(
             config,
@@ -103,17 +111,18 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[int] | None = None
 
-    async def run(self, gateways: list[str]) -> int:
+    async def run(self) -> int:
         """Serve until drained, stopped or broken; returns the exit code."""
         self._loop = asyncio.get_running_loop()
         self._ended = self._loop.create_future()
         self._loop_thread.start()
-        address = await self._server.start(f"unix:{self._runtime_dir / self._id}.sock")
+        address = await self._server.start(f"unix:{self._runtime_dir / self._id}.sock", self._tcp)
         await self._server.set_serving(True)
         logger.info("worker id=%s role=%s address=%s ready", self._id, self._role, address)
-        tasks = [asyncio.create_task(self._announce(gateway, address)) for gateway in gateways] + [
-            asyncio.create_task(self._beat())
-        ]
+        tasks = [asyncio.create_task(self._beat())]
+        for gateway in self._gateways:
+            ours = address if is_unix(gateway) else self._server.tcp_address
+            tasks.append(asyncio.create_task(self._announce(gateway, ours)))
         try:
             return await self._ended
         finally:
@@ -148,7 +157,7 @@ class Worker:
 
     def instructions(self, gateway_id: str, instructions: Instructions) -> None:
         if instructions.peers is not None:
-            self._store.peers = {peer.worker_id: peer for peer in instructions.peers}
+            self._store.ways.peers = {peer.worker_id: peer for peer in instructions.peers}
         for sealed in instructions.offer:
             self._loop_thread.put(inbox.Offer(sealed))
         for ask in instructions.lend:
@@ -189,7 +198,7 @@ class Worker:
     def _measure(self, gateway_id: str, ask: Measure) -> None:
         """Beside everything else; nobody waits for it but the gateway that asked."""
         assert self._loop is not None
-        found = self._loop.run_in_executor(None, measure, self._store, ask)
+        found = self._loop.run_in_executor(None, measure, self._store.ways, ask)
 
         def tell(done: asyncio.Future[list[Measured]]) -> None:
             if not done.cancelled():
@@ -206,7 +215,8 @@ class Worker:
             self._loop.call_soon_threadsafe(self._emitted, emitted)
 
     def _emitted(self, emitted: Emitted) -> None:
-        self._load, self._counters = emitted.load, emitted.counters
+        self._load = emitted.load
+        self._counters = {**emitted.counters, **self._store.ways.counters}
         update = emitted.update
         news: dict[str, _News] = {gateway_id: _News() for gateway_id in self._server.gateways()}
         for delta in update.deltas:
@@ -272,16 +282,24 @@ class Worker:
     # Standing tasks -----------------------------------------------------------------------------
 
     async def _announce(self, gateway: str, address: str) -> None:
-        """Say that this worker is there; again after a loss, for a new gateway knows nobody."""
+        """Say that this worker is there, and go on saying it.
+
+        At once after a loss, for a new gateway knows nobody; over TCP now and then in any case: a
+        gateway may see later than we that a link was cut, and give this worker up then.
+        """
         message = Announce(self._id, address, self._role, self._epoch)
+        every_s = None if is_unix(gateway) else ANNOUNCE_EVERY_S
+        tls = None if self._tcp is None else self._tcp.tls
         lost = asyncio.Event()
         self._stream_lost.append(lost)
         while True:
-            reply = await announce(gateway, message, self._secret)
+            reply = await announce(gateway, message, self._secret, tls)
             if not reply.accepted:
                 logger.error("gateway=%s refused this worker: %s", gateway, reply.reason)
                 return self.end(1)
-            await lost.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(every_s):
+                    await lost.wait()
             lost.clear()
 
     def _announce_again(self) -> None:
@@ -315,8 +333,9 @@ class Worker:
             pid=os.getpid(),
             num_frames=limits.num_frames,
             keeps_blocks=scheduler.keep_blocks,
-            fabric_host=self._store.address[0],
-            fabric_port=self._store.address[1],
+            fabric_host=self._store.address.host,
+            fabric_port=self._store.address.port,
+            nixl_port=self._store.address.nixl_port,
         )
 
 

@@ -255,7 +255,8 @@ def _listen_tcp(where: Listen) -> socket.socket:
             "set: give a certificate and a key, listen on 127.0.0.1, or allow it to be insecure"
         )
     try:
-        listener = socket.create_server((where.host, where.port))
+        family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
+        listener = socket.create_server((where.host, where.port), family=family)
     except OSError as error:
         raise ConfigError(
             f"the NIXL door cannot listen at {where.host}:{where.port}: {error}"
