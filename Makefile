@@ -7,11 +7,16 @@ MODEL ?= models/baton-demo
 # Where `make peers` builds other engines.
 PEERS ?= .peers
 
+# As in setup.py.
+CHECK_FLAGS := -O3 -std=c++17 -fopenmp -Wall -Wextra -ffp-contract=off -fno-math-errno \
+	-fno-strict-aliasing -Icsrc
+CHECKED := csrc/portable.cpp csrc/dispatch.cpp tests/cross/check_kernels.cpp
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels demo serve check test unit lint types clean exact overhead roofline memory peers compare goodput docs
+.PHONY: help install kernels neon demo serve check test unit lint types clean exact overhead roofline memory peers compare goodput docs
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -50,6 +55,11 @@ test: $(INSTALLED) ## All tests: unit, property, model check, numerics, real pro
 kernels: $(INSTALLED) ## Build the CPU kernels in place, after a change in csrc
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+neon: ## Check the kernels for 64-bit Arm under emulation (g++-aarch64-linux-gnu, qemu-user-static)
+	mkdir -p build
+	aarch64-linux-gnu-g++ $(CHECK_FLAGS) -static csrc/neon.cpp $(CHECKED) -o build/check_neon
+	qemu-aarch64-static build/check_neon neon build/neon.bin
 
 exact: $(INSTALLED) ## Ask a running 1P1D every question of the demo model's list; print its exact-answer rate
 	$(BIN)/python examples/exact_answers.py --model $(MODEL)

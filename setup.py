@@ -38,6 +38,8 @@ class BuildKernels(build_ext):
         units = ["dispatch", "portable"]
         if platform.machine() in ("x86_64", "AMD64"):
             units += X86
+        elif platform.machine() in ("aarch64", "arm64"):
+            units.append("neon")
         objects = []
         for unit in units:
             objects += self.compiler.compile(

@@ -16,6 +16,8 @@ static bool runs(const char* isa) {
     if (!strcmp(isa, "avx2")) return avx2;
     if (!strcmp(isa, "avx512")) return avx512;
     if (!strcmp(isa, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__)
+    if (!strcmp(isa, "neon")) return true;
 #endif
     return false;
 }
@@ -25,6 +27,8 @@ extern "C" const Kernels* baton_kernels(const char* isa) {
 #if defined(__x86_64__)
     for (const Kernels* body : {&baton_avx512bf16, &baton_avx512, &baton_avx2})
         if (!strcmp(isa, body->isa)) return body;
+#elif defined(__aarch64__)
+    if (!strcmp(isa, "neon")) return &baton_neon;
 #endif
     return &baton_portable;
 }

@@ -229,14 +229,16 @@ template <bool kCounting>
 inline bool find_cut(Row& row, double low, double goal, Cut* cut) {
     Candidates c = search<kCounting>(row, low, goal);
     const int32_t* tokens = row.some_tokens;
-    if (c.count <= kFew) sort_by_depth(row, row.some_tokens, c.count);
+    if (c.count <= kFew)
+        sort_by_depth(row, row.some_tokens, c.count);
+    else if (c.least < c.most)
+        return false;
     double width = kNear * row.draw.temperature, before = c.before;
     for (int64_t j = 0, next; j < c.count; j = next) {
         double depth = row.depth(tokens[j]);
         *cut = {row.weights[tokens[j]], before, before};
         for (next = j; next < c.count && row.depth(tokens[next]) == depth; ++next)
             cut->upto += kCounting ? 1 : cut->weight;
-        if (next < c.count && c.count > kFew) return false;  // one weight of unlike depths
         if (cut->upto >= goal) {
             if (j > 0 && depth - row.depth(tokens[j - 1]) < width) return false;
             if (next < c.count && row.depth(tokens[next]) - depth < width) return false;
@@ -318,7 +320,7 @@ inline int64_t draw_row(Row& row) {
 void draw(const float* logits, int64_t stride, int64_t vocab, const Draw* draws, int64_t* tokens,
           int64_t count, int32_t threads) {
     int64_t blocks = (vocab + kSumBlock - 1) / kSumBlock;
-#pragma omp parallel num_threads(count < threads ? (int)count : threads)
+#pragma omp parallel num_threads(threads) if (count > 1)
     {
         int64_t size = blocks * kSumBlock;
         double* room = new double[(size_t)(2 * size + blocks + kLanes)];

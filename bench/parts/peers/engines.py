@@ -83,7 +83,10 @@ def find_missing(name: str, peers: Path) -> Missing | None:
 
 
 class Child:
-    """An engine's process. It is stopped (SIGSTOP) except while it is asked."""
+    """An engine's process. It is stopped (SIGSTOP) except while it is asked.
+
+    `mixes`: it takes prompts in while other sequences decode.
+    """
 
     def __init__(self, name: str, words: list[str], log: Path) -> None:
         self.name = name
@@ -99,8 +102,9 @@ class Child:
                 start_new_session=True,
             )
         start = time.monotonic()
-        about = self._answer()["about"]
-        self.about = f"{about} (ready after {time.monotonic() - start:.1f} s)"
+        hello = self._answer()
+        self.mixes = bool(hello["mixes"])
+        self.about = f"{hello['about']} (ready after {time.monotonic() - start:.1f} s)"
         self._signal(signal.SIGSTOP)
 
     def measure(self, cell: Cell, seed: str) -> float:

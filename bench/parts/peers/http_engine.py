@@ -25,6 +25,8 @@ HTTP_CELLS = [
 class HttpEngine:
     """Measures burst cells: `batch` streams at once, from the first request to the last token."""
 
+    mixes = True
+
     def __init__(self, name: str, about: str, endpoint: Endpoint, vocab_size: int) -> None:
         self.name = name
         self.about = about

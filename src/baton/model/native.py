@@ -35,7 +35,7 @@ INTERFACE = 3
 """Of the binary interface; equal to kInterface in kernels.h."""
 VERSION = 2
 """Of the results' bits; equal to kVersion in kernels.h."""
-ISAS = ("avx512bf16", "avx512", "avx2", "portable")
+ISAS = ("avx512bf16", "avx512", "avx2", "neon", "portable")
 """Instruction sets, best first."""
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 PANEL = 32
@@ -264,7 +264,7 @@ class Kernels:
             logits.data_ptr(),
             logits.stride(0),
             logits.shape[1],
-            (DrawArgs * count)(*draws),
+            (DrawArgs * count)(*draws),  # type: ignore[misc]  # converts tuples
             tokens.ctypes.data,
             count,
             torch.get_num_threads(),
