@@ -9,6 +9,7 @@ import os
 import shlex
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from baton.launch.process import Child
 from baton.launch.ready import ReadyProbe, base_url
 from baton.launch.runtime_dir import runtime_dir
 from baton.launch.supervisor import Probe, Supervisor
-from baton.model.region import create_memfd
+from baton.model.region import create_memfd, reserve
 from baton.rpc.auth import create_secret
 from baton.types import Role
 
@@ -109,16 +110,28 @@ def serve(config: Config, *, command: Command = baton_command, probe: Probe | No
 def _weights_memfd(config: Config) -> Iterator[tuple[int, ...]]:
     """The memory in which the workers share packed weights, if they may come to pack any.
 
-    It outlives them, so that a worker which starts again has its weights at once.
+    It outlives them, so that a worker which starts again has its weights at once. It is taken from
+    the system while they are starting.
     """
     if config.engine.kernels == "torch" or config.engine.device == "cuda":
         yield ()
         return
     fd = create_memfd("baton-weights")
+    files = Path(config.model.path).expanduser().glob("*.safetensors")
+    num_bytes = sum(file.stat().st_size for file in files)
+    # With a descriptor of its own, since nobody waits for its end.
+    threading.Thread(target=_reserve, args=(os.dup(fd), num_bytes), daemon=True).start()
     try:
         yield (fd,)
     finally:
         os.close(fd)
+
+
+def _reserve(fd: int, num_bytes: int) -> None:
+    # That there is no memory is said by the worker that cannot have it.
+    with contextlib.suppress(OSError):
+        reserve(fd, num_bytes)
+    os.close(fd)
 
 
 def _announce(config: Config, seconds: float) -> None:
