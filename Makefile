@@ -9,12 +9,17 @@ PEERS ?= .peers
 # How many times `make fuzz` changes a message of the wire protocol.
 MUTATIONS ?= 100000
 
+# As in setup.py.
+CHECK_FLAGS := -O3 -std=c++17 -fopenmp -Wall -Wextra -ffp-contract=off -fno-math-errno \
+	-fno-strict-aliasing -Icsrc
+CHECKED := csrc/portable.cpp csrc/dispatch.cpp tests/cross/check_kernels.cpp
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WITH_NIXL := $(VENV)/.with-nixl
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels demo serve check test unit lint types clean sim exact overhead roofline memory peers compare goodput fabric fuzz docs nixl-test nixl-soak
+.PHONY: help install kernels neon demo serve check test unit lint types clean sim exact overhead roofline memory peers compare goodput fabric fuzz docs nixl-test nixl-soak
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -64,6 +69,11 @@ nixl-soak: $(WITH_NIXL) ## Read through NIXL 200,000 times; a minute or two
 kernels: $(INSTALLED) ## Build the CPU kernels in place, after a change in csrc
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+neon: ## Check the kernels for 64-bit Arm under emulation (g++-aarch64-linux-gnu, qemu-user-static)
+	mkdir -p build
+	aarch64-linux-gnu-g++ $(CHECK_FLAGS) -static csrc/neon.cpp $(CHECKED) -o build/check_neon
+	qemu-aarch64-static build/check_neon neon build/neon.bin
 
 SEEDS ?= 100000
 sim: $(INSTALLED) ## Simulate whole deployments on a virtual clock, SEEDS=100000 histories with faults

@@ -66,6 +66,8 @@ class BuildKernels(build_ext):
         units = ["dispatch", "portable"]
         if platform.machine() in ("x86_64", "AMD64"):
             units += [unit for unit in X86 if (directory / f"{unit}.cpp").exists()]
+        elif platform.machine() in ("aarch64", "arm64") and (directory / "neon.cpp").exists():
+            units.append("neon")
         objects = []
         for unit in units:
             objects += self.compiler.compile(

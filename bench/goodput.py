@@ -101,7 +101,7 @@ def _measure(
                     if isinstance(server, Missing):
                         raise Broken(server.reason)
                     log = logs / f"goodput-{key.engine}.log"
-                    endpoint = visit.enter_context(running(server, log))
+                    endpoint = visit.enter_context(running(server, log)).endpoint
                     _warm_up(endpoint, workload, setting.spec.vocab_size)
                     at = (key.engine, key.budget)
                 done = _window(key, workload, setting, endpoint, probe, server.flags)

@@ -1,12 +1,13 @@
 """What the parts around the model cost, in CPU time: no figure here is a throughput.
 
-    python bench/overhead.py [--part scheduler|gateway|rpc|engine]... [--json FILE]
+    python bench/overhead.py [--part scheduler|gateway|rpc|engine|sampler]... [--json FILE]
 
 `scheduler`: policy of one step. `gateway`: a streamed token, and a request. `rpc`: from a
-submitted request to its delta. `engine`: batch and sampler of a decode step.
+submitted request to its delta. `engine`: batch and sampler of a decode step. `sampler`: drawing
+tokens, by the sampler's definition and by the CPU kernels.
 
-CPU time hardly depends on what else the machine does, the wall times of `rpc` do: read them
-beside the printed load.
+CPU time hardly depends on what else the machine does, the wall times of `rpc` and `sampler` do:
+read them beside the printed load.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-from parts import gateway, rpc, runner, scheduler
+from parts import gateway, rpc, runner, sampling, scheduler
 from parts.table import Row, render
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
@@ -28,6 +29,7 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "gateway": gateway.measure,
     "rpc": rpc.measure,
     "engine": runner.measure,
+    "sampler": sampling.measure,
 }
 
 

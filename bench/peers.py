@@ -17,7 +17,8 @@ Face directory and as GGUF with the same bits; `demo` is the demo model, one seq
 llama.cpp only. `make peers` builds the engines; one that is not there is named with its reason.
 
 Cells: d1 d8 d32 d64 (decode at B), d8c4096 (at context 4,096), p128 p512 p2048 (prefill), mixed
-(prompts arrive while 32 sequences decode).
+(prompts arrive while 32 sequences decode). The tools that llama.cpp and transformers are measured
+by take no prompts in meanwhile: their mixed time is a sum of phases, and marked so (†, `summed`).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Engine(Protocol):
 
     name: str
     about: str
+    mixes: bool
 
     def measure(self, cell: Cell, seed: str) -> float: ...
 
@@ -100,11 +102,11 @@ def _serve(
             missing.append(server)
             continue
         try:
-            endpoint = stack.enter_context(running(server, logs / f"{name}-server.log"))
+            served = stack.enter_context(running(server, logs / f"{name}-server.log"))
         except Broken as error:
             missing.append(Missing(name, str(error)))
             continue
-        servers.append(HttpEngine(name, server.flags, endpoint, setting.spec.vocab_size))
+        servers.append(HttpEngine(name, server.flags, served, setting.spec.vocab_size))
     return servers
 
 
@@ -139,7 +141,8 @@ def _compare(
                 except Broken as error:
                     missing.append(Missing(f"{engine.name}, {cell.name}", str(error)))
                 else:
-                    results.append(Result(engine.name, cell, number, seconds, window))
+                    summed = cell.kind == "mixed" and not engine.mixes
+                    results.append(Result(engine.name, cell, number, seconds, window, summed))
         load = os.getloadavg()[0]
         print(f"\nAfter round {number + 1} of {rounds}, load average {load:.1f}:\n")
         print(render(results, costs, missing), flush=True)

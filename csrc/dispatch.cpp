@@ -44,6 +44,8 @@ static bool runs(const char* isa) {
         static const bool tiles = may_use_tiles();
         return avx512bf16 && tiles;
     }
+#elif defined(__aarch64__)
+    if (!strcmp(isa, "neon")) return true;
 #endif
     return false;
 }
@@ -53,6 +55,8 @@ extern "C" const Kernels* baton_kernels(const char* isa) {
 #if defined(__x86_64__)
     for (const Kernels* body : {&baton_avx512amx, &baton_avx512bf16, &baton_avx512, &baton_avx2})
         if (!strcmp(isa, body->isa)) return body;
+#elif defined(__aarch64__)
+    if (!strcmp(isa, "neon")) return &baton_neon;
 #endif
     return &baton_portable;
 }

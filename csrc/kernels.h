@@ -124,10 +124,12 @@ struct Kernels {
                  int64_t* tokens, int64_t count, int32_t threads);
 };
 
-// The table for an instruction set ("avx512amx", "avx512bf16", "avx512", "avx2", "portable"); null
-// if this processor or this build does not have it, or this process may not use it.
+// The table for an instruction set ("avx512amx", "avx512bf16", "avx512", "avx2", "neon",
+// "portable"); null if this processor or this build does not have it, or this process may not use
+// it.
 extern "C" __attribute__((visibility("default"))) const Kernels* baton_kernels(const char* isa);
 
 extern "C" {
-extern const Kernels baton_avx512amx, baton_avx512bf16, baton_avx512, baton_avx2, baton_portable;
+extern const Kernels baton_avx512amx, baton_avx512bf16, baton_avx512, baton_avx2, baton_neon,
+    baton_portable;
 }

@@ -318,7 +318,8 @@ inline int64_t draw_row(Row& row) {
 void draw(const float* logits, int64_t stride, int64_t vocab, const Draw* draws, int64_t* tokens,
           int64_t count, int32_t threads) {
     int64_t blocks = (vocab + kSumBlock - 1) / kSumBlock;
-#pragma omp parallel num_threads(count < threads ? (int)count : threads)
+// Always as many threads or one: where their number changes, OpenMP starts them anew.
+#pragma omp parallel num_threads(threads) if (count > 1)
     {
         int64_t size = blocks * kSumBlock;
         double* room = new double[(size_t)(2 * size + blocks + kLanes)];

@@ -120,6 +120,9 @@ inline void add_chunks(Operand a, Operand b, int64_t chunks, float* sums, int64_
 
 inline void nothing(int64_t) {}
 
+// A line that will be written (and may be read before).
+inline void ask_to_write(const char* at) { asm volatile("prefetchw %0" ::"m"(*at)); }
+
 // The same for 1 to 32 rows.
 template <class Meanwhile>
 __attribute__((noinline)) void add_chunks(Tiles& tiles, int64_t rows, Operand a, Operand b,

@@ -18,6 +18,7 @@ from baton.core.sequence import Sequence
 from baton.engine.runner import TorchRunner
 from baton.model.batch import Batch
 from baton.model.kv_cache import KvCache
+from baton.model.native import ISAS, find_kernels
 from baton.model.transformer import Transformer
 from baton.model.weights import allocate
 from baton.model_spec import ModelSpec, RopeSpec
@@ -76,7 +77,8 @@ class Decoding:
         num_blocks = 1024 // BLOCK_SIZE
         kv = KvCache(model.spec, batch * num_blocks, BLOCK_SIZE, dtype)
         kv.data.zero_()
-        self._runner = TorchRunner(model, kv, "cpu")  # type: ignore[arg-type]
+        kernels = next(filter(None, map(find_kernels, ISAS)), None)
+        self._runner = TorchRunner(model, kv, "cpu", kernels=kernels)  # type: ignore[arg-type]
         self._sequences = []
         for i in range(batch):
             prompt = tuple((7 * i + 3 * j) % model.spec.vocab_size for j in range(NUM_PROMPT))

@@ -20,12 +20,14 @@ from numerics.native_kernels import kernels_named
 from numerics.tiny_models import VOCAB_SIZE, make_checkpoint
 from safetensors.torch import load_file, save_file
 
+from baton.config import load_config
+from baton.engine.build import load_model
 from baton.errors import ConfigError, ModelError
 from baton.model import packed
 from baton.model.loader import load_weights
 from baton.model.native import Kernels, Packed
 from baton.model.packed import PackedWeights, PackRefused, load_packed, map_packed
-from baton.model.region import HUGE_BYTES, create_memfd, is_sealed, seal
+from baton.model.region import HUGE_BYTES, create_memfd, is_sealed, release, reserve, seal
 from baton.model.weights import entries
 from baton.model_spec import load_model_spec
 
@@ -136,6 +138,53 @@ def test_weights_are_the_same_in_small_pages(
     found = load(llama, kernels)
     for name in ("0.qkv", "2.down", "lm_head"):
         assert torch.equal(found.matrix(name).memory, whole.matrix(name).memory)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 64 << 20])
+def test_memory_may_be_reserved_before(
+    llama: Path, kernels: Kernels, memfd: int, num_bytes: int
+) -> None:
+    whole = load(llama, kernels)
+    reserve(memfd, num_bytes)
+    size = os.fstat(memfd).st_size
+    assert size >= num_bytes and os.fstat(memfd).st_blocks * 512 >= num_bytes
+    os.pwrite(memfd, b"\xff" * size, 0)  # as a packer that died may have left it
+    found = load(llama, kernels, memfd)
+    assert is_sealed(memfd)
+    for name in ("0.qkv", "2.down", "lm_head"):
+        assert torch.equal(found.matrix(name).memory, whole.matrix(name).memory)
+    before = os.fstat(memfd).st_size
+    reserve(memfd, 1 << 30)
+    release(memfd)
+    assert os.fstat(memfd).st_size == before
+
+
+_LOCK = """
+import fcntl, sys
+fcntl.lockf(int(sys.argv[1]), fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_nothing_is_reserved_behind_a_packer(memfd: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _LOCK, str(memfd)], pass_fds=[memfd],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as packer:  # fmt: skip
+        assert packer.stdout is not None and packer.stdout.readline() == b"locked\n"
+        reserve(memfd, 1)
+        assert os.fstat(memfd).st_size == 0
+        packer.kill()
+    reserve(memfd, 1)
+    assert os.fstat(memfd).st_size == HUGE_BYTES
+
+
+def test_reserved_memory_goes_back_when_nobody_packs(llama: Path, memfd: int) -> None:
+    reserve(memfd, 1)
+    config = load_config(None, {"model.path": str(llama), "engine.kernels": "torch"})
+    load_model(config, llama, memfd)
+    assert os.fstat(memfd).st_size == 0
 
 
 def test_nobody_can_change_them(llama: Path, kernels: Kernels, memfd: int) -> None:

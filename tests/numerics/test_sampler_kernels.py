@@ -1,4 +1,4 @@
-"""The kernels draw the tokens that the sampler's definition draws, or say that they are unsure."""
+"""The kernels draw the tokens that the sampler's definition draws, or say that it has to."""
 
 from __future__ import annotations
 
@@ -189,6 +189,19 @@ def test_where_weights_are_hardly_unequal_it_is_not_sure(kernels: Kernels) -> No
     at = math.exp(-1.0)
     for min_p, sure in ((at, False), (at * (1 - 1e-10), True), (at * (1 + 1e-10), True)):
         assert (natively(kernels, tied, [row(min_p=min_p)]) != [-1]) == sure
+
+
+def test_weights_that_the_definition_rounds_to_ties_are_left_to_it(kernels: Kernels) -> None:
+    """Some neighbours weigh the same in fp64, and which ones is a matter of its rounding alone."""
+    generator = torch.Generator().manual_seed(4)
+    apart = 2e-16 * torch.rand(4000, 1, generator=generator)
+    steps = torch.rand(4000, 40, generator=generator).argsort(1)
+    logits = torch.cat([torch.full((4000, 1), 1e-3), apart * steps], 1)
+    rows = [row(i, top_k=1 + i % 12) for i in range(2000)]
+    rows += [row(i, top_p=(0.5 + i % 12) / 41) for i in range(2000)]
+    found = natively(kernels, logits, rows)
+    pairs = zip(found, by_definition(logits, rows), strict=True)
+    assert all(one in (other, -1) for one, other in pairs)
 
 
 def test_an_engine_with_kernels_draws_by_them(

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+import peers
 import pytest
-from parts.peers import cells, child, engines, table
+from parts.peers import cells, child, engines, servers, table
 
 from baton.model_spec import ModelSpec, RopeSpec
 
@@ -20,8 +28,8 @@ HALF = ModelSpec(
 WINDOW = table.Window(50e9, 900e9, 1000e9)
 
 
-def result(engine, seconds, number=0, cell=None, window=WINDOW):
-    return table.Result(engine, cell or cells.decode(1), number, seconds, window)
+def result(engine, seconds, number=0, cell=None, window=WINDOW, summed=False):
+    return table.Result(engine, cell or cells.decode(1), number, seconds, window, summed)
 
 
 class TestCost:
@@ -83,6 +91,52 @@ class TestTable:
         assert "| decode B=1 | baton | 20 | 10–30 | 50 | 0.50 |  | 50 | 1000 |" in text
         assert "| decode B=1 | vllm | 40 | 40–40 | 25 | 0.25 | 2.00 | 50 | 1000 |" in text
         assert "| llama.cpp | not measured: no compiler |" in text
+        assert "†" not in text
+
+    def test_a_sum_of_phases_is_marked_and_explained(self) -> None:
+        results = [result("baton", 1.0, cell=cells.MIXED)]
+        results += [result("llama.cpp", 2.0, cell=cells.MIXED, summed=True)]
+        text = table.render(results, {cells.MIXED.name: cells.Cost(bytes=1e9, flops=1.0)}, [])
+        assert "| mixed 32 + 4 x 512 | baton | 1,000 |" in text
+        assert "| mixed 32 + 4 x 512 | llama.cpp † | 2,000 |" in text
+        assert text.splitlines()[-1].startswith("† Not measured as one")
+
+
+class FakeEngine:
+    """An engine, or the probe: everything takes a second."""
+
+    about = "fake"
+
+    def __init__(self, name: str, mixes: bool) -> None:
+        self.name, self.mixes = name, mixes
+
+    def measure(self, cell: cells.Cell, seed: str) -> float:
+        return 1.0
+
+    def ask(self, question: dict[str, object]) -> float:
+        return 1e9
+
+
+def test_what_is_published_says_which_times_are_sums(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = engines.Setting(tmp_path, tmp_path, HALF, 2, 4096, tmp_path)
+    fakes = [FakeEngine("baton", True), FakeEngine("llama.cpp", False)]
+    both = [cells.decode(1), cells.MIXED]
+    document = peers._compare(FakeEngine("probe", True), fakes, [], setting, both, 1)
+    written = json.loads(msgspec.json.encode(document))["results"]
+    summed = [(r["engine"], r["cell"]["kind"]) for r in written if r["summed"]]
+    assert summed == [("llama.cpp", "mixed")]
+    assert "| llama.cpp † | 1,000 |" in capsys.readouterr().out
+
+
+def test_the_process_of_llama_cpp_tells_that_it_cannot_mix() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(BENCH)}
+    ran = subprocess.run(
+        [sys.executable, "-m", "parts.peers.run_llama", "bin", "model.gguf", "2"],
+        env=environment, input="", capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert json.loads(ran.stdout)["mixes"] is False
 
 
 def test_every_engine_gets_the_same_prompts_and_no_two_runs_do() -> None:
@@ -98,3 +152,51 @@ def test_a_peer_that_was_not_built_says_why(tmp_path: Path) -> None:
     assert engines.find_missing("vllm", tmp_path).reason == "no such version"
     (tmp_path / "vllm.done").touch()
     assert engines.find_missing("vllm", tmp_path) is None
+
+
+def state(pid: int) -> str:
+    """As the kernel writes it: T is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_server_is_stopped_while_it_is_not_measured_and_ends_all_the_same(tmp_path: Path) -> None:
+    (port,) = servers.free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "models").write_text('{"data": [{"id": "fake"}]}')
+    # As vLLM's worker: a process that the one which was started has started.
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-m', *sys.argv[1:]])"
+    directory = ("--directory", str(tmp_path), "--bind", "127.0.0.1")
+    words = (sys.executable, "-c", program, "http.server", str(port), *directory)
+    server = servers.Server("fake", url, (servers.Process(words, url),), "")
+    with servers.running(server, tmp_path / "log") as served:
+        (group,) = served._groups
+        pids = [
+            int(directory.name)
+            for directory in Path("/proc").glob("[0-9]*")
+            if os.getpgid(int(directory.name)) == group
+        ]
+        assert len(pids) == 2
+        served.pause()
+        wait_until(lambda: [state(pid) for pid in pids] == ["T", "T"])
+        served.go_on()
+        wait_until(lambda: "T" not in [state(pid) for pid in pids])
+        served.pause()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_loop_waits_for_its_threads_as_a_served_worker_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    setting = engines.Setting(tmp_path, tmp_path, HALF, 1, 4096, tmp_path)
+    assert engines.environment("baton", setting) == {"GOMP_SPINCOUNT": "1000"}
+    assert engines.environment("llama.cpp", setting) == {}

@@ -27,17 +27,18 @@ def draw_prompts(seed: str, count: int, num_tokens: int, vocab_size: int) -> lis
     return [rng.choices(range(FIRST_ID, vocab_size), k=num_tokens) for _ in range(count)]
 
 
-def serve(start: Callable[[], tuple[str, Callable[[Cell], float]]]) -> None:
+def serve(start: Callable[[], tuple[str, Callable[[Cell], float]]], mixes: bool = True) -> None:
     """Start the engine, tell its flags, and answer until stdin ends.
 
-    `start` gives a description and the function that measures a cell, in seconds. What the
-    engine's libraries print goes to stderr.
+    `start` gives a description and the function that measures a cell, in seconds. `mixes` says
+    whether prompts are taken in while other sequences decode; if not, the time of a mixed cell is
+    a sum of phases. What the engine's libraries print goes to stderr.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     about, measure = start()
-    print(json.dumps({"about": about}), file=answers)
+    print(json.dumps({"about": about, "mixes": mixes}), file=answers)
     for line in sys.stdin:
         try:
             answer: dict[str, object] = {"seconds": measure(json.loads(line))}

@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
+from baton.launch.cores import Share, usable_cores, waiting
 from baton.model_spec import ModelSpec
 from parts.peers.cells import Cell
 from parts.processes import BENCH_DIR
@@ -66,6 +67,13 @@ def command(name: str, setting: Setting) -> list[str] | Missing:
     return [str(vllm_python(setting.peers)), "-m", "parts.peers.run_vllm", model, threads, *sizes]
 
 
+def environment(name: str, setting: Setting) -> dict[str, str]:
+    """Variables for an engine's process: Baton's loop has what `baton serve` gives its workers."""
+    if name != "baton":
+        return {}
+    return waiting(Share((), setting.threads, setting.threads > usable_cores()))
+
+
 def llama_tools(peers: Path) -> Path:
     return peers / "llama.cpp" / "build" / "bin"
 
@@ -83,9 +91,14 @@ def find_missing(name: str, peers: Path) -> Missing | None:
 
 
 class Child:
-    """An engine's process. It is stopped (SIGSTOP) except while it is asked."""
+    """An engine's process. It is stopped (SIGSTOP) except while it is asked.
 
-    def __init__(self, name: str, words: list[str], log: Path) -> None:
+    `mixes`: it takes prompts in while other sequences decode.
+    """
+
+    def __init__(
+        self, name: str, words: list[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self._log = log
         # Baton's sources, too: a peer's environment has no Baton, and the models' shapes are its.
@@ -97,12 +110,13 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})},
                 start_new_session=True,
             )
         start = time.monotonic()
-        about = self._answer()["about"]
-        self.about = f"{about} (ready after {time.monotonic() - start:.1f} s)"
+        hello = self._answer()
+        self.mixes = bool(hello["mixes"])
+        self.about = f"{hello['about']} (ready after {time.monotonic() - start:.1f} s)"
         self._signal(signal.SIGSTOP)
 
     def measure(self, cell: Cell, seed: str) -> float:
@@ -159,7 +173,8 @@ def started(
                 missing.append(words)
                 continue
             try:
-                children[name] = Child(name, words, logs / f"{name}.log")
+                log = logs / f"{name}.log"
+                children[name] = Child(name, words, log, environment(name, setting))
                 running.append(children[name])
             except (Broken, OSError) as error:
                 missing.append(Missing(name, str(error)))

@@ -7,7 +7,6 @@ import asyncio
 import msgspec
 import uvloop
 
-from baton.cli.endpoint import Endpoint
 from baton.cli.load.client import Target, run_load
 from baton.cli.load.prompts import PromptSource
 from baton.cli.load.workload import Arrival
@@ -15,6 +14,7 @@ from baton.observe.results import RequestResult
 from parts.peers.cells import Cell
 from parts.peers.child import draw_prompts
 from parts.peers.engines import Broken
+from parts.peers.servers import Running
 
 BURST = Cell(name="burst", kind="burst", context=128, steps=64)
 HTTP_CELLS = [
@@ -23,13 +23,20 @@ HTTP_CELLS = [
 
 
 class HttpEngine:
-    """Measures burst cells: `batch` streams at once, from the first request to the last token."""
+    """Measures burst cells: `batch` streams at once, from the first request to the last token.
 
-    def __init__(self, name: str, about: str, endpoint: Endpoint, vocab_size: int) -> None:
+    The server is paused, if it can be, except while it is measured.
+    """
+
+    mixes = True
+
+    def __init__(self, name: str, about: str, server: Running, vocab_size: int) -> None:
         self.name = name
         self.about = about
-        self._target = Target(endpoint, extra={"temperature": 0})
+        self._server = server
+        self._target = Target(server.endpoint, extra={"temperature": 0})
         self._vocab_size = vocab_size
+        server.pause()
 
     def measure(self, cell: Cell, seed: str) -> float:
         """Seconds.
@@ -40,7 +47,11 @@ class HttpEngine:
         assert cell.kind == "burst"
         prompts = draw_prompts(seed, cell.batch, cell.context, self._vocab_size)
         arrivals = [Arrival(0.0, cell.context, cell.steps, prompt) for prompt in prompts]
-        results = run(self._target, arrivals, seed, self._vocab_size)
+        self._server.go_on()
+        try:
+            results = run(self._target, arrivals, seed, self._vocab_size)
+        finally:
+            self._server.pause()
         for result in results:
             if result.failure is not None:
                 raise Broken(f"{self.name}: {result.failure}: {result.detail}")

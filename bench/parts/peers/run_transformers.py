@@ -79,4 +79,4 @@ def start() -> tuple[str, Callable[[Cell], float]]:
 
 
 if __name__ == "__main__":
-    serve(start)
+    serve(start, mixes=False)

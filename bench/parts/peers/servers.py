@@ -26,11 +26,16 @@ START_TIMEOUT_S = 300
 
 
 class Process(msgspec.Struct, frozen=True):
-    """One process of a server; `ready` is the URL that answers 200 once it serves."""
+    """One process of a server; `ready` is the URL that answers 200 once it serves.
+
+    `pauses`: it may be stopped with all that it has started. vLLM's worker spins for a second
+    after its last step, on a core that whoever is measured next would like to have.
+    """
 
     words: tuple[str, ...]
     ready: str
     env: dict[str, str] = {}
+    pauses: bool = True
 
 
 class Server(msgspec.Struct, frozen=True):
@@ -57,7 +62,9 @@ def baton(setting: Setting, layout: str, budget: int) -> Server:
     command = (sys.executable, "-m", "baton", "serve", "--model", str(setting.model))
     words = (*command, *tuned, *sizes, *listen, "--log.level", "warning")
     url = f"http://127.0.0.1:{port}"
-    return Server(f"baton {layout}", url, (Process(words, f"{url}/ready"),), " ".join(tuned))
+    # Its own parts are in sessions of their own, watch each other's time, and sleep when idle.
+    process = Process(words, f"{url}/ready", pauses=False)
+    return Server(f"baton {layout}", url, (process,), " ".join(tuned))
 
 
 def llama_server(setting: Setting, budget: int) -> Server | Missing:
@@ -130,8 +137,24 @@ def _vllm_process(
     return Process((*words, *extra), f"http://127.0.0.1:{port}/health", variables), flags
 
 
+class Running:
+    """A server that answers at `endpoint`. It can be stopped while another one is measured."""
+
+    def __init__(self, endpoint: Endpoint, groups: list[int]) -> None:
+        self.endpoint = endpoint
+        self._groups = groups
+
+    def pause(self) -> None:
+        for group in self._groups:
+            os.killpg(group, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        for group in self._groups:
+            os.killpg(group, signal.SIGCONT)
+
+
 @contextlib.contextmanager
-def running(server: Server, log: Path) -> Iterator[Endpoint]:
+def running(server: Server, log: Path) -> Iterator[Running]:
     """The server until the block ends; then SIGTERM, and SIGKILL for the stubborn.
 
     Raises:
@@ -162,7 +185,9 @@ def running(server: Server, log: Path) -> Iterator[Endpoint]:
                     last = log.read_text(errors="replace").strip().splitlines()[-3:]
                     raise Broken(f"{server.name} did not start: {last}")
                 time.sleep(0.1)
-        yield connect(server.url, None, None)
+        pairs = zip(started, server.processes, strict=True)
+        groups = [child.pid for child, process in pairs if process.pauses]
+        yield Running(connect(server.url, None, None), groups)
     finally:
         for child in reversed(started):
             _end(child)
@@ -170,6 +195,8 @@ def running(server: Server, log: Path) -> Iterator[Endpoint]:
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     child.send_signal(signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGCONT)  # it may be stopped
     try:
         child.wait(30)
     except subprocess.TimeoutExpired:

@@ -24,13 +24,25 @@ class Window(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """One engine in one cell in one round; `window` is the cell's, the same for all engines."""
+    """One engine in one cell in one round; `window` is the cell's, the same for all engines.
+
+    `summed`: a mixed cell's time that was not measured as one, but is the sum of its prompts and
+    of its steps, each by themselves.
+    """
 
     engine: str
     cell: Cell
     round: int
     seconds: float
     window: Window
+    summed: bool = False
+
+
+SUMMED = "†"
+FOOTNOTE = (
+    f"{SUMMED} Not measured as one: this tool takes no prompts in while other sequences decode, so "
+    "the time is the sum of those for the prompts and for the steps."
+)
 
 
 def roofline_share(result: Result, cost: Cost) -> float:
@@ -46,7 +58,8 @@ def render(
 ) -> str:
     """A Markdown table: a row for each cell and engine. Ratios are medians of rounds' ratios.
 
-    `ratio` is `baseline`'s speed over this engine's, in the same rounds: above 1, it is faster.
+    `ratio` is `baseline`'s speed over this engine's, in the same rounds: above 1, it is faster. A
+    row whose time is a sum of phases has a dagger, which a line below explains.
     """
     lines = [
         "| cell | engine | ms | range | tokens/s | roofline | baton ÷ it | GB/s | GFLOP/s |",
@@ -58,6 +71,8 @@ def render(
             own = [r for r in rows if r.engine == engine]
             lines += [_row(own, rows, costs[name], baseline)]
     lines += [f"| all | {gone.name} | not measured: {gone.reason} ||||||| " for gone in missing]
+    if any(result.summed for result in results):
+        lines += ["", FOOTNOTE]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
@@ -70,7 +85,7 @@ def _row(own: Sequence[Result], rows: Sequence[Result], cost: Cost, baseline: st
     peak = median(r.window.flops_per_s for r in own) / 1e9
     words = [
         cell.name,
-        own[0].engine,
+        own[0].engine + (f" {SUMMED}" if own[0].summed else ""),
         milliseconds(median(seconds)),
         f"{milliseconds(seconds[0])}–{milliseconds(seconds[-1])}",
         f"{cell.num_tokens / median(seconds):,.0f}",

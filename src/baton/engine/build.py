@@ -28,6 +28,7 @@ from baton.model.kv_cache import KvCache, kv_block_bytes
 from baton.model.loader import load_weights
 from baton.model.native import Kernels
 from baton.model.packed import load_packed
+from baton.model.region import release
 from baton.model.transformer import Transformer
 from baton.model_spec import ModelSpec, load_model_spec
 from baton.types import KvFormat
@@ -162,6 +163,8 @@ def load_model(
         packed = load_packed(model_dir, spec, dtype, kernels, weights_fd, progress)
         fingerprint, model = packed.fingerprint, Transformer(spec, packed)
     else:
+        if weights_fd is not None:
+            release(weights_fd)
         weights = load_weights(model_dir, spec, dtype, device, progress)
         fingerprint, model = weights.fingerprint, Transformer(spec, weights, kernels)
     numerics = f"{device}-{NUMERICS if kernels is None else kernels.numerics}-{dtype}"

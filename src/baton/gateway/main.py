@@ -50,6 +50,7 @@ def run(config: Config, runtime_dir: Path) -> int:
         ConfigError: a listener, key file or model directory cannot be used.
     """
     setup_logging(config.log.level, "gateway")
+    logger.info("loading model=%s", config.model.path)
     return uvloop.run(_serve(config, runtime_dir))
 
 
@@ -125,6 +126,7 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
                 asyncio.create_task(server.serve(sockets=[sock]))
                 for server, sock in zip(servers, sockets, strict=True)
             ]
+            logger.info("listening host=%s port=%d", gateway.host, gateway.port)
             await running[0]
             servers[1].should_exit = True
             await running[1]

@@ -9,6 +9,7 @@ import os
 import shlex
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from baton.launch.process import Child
 from baton.launch.ready import ReadyProbe, base_url
 from baton.launch.runtime_dir import runtime_dir
 from baton.launch.supervisor import Probe, Supervisor
-from baton.model.region import create_memfd
+from baton.model.region import create_memfd, reserve
 from baton.rpc.auth import create_secret, read_secret
 from baton.types import Role
 
@@ -114,7 +115,7 @@ def _weights_memfds(config: Config, roles: Iterable[Role]) -> Iterator[dict[Role
     """The memory in which the workers share packed weights, if they may come to pack any.
 
     One for each type: roles may differ in theirs. It outlives the workers, so that one which
-    starts again has its weights at once.
+    starts again has its weights at once. It is taken from the system while they are starting.
     """
     with contextlib.ExitStack() as closing:
         of_type: dict[str, int] = {}
@@ -124,10 +125,26 @@ def _weights_memfds(config: Config, roles: Iterable[Role]) -> Iterator[dict[Role
             found[role] = ()
             if own.engine.kernels != "torch" and own.engine.device != "cuda":
                 if own.model.dtype not in of_type:
-                    of_type[own.model.dtype] = create_memfd("baton-weights")
+                    of_type[own.model.dtype] = _weights_memfd(own)
                     closing.callback(os.close, of_type[own.model.dtype])
                 found[role] = (of_type[own.model.dtype],)
         yield found
+
+
+def _weights_memfd(config: Config) -> int:
+    fd = create_memfd("baton-weights")
+    files = Path(config.model.path).expanduser().glob("*.safetensors")
+    num_bytes = sum(file.stat().st_size for file in files)
+    # With a descriptor of its own, since nobody waits for its end.
+    threading.Thread(target=_reserve, args=(os.dup(fd), num_bytes), daemon=True).start()
+    return fd
+
+
+def _reserve(fd: int, num_bytes: int) -> None:
+    # That there is no memory is said by the worker that cannot have it.
+    with contextlib.suppress(OSError):
+        reserve(fd, num_bytes)
+    os.close(fd)
 
 
 def _announce(config: Config, seconds: float) -> None:

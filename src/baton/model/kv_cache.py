@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from baton.model import huge_pages
 from baton.model.host_copies import HostBlock, HostCopies
 from baton.model_spec import ModelSpec
 
@@ -38,10 +39,11 @@ class KvCache:
         self.block_size = block_size
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.block_bytes = kv_block_bytes(spec, block_size, dtype)
-        self.data = torch.empty(
-            (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim),
-            dtype=self.dtype,
-            device=device,
+        shape = (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim)
+        self.data = (
+            huge_pages.empty(shape, self.dtype)
+            if device == "cpu"
+            else torch.empty(shape, dtype=self.dtype, device=device)
         )
         self._rows = self.data.view(-1, spec.num_kv_heads * spec.head_dim)
         blocks = self.data.view(num_blocks, -1).view(torch.uint8)

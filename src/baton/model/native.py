@@ -35,7 +35,7 @@ INTERFACE = 3
 """Of the binary interface; equal to kInterface in kernels.h."""
 VERSION = 2
 """Of the results' bits; equal to kVersion in kernels.h."""
-ISAS = ("avx512amx", "avx512bf16", "avx512", "avx2", "portable")
+ISAS = ("avx512amx", "avx512bf16", "avx512", "avx2", "neon", "portable")
 """Instruction sets, best first."""
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 PANEL = 32
@@ -178,10 +178,12 @@ class Kernels:
         self.isa = str(table.isa, "ascii")
         self.numerics = f"exact-v{VERSION}-{self.isa}"
 
-    def embed(self, weight: Packed, ids: Tensor) -> Tensor:
-        """Rows `ids` [M] int64 of a packed [N, K]: [M, K]."""
+    def embed(self, weight: Packed, ids: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows `ids` [M] int64 of a packed [N, K]: [M, K], in `out` if it is given."""
         assert not ids.numel() or 0 <= int(ids.min()) <= int(ids.max()) < weight.args.n
-        out = torch.empty((ids.numel(), weight.args.k), dtype=weight.dtype)
+        if out is None:
+            out = torch.empty((ids.numel(), weight.args.k), dtype=weight.dtype)
+        assert out.is_contiguous() and out.shape == (ids.numel(), weight.args.k)
         self.table.embed(
             weight.memory.data_ptr(),
             ids.data_ptr(),
@@ -264,7 +266,7 @@ class Kernels:
             logits.data_ptr(),
             logits.stride(0),
             logits.shape[1],
-            (DrawArgs * count)(*(DrawArgs(*draw) for draw in draws)),
+            (DrawArgs * count)(*draws),  # type: ignore[misc]  # converts tuples
             tokens.ctypes.data,
             count,
             torch.get_num_threads(),

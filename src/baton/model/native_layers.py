@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from baton.model import huge_pages
 from baton.model.batch import Batch
 from baton.model.kv_cache import KvCache
 from baton.model.native import DTYPES, LayerArgs, StepArgs
@@ -44,10 +45,11 @@ class NativeLayers:
         spec, kernels = self._spec, self._kernels
         num_tokens = batch.token_ids.numel()
         room = self._make_room(num_tokens)
+        x = room["x"][:num_tokens]
         if self._embed is None:
-            x = kernels.embed(self._lm_head, batch.token_ids)
+            kernels.embed(self._lm_head, batch.token_ids, out=x)
         else:
-            x = self._embed.index_select(0, batch.token_ids)
+            torch.index_select(self._embed, 0, batch.token_ids, out=x)
         cos, sin = kernels.angles(self._frequencies, batch.positions, spec.rope.attention_factor)
         query_starts = torch.tensor(batch.query_starts)
         context_lens = torch.tensor(batch.context_lens)
@@ -71,7 +73,6 @@ class NativeLayers:
             head_dim=spec.head_dim,
             scale=spec.head_dim**-0.5,
             eps=spec.rms_norm_eps,
-            x=x.data_ptr(),
             dtype=DTYPES[self._dtype],
             threads=torch.get_num_threads(),
             **{name: tensor.data_ptr() for name, tensor in room.items()},
@@ -86,6 +87,7 @@ class NativeLayers:
         if not self._room or self._room["normed"].shape[0] < num_tokens:
             spec = self._spec
             widths = {
+                "x": spec.hidden_size,
                 "normed": spec.hidden_size,
                 "qkv": (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim,
                 "attended": spec.num_heads * spec.head_dim,
@@ -93,7 +95,7 @@ class NativeLayers:
                 "inner": spec.intermediate_size,
             }
             self._room = {
-                name: torch.empty((num_tokens, width), dtype=self._dtype)
+                name: huge_pages.empty((num_tokens, width), self._dtype)
                 for name, width in widths.items()
             }
         return self._room

@@ -186,7 +186,7 @@ def _pack(
     checkpoint = Checkpoint(path, spec)
     data_at = _data_at(msgspec.msgpack.encode(header))
     num_bytes = data_at + header.num_bytes
-    os.ftruncate(fd, 0)  # what a packer that died has left
+    # What is there is reserved memory, or left by a packer that died; every tensor is written.
     os.ftruncate(fd, _aligned(num_bytes, HUGE_BYTES))
     started = time.monotonic()
     region = Region(fd, num_bytes, writable=True)

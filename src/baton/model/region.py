@@ -114,6 +114,34 @@ def is_sealed(fd: int) -> bool:
     return fcntl.fcntl(fd, _F_GET_SEALS) & _SEALS == _SEALS
 
 
+def reserve(fd: int, num_bytes: int) -> None:
+    """Take memory for weights of about so many bytes from the system, for whoever packs them.
+
+    That can take as long as packing them. Does nothing if somebody has packed weights into memfd
+    `fd`, or is packing them now.
+
+    Raises:
+        OSError: there is not so much memory.
+    """
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    try:
+        if os.fstat(fd).st_size == 0:
+            os.ftruncate(fd, -(-num_bytes // HUGE_BYTES) * HUGE_BYTES)
+            Region(fd, num_bytes, writable=True).unmap()
+    finally:
+        fcntl.lockf(fd, fcntl.LOCK_UN)
+
+
+def release(fd: int) -> None:
+    """Give back the memory of memfd `fd`, unless it holds weights: nobody is going to pack any."""
+    with locked(fd):
+        if not is_sealed(fd):
+            os.ftruncate(fd, 0)
+
+
 @contextmanager
 def locked(fd: int) -> Iterator[None]:
     """Wait until no other process is in here with the same file; the dead do not count."""

@@ -40,6 +40,7 @@ def run(
         ConfigError, ModelError: it cannot start.
     """
     setup_logging(config.log.level, worker_id)
+    logger.info("loading role=%s model=%s", role, config.model.path)
     decisions = open_decision_log(config.log.decision_log, worker_id)
     sink = decisions.write if decisions else None
     with loading_progress(f"{worker_id}: loading weights") as progress:
