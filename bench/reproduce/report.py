@@ -16,20 +16,22 @@ ROOT = Path(__file__).resolve().parents[2]
 class Line(msgspec.Struct, frozen=True):
     """One figure. `error` is ours / published - 1; `target` what it may be at most, None: reported.
 
-    published is None where the source gives no figure.
+    published is None where the source gives no figure, ours where there is none to give.
     """
 
     case: str
     metric: str
     published: float | None
-    ours: float
+    ours: float | None
     unit: str = ""
     target: float | None = None
     note: str = ""
 
     @property
     def error(self) -> float | None:
-        return None if not self.published else self.ours / self.published - 1
+        if not self.published or self.ours is None:
+            return None
+        return self.ours / self.published - 1
 
     @property
     def verdict(self) -> str:
@@ -46,10 +48,10 @@ def table(title: str, lines: Sequence[Line]) -> str:
     for line in lines:
         error = "" if line.error is None else f"{line.error:+.1%}"
         target = "" if line.target is None else f"{line.target:.0%} {line.verdict}"
-        published = "" if line.published is None else _number(line.published, line.unit)
+        published, ours = _number(line.published, line.unit), _number(line.ours, line.unit)
         rows.append(
-            f"| {line.case} | {line.metric} | {published} | {_number(line.ours, line.unit)} "
-            f"| {error} | {target} | {line.note} |"
+            f"| {line.case} | {line.metric} | {published} | {ours} | {error} | {target} "
+            f"| {line.note} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -87,6 +89,8 @@ def as_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
     return [{**msgspec.to_builtins(line), **more} for line, more in zip(lines, extra, strict=True)]
 
 
-def _number(value: float, unit: str) -> str:
+def _number(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{text} {unit}".rstrip()

@@ -5,8 +5,12 @@
 A design's throughput is the highest rate (Poisson arrivals) at which nine slow-downs hold, against
 the same request alone on a DGX-A100: TTFT 2, 3 and 6 times at P50, P90 and P99; TBT and E2E 1.25,
 1.5 and 5 times. Every design is searched under both readings of the decode measurements (see
-`splitwise_cost`): `batch_tokens` is what the published figures were made with, `sequences` is what
-the measurements say. The difference between the two is the explanation of most that differs.
+`splitwise_cost`): `batch_tokens` is how the published figures were made, so these are what the
+targets hold for; `sequences` is what the measurements say. The paper's splits were chosen under the
+first, so under each reading the best of other splits of the same machines is shown as well.
+
+HA's 1.18 is given "at 10 % lower cost": it costs 14 % more than Baseline-A100 and 7 % less than
+Baseline-H100, so it is set beside the latter; beside the former it is only reported.
 """
 
 from __future__ import annotations
@@ -32,9 +36,10 @@ from reproduce.tables import read_rows
 
 MODEL, DEVICES = "llama2-70b", 8
 TRANSFER_S = {"a100-80gb": 0.008, "h100-80gb": 0.005, "h100-80gb-pcap": 0.005}
-SLOWDOWNS = {"ttft_s": (2, 3, 6), "tpot_s": (1.25, 1.5, 5), "e2e_s": (1.25, 1.5, 5)}
+SLOWDOWNS = {"TTFT": (2, 3, 6), "TBT": (1.25, 1.5, 5), "E2E": (1.25, 1.5, 5)}
 PERCENTILES = (50, 90, 99)
-STEPS = 7  # of the bisection between 5 and 400 requests a second: 3.5 % wide
+LOW, HIGH = 5.0, 400.0  # requests a second, between which throughput is sought
+STEPS = 8  # of the bisection: 1.7 % wide
 POWER = {"a100-80gb": 24.8, "h100-80gb": 44.0, "h100-80gb-pcap": 0.7 * 44.0}
 COST = {"a100-80gb": 17.6, "h100-80gb": 38.0, "h100-80gb-pcap": 38.0}
 A, H, C = "a100-80gb", "h100-80gb", "h100-80gb-pcap"
@@ -50,6 +55,14 @@ class Design(msgspec.Struct, frozen=True):
     def total(self, of: dict[str, float]) -> float:
         groups = [self.prompt] + ([self.token] if self.token else [])
         return sum(number * of[kind] for kind, number in groups)
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A design's throughput, and the objectives that do not hold 5 % above it."""
+
+    design: Design
+    per_s: float
+    above: str
 
 
 BASE_A70, BASE_A86, BASE_H40 = (
@@ -73,11 +86,14 @@ STUDIES = {
     ],
 }  # fmt: skip
 PUBLISHED = (
-    ("equal power, conv", "Splitwise-AA", "Baseline-A100", 2.15, "section 6.2"),
-    ("equal power, conv", "Splitwise-HA", "Baseline-A100", 1.18, "at 10 % lower cost"),
-    ("equal cost, conv", "Splitwise-AA", "Baseline-H100", 1.4, "+25 % power, 2 × the space"),
+    ("equal power, conv", "Splitwise-AA", "Baseline-A100", 2.15, 0.10, "section 6.2"),
+    ("equal power, conv", "Splitwise-HA", "Baseline-H100", 1.18, 0.10, "at 10 % lower cost"),
+    ("equal power, conv", "Splitwise-HA", "Baseline-A100", 1.18, None, "cost is then higher"),
+    ("equal cost, conv", "Splitwise-AA", "Baseline-H100", 1.4, 0.10, "+25 % power, 2 × the space"),
 )
-"""Study, design, baseline, ratio of their throughputs: from the paper."""
+"""Study, design, baseline, ratio of their throughputs, how near it is to be: from the paper."""
+OTHER_SPLITS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Shares of prompt machines that are tried where both kinds are of the same hardware."""
 
 
 class Cluster:
@@ -102,31 +118,38 @@ class Cluster:
         times = self._kinds[A].times
         ratios: dict[str, list[float]] = {metric: [] for metric in SLOWDOWNS}
         for job in jobs:
-            ttft = times.prompt_s(job.num_prompt)
-            gap = times.decode_s(1, job.num_prompt + job.num_output // 2)
-            ratios["ttft_s"].append(job.ttft_s / ttft)
-            ratios["e2e_s"].append(job.e2e_s / (ttft + gap * (job.num_output - 1)))
+            first, gap = times.alone_s(job.num_prompt, job.num_output)
+            ratios["TTFT"].append(job.ttft_s / first)
+            ratios["E2E"].append(job.e2e_s / (first + gap * (job.num_output - 1)))
             if job.num_output > 1:
-                ratios["tpot_s"].append(job.tpot_s / gap)
+                mean_gap = (job.last_s - job.first_s) / times.num_gaps(job.num_output)
+                ratios["TBT"].append(mean_gap / gap)
         return {
             metric: [float(np.percentile(values, p)) for p in PERCENTILES]
             for metric, values in ratios.items()
         }
 
-    def throughput(self, design: Design, lengths: Sequence[Lengths], seconds: float) -> float:
-        """Requests a second at which all objectives hold."""
+    def broken(
+        self, design: Design, lengths: Sequence[Lengths], per_s: float, seconds: float
+    ) -> list[str]:
+        """The objectives that do not hold at so many requests a second."""
+        draw = Random(7)
+        jobs = poisson_jobs(draw.choices(lengths, k=int(per_s * seconds)), per_s, seed=1)
+        self.serve(design, jobs)
+        return [
+            f"P{p} {metric}"
+            for metric, values in self.slowdowns(jobs).items()
+            for p, value, limit in zip(PERCENTILES, values, SLOWDOWNS[metric], strict=True)
+            if value > limit
+        ]
 
-        def holds(per_s: float) -> bool:
-            draw = Random(7)
-            jobs = poisson_jobs(draw.choices(lengths, k=int(per_s * seconds)), per_s, 1)
-            self.serve(design, jobs)
-            return all(
-                value <= limit
-                for metric, values in self.slowdowns(jobs).items()
-                for value, limit in zip(values, SLOWDOWNS[metric], strict=True)
-            )
-
-        return highest(holds, 5.0, 400.0, STEPS)
+    def throughput(self, design: Design, lengths: Sequence[Lengths], seconds: float) -> Found:
+        """Requests a second at which all objectives hold, and what gives way a little above."""
+        per_s = highest(
+            lambda rate: not self.broken(design, lengths, rate, seconds), LOW, HIGH, STEPS
+        )
+        above = self.broken(design, lengths, max(per_s, LOW) * 1.05, seconds)
+        return Found(design, per_s, ", ".join(above))
 
 
 def read_lengths(path: Path) -> list[Lengths]:
@@ -136,15 +159,24 @@ def read_lengths(path: Path) -> list[Lengths]:
     ]
 
 
-def compare(found: dict[str, dict[str, float]], how: str) -> list[Line]:
-    return [
-        Line(
-            f"{study} ({how})", f"{design} / {baseline}", ratio,
-            found[study][design] / max(found[study][baseline], 1e-9), "×", 0.10, note,
-        )
-        for study, design, baseline, ratio, note in PUBLISHED
-        if study in found
-    ]  # fmt: skip
+def other_splits(design: Design) -> list[Design]:
+    """The same machines, split otherwise; none where prompt and token machines are unlike."""
+    if design.token is None or design.prompt[0] != design.token[0]:
+        return []
+    kind, total = design.prompt[0], design.prompt[1] + design.token[1]
+    numbers = [round(share * total) for share in OTHER_SPLITS]
+    return [Design(design.name, (kind, n), (kind, total - n)) for n in numbers]
+
+
+def compare(found: dict[str, dict[str, Found]], how: str, binding: bool) -> list[Line]:
+    """Ratios of throughput; targets bind only under the reading that the published ones have."""
+    lines = []
+    for study, design, baseline, ratio, target, note in PUBLISHED:
+        ours, base = found[study][design].per_s, found[study][baseline].per_s
+        case, label = f"{study} ({how})", f"{design} / {baseline}"
+        goal = target if binding else None
+        lines.append(Line(case, label, ratio, ours / base if base else None, "×", goal, note))
+    return lines
 
 
 def main(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -158,28 +190,35 @@ def main(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     lines: list[Line] = []
     for how in get_args(Reading):
         cluster = Cluster(args.data, how)
-        found: dict[str, dict[str, float]] = {}
+        found: dict[str, dict[str, Found]] = {}
         for study, designs in STUDIES.items():
             lengths = traces[study.rsplit(" ", 1)[1]]
             found[study] = {
-                design.name: cluster.throughput(design, lengths, args.seconds)
-                for design in designs
+                each.name: cluster.throughput(each, lengths, args.seconds) for each in designs
             }
-            text += _designs(f"{study}, decode read by {how}", designs, found[study])
-        lines += compare(found, how)
-        figures[how] = found
+            shown = list(found[study].values())
+            for others in filter(None, map(other_splits, designs)):
+                tried = [cluster.throughput(each, lengths, args.seconds) for each in others]
+                shown.append(max(tried, key=lambda each: each.per_s))
+            text += _designs(f"{study}, decode read by {how}", shown)
+        lines += compare(found, how, binding=how == "batch_tokens")
+        figures[how] = {
+            study: {name: [one.per_s, one.above] for name, one in each.items()}
+            for study, each in found.items()
+        }
     text += table("Splitwise: ratios of throughput", lines)
     return text, {"throughput": figures, "lines": as_json(lines), "seconds": args.seconds}
 
 
-def _designs(title: str, designs: Sequence[Design], found: dict[str, float]) -> str:
-    rows = [f"\n### {title}\n", "| design | req/s | power | $/h | req/s per $/h |"]
-    rows.append("|---|---:|---:|---:|---:|")
-    for design in sorted(designs, key=lambda each: -found[each.name]):
-        per_s, cost = found[design.name], design.total(COST)
+def _designs(title: str, found: Sequence[Found]) -> str:
+    rows = [f"\n### {title}\n", "| design | prompt + token | req/s | power | $/h | above |"]
+    rows.append("|---|---|---:|---:|---:|---|")
+    for one in sorted(found, key=lambda each: -each.per_s):
+        design = one.design
+        split = f"{design.prompt[1]} + {design.token[1]}" if design.token else design.prompt[1]
         rows.append(
-            f"| {design.name} | {per_s:.1f} | {design.total(POWER):,.0f} | {cost:,.0f} "
-            f"| {per_s / cost:.4f} |"
+            f"| {design.name} | {split} | {one.per_s:.1f} | {design.total(POWER):,.0f} "
+            f"| {design.total(COST):,.0f} | {one.above} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -189,7 +228,7 @@ if __name__ == "__main__":
         run(
             __doc__, ROOT / "data", "reproduce-splitwise.json", main,
             lambda parser: parser.add_argument(
-                "--seconds", type=float, default=120.0, help="of arrivals in each simulation"
+                "--seconds", type=float, default=60.0, help="of arrivals in each simulation"
             ) and None,
         )
     )  # fmt: skip

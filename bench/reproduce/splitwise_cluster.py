@@ -4,8 +4,9 @@
                           beside them if they fit, else left out, four times in a row at most
     baseline:             a request stays on the machine with the fewest pending tokens
     split:                its prompt goes to such a prompt machine, its answer to the token machine
-                          with the least KV; a prompt that would wait behind 8,192 tokens goes to
-                          the mixed pool, which token machines join until they are idle
+                          with the least KV; a prompt that would wait behind 8,192 tokens, and an
+                          answer whose KV would not fit, go to the mixed pool, which machines of the
+                          other kind join until they are idle
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def serve_together(machines: Sequence[Kind], jobs: Sequence[Job]) -> None:
     cluster = [Machine(clock, kind, prefilled) for kind in machines]
 
     def arrive(job: Job) -> None:
-        machine = min(cluster, key=lambda each: each.pending)
+        machine = min(cluster, key=_pending)
         machine.pending += job.num_prompt
         machine.add_prompt(job)
 
@@ -138,21 +139,28 @@ def serve_split(prompt: Sequence[Kind], token: Sequence[Kind], jobs: Sequence[Jo
     tokens = [Machine(clock, kind, prefilled) for kind in token]
     mixed: list[Machine] = []
 
-    def leave(machine: Machine) -> None:
-        machine.on_idle = None
-        mixed.remove(machine)
-        tokens.append(machine)
+    def join(machine: Machine, home: list[Machine]) -> None:
+        home.remove(machine)
+        mixed.append(machine)
+
+        def leave(machine: Machine) -> None:
+            machine.on_idle = None
+            mixed.remove(machine)
+            home.append(machine)
+
+        machine.on_idle = leave
 
     def arrive(job: Job) -> None:
         machine = _shortest(prompts, job) or _shortest(mixed, job)
+        target = _emptiest(tokens, job) or _emptiest(mixed, job)
         if machine is None and tokens:
-            machine = min(tokens, key=lambda each: each.pending)
-            tokens.remove(machine)
-            mixed.append(machine)
-            machine.on_idle = leave
-        if machine is None:
-            machine = min([*prompts, *mixed], key=lambda each: each.pending)
-        target = min(tokens or mixed, key=lambda each: each.kv_due)
+            machine = min(tokens, key=_pending)
+            join(machine, tokens)
+        if target is None and prompts:
+            target = min(prompts, key=_kv_due)
+            join(target, prompts)
+        if machine is None or target is None:
+            machine = target = min([*prompts, *mixed, *tokens], key=_pending)
         targets[job] = target
         target.pending += 1
         target.kv_due += job.num_prompt + job.num_output
@@ -166,6 +174,23 @@ def _shortest(machines: Sequence[Machine], job: Job) -> Machine | None:
     """The one with the fewest pending tokens, unless the prompt would wait too long there."""
     if not machines:
         return None
-    machine = min(machines, key=lambda each: each.pending)
+    machine = min(machines, key=_pending)
     waits = machine.prompts and machine.pending + job.num_prompt > QUEUE_TOKENS
     return None if waits else machine
+
+
+def _emptiest(machines: Sequence[Machine], job: Job) -> Machine | None:
+    """The one with the least KV, unless the request's would not fit there."""
+    if not machines:
+        return None
+    machine = min(machines, key=_kv_due)
+    fits = machine.kv_due + job.num_prompt + job.num_output < machine.kind.times.kv_tokens
+    return machine if fits else None
+
+
+def _pending(machine: Machine) -> int:
+    return machine.pending
+
+
+def _kv_due(machine: Machine) -> int:
+    return machine.kv_due

@@ -5,7 +5,8 @@ Prompts: by the tokens of the batch, straight between measured points. Decoding 
 * `sequences`: a + b × sequences + c × KV tokens, by least squares over the measured points;
 * `batch_tokens`: as the authors' simulator does. It lays the measured points along prompt tokens ×
   batch, but looks them up at the number of sequences, so nearly every batch costs what one sequence
-  costs.
+  costs; a request alone is looked up at its prompt's tokens. KV counts all 64 heads, where the
+  model keeps 8, and a gap is the time after the first token by all tokens, the first included.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from reproduce.tables import Curve, read_rows
 
 Reading = Literal["sequences", "batch_tokens"]
 MIXED = 1.1  # the authors' factor for a step with prompts and decodes
+MEMORY_BYTES, WEIGHT_BYTES = 640e9, 135e9
+KV_BYTES = {"sequences": 2 * 80 * 8 * 128 * 2, "batch_tokens": 2 * 80 * 8192 * 2}
+"""A token, over the 80 layers, by reading."""
 
 
 class MachineTimes:
@@ -41,6 +45,7 @@ class MachineTimes:
         if not rows:
             raise ValueError(f"no measurement of {model} on {devices} × {hardware}")
         self._how = how
+        self.kv_tokens = int((MEMORY_BYTES - WEIGHT_BYTES) / KV_BYTES[how])
         self._prompts = Curve({x: median(ys) for x, ys in prompts.items()})
         self._tokens = Curve({x: median(ys) for x, ys in tokens.items()})
         self._law = np.linalg.lstsq(np.array(rows), np.array(times), rcond=None)[0].tolist()
@@ -55,6 +60,15 @@ class MachineTimes:
             return 1e-3 * self._tokens(num_sequences)
         fixed, per_sequence, per_token = self._law
         return 1e-3 * (fixed + per_sequence * num_sequences + per_token * kv_tokens)
+
+    def alone_s(self, num_prompt: int, num_output: int) -> tuple[float, float]:
+        """The first token of a request that has the machine to itself, and each further one."""
+        if self._how == "batch_tokens":
+            return self.prompt_s(num_prompt), 1e-3 * self._tokens(num_prompt)
+        return self.prompt_s(num_prompt), self.decode_s(1, num_prompt + num_output // 2)
+
+    def num_gaps(self, num_output: int) -> int:
+        return num_output if self._how == "batch_tokens" else num_output - 1
 
     def mixed_s(self, num_prompt_tokens: int, num_sequences: int) -> float:
         """A step with prompts and decodes."""
