@@ -41,8 +41,8 @@ from parts.peers.servers import SERVERS, running
 
 from baton.cli.endpoint import Endpoint
 from baton.cli.load.client import Target
-from baton.cli.load.metrics import RequestResult
 from baton.errors import ConfigError
+from baton.observe.results import RequestResult
 
 KV_TOKENS = 40_960
 TAIL_TIMEOUT_S = 300.0

@@ -249,7 +249,7 @@ class Before:
     def __init__(self, scheduler: Scheduler) -> None:
         self.running = list(scheduler._running.values())
         self.waiting = list(scheduler._waiting)
-        self.arriving = list(scheduler._arriving.values())
+        self.arriving = list(scheduler.fetches.arriving.values())
         self.decodes = [seq for seq in self.running if seq.num_unscheduled == 1]
         self.awaited = {seq.id for seq in self.running if seq.num_expected > seq.num_tokens}
         prompts = [seq for seq in self.running if seq.num_unscheduled > 1]
@@ -424,21 +424,21 @@ class SimWorker:
         copying = {order.key for order in self.exports}
         copying |= {order.key for order in scheduler._update.exports}
         assert set(scheduler.exports._copying) == copying
-        fetching = {order.number for order in (*self.imports, *scheduler._imports)}
-        assert {*scheduler.imports._orders, *scheduler.early._orders} == fetching
+        fetching = {order.number for order in (*self.imports, *scheduler.fetches.orders)}
+        assert {*scheduler.fetches.imports._orders, *scheduler.fetches.early._orders} == fetching
         credits = sum(e.credits for e in scheduler.exports._exports.values())
         assert self.index.num_reserved == credits, "a credit leaked"
         for seq in scheduler._sequences.values():
-            places = (scheduler._arriving, scheduler._waiting, scheduler._running)
+            places = (scheduler.fetches.arriving, scheduler._waiting, scheduler._running)
             states = (Status.ARRIVING, Status.WAITING, Status.RUNNING)
             for place, status in zip(places, states, strict=True):
                 assert (seq.id in place) == (seq.status is status)
             assert seq.status not in (Status.ARRIVING, Status.WAITING) or not seq.blocks
             if seq.status is Status.ARRIVING:
-                assert len(scheduler.early), "it waits for nothing"
+                assert len(scheduler.fetches.early), "it waits for nothing"
             assert len(seq.blocks) * seq.block_size >= seq.num_computed
             if seq.status is Status.IMPORTING:
-                assert seq.id in scheduler.imports._imports
+                assert seq.id in scheduler.fetches.imports._imports
         assert set(scheduler.exports._exports) <= set(scheduler._sequences)
 
     def check_empty(self) -> None:

@@ -58,8 +58,8 @@ class World:
             shared += [seq.request for seq in worker.scheduler._sequences.values()]
             shared += [*worker.exports, *worker.imports]
             shared += worker.kv.blocks + worker.store.frames + [worker.runner]
-            shared += worker.scheduler.imports._orders.values()
-            shared += worker.scheduler.early._orders.values()
+            shared += worker.scheduler.fetches.imports._orders.values()
+            shared += worker.scheduler.fetches.early._orders.values()
         copied = copy.deepcopy(self, {id(thing): thing for thing in shared})
         for worker in (copied.prefill, copied.decode):
             worker.runner = copy.copy(worker.runner)

@@ -4,11 +4,12 @@
                                       │  └─▶ copies into its store
                                       └────▶ fetches from the stores of others, over links
 
-Schedulers, pools, stores, leases and the router are the real ones; the KV tells lies apart
-(`sim_engine`). One seed decides everything: sizes, arrivals, how long each step, copy, message and
-fetch takes, and the faults. Time is that of an event heap. The gateway is a plain one that keeps
-the rules of the design: it owns the leases, raises `attempt` before it places again, and takes the
-deltas of the current attempt only.
+Schedulers, pools, stores, leases, the router and the gateway's request table are the real ones; the
+KV tells lies apart (`sim_engine`). One seed decides everything: sizes, arrivals, how long each step,
+copy, message and fetch takes, and the faults. Time is that of an event heap. A stream between the
+gateway and a worker belongs to one start of the worker: what one start said, or was told, does not
+reach another one. A worker whose request says nothing for long is taken to be frozen, and the
+request is placed again.
 
 `Client` holds every stream to the expected tokens; `Cluster.run` ends when every request has, and
 then verifies that nothing is left and that nothing fell back unless a fault was injected.
@@ -24,19 +25,22 @@ from typing import Any
 
 from sim_engine import Client, Frame, SimWorker, expected_tokens, fetch, make_config, make_request
 
-from baton.core.keys import chain, root_key
+from baton.core.handoff import RequestTable
+from baton.core.instructions import Ask, Instruction, Offer, Release, Renew, Submit, Withdraw
+from baton.core.life import Content, HandoffPolicy, Life
 from baton.core.limits import SchedulerConfig
 from baton.core.plan import ExportOrder, ImportOrder, Update
-from baton.core.router import Placement, Router, WorkerInfo
+from baton.core.router import Router, WorkerInfo
 from baton.errors import Unavailable
-from baton.types import FinishReason, Handoff, Landed, Lend, Request, Role, Sealed, TokenDelta
+from baton.types import FinishReason, Request, Role, TokenDelta
 
 BLOCK_SIZE = 2
 LEASE_TTL_S = 2.0
 DETECT_S = 0.4
 GIVE_UP_S = 3.0
-BORROW_WAIT_S = 0.25
 END_S = 600.0
+PATIENT = HandoffPolicy(LEASE_TTL_S, max_retries=1 << 30, max_wait_s=END_S)
+CONTENT = Content(b"weights", "exact", BLOCK_SIZE)
 FAULTS = ("kill", "freeze", "rot", "cut", "slow", "lapse", "copy_fails", "truncate", "abort")
 
 
@@ -49,6 +53,7 @@ class Node:
         self.role = role
         self.config = config
         self.epoch = 0
+        self.known_epoch = 0  # of the start that the gateway's stream goes to
         self.start()
 
     def start(self) -> None:
@@ -152,17 +157,13 @@ class Node:
 
 
 class Live:
-    """One request at the gateway."""
+    """One request, as the client and the watch over stuck ones see it."""
 
     def __init__(self, client: Client, arrives: float) -> None:
         self.client = client
         self.arrives = arrives
-        self.placement: Placement | None = None
-        self.node: Node | None = None
-        self.took_over = False
-        self.grants: set[tuple[str, str]] = set()  # (source, grant id)
-        self.borrowing = False
-        self.num_landed = 0
+        self.is_placed = False
+        self.life: Life | None = None
         self.touched = arrives
 
 
@@ -183,12 +184,14 @@ class Cluster:
         self._last_arrival: dict[tuple[str, str], float] = {}
         rng = self.rng
         self.chances = {kind: rng.choice((0.0, 0.02, 0.1)) for kind in faults}
-        self.router = Router()
+        self.table = RequestTable(Router(), PATIENT)
+        self._wake_at = END_S * 1000
         self.nodes: dict[str, Node] = {}
         self._make_nodes()
         self.lives: dict[str, Live] = {}
         self._make_requests()
-        self.at(LEASE_TTL_S / 3, self._renew)
+        self.lapsed_until = 0.0
+        self.at(LEASE_TTL_S / 3, self._watch)
         for kind in ("kill", "freeze", "rot", "lapse", "abort"):
             if self.chances.get(kind):
                 self.at(rng.uniform(0, 1.0), lambda kind=kind: self._mishap(kind))
@@ -218,17 +221,18 @@ class Cluster:
 
     def _join(self, node: Node) -> None:
         config = node.config
-        self.router.join(
-            WorkerInfo(
-                node.name,
-                node.role,
-                node.epoch,
-                config.num_blocks,
-                BLOCK_SIZE,
-                config.num_frames,
-                config.keep_blocks,
-            )
+        node.known_epoch = node.epoch
+        info = WorkerInfo(
+            node.name,
+            node.role,
+            node.epoch,
+            config.num_blocks,
+            BLOCK_SIZE,
+            config.num_frames,
+            config.keep_blocks,
         )
+        self.table.join(info, CONTENT, self.now)
+        self._carry_out()
 
     def _make_requests(self) -> None:
         rng = self.rng
@@ -269,10 +273,59 @@ class Cluster:
         self._last_arrival[source, target] = arrives
         self.at(arrives, action)
 
-    # The gateway's instructions ----------------------------------------------------------
+    # The gateway -------------------------------------------------------------------------
+
+    def _place(self, live: Live) -> None:
+        """A request comes."""
+        if live.client.ended:
+            return
+        try:
+            live.life = self.table.add(live.client.request, self.now)
+        except Unavailable:
+            self.at(self.now + 0.1, lambda: self._place(live))
+            return
+        live.touched = self.now
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        """Do what the table wants done, and see to it that it is woken in time."""
+        outcome = self.table.take()
+        for delta in outcome.deltas:
+            self._deliver(delta)
+        for instruction in outcome.instructions:
+            self._instruct(instruction)
+        at = self.table.next_deadline()
+        if at is not None and at < self._wake_at:
+            self._wake_at = at
+            self.at(at, self._wake)
+
+    def _wake(self) -> None:
+        self._wake_at = END_S * 1000
+        self.table.tick(self.now)
+        self._carry_out()
+
+    def _instruct(self, instruction: Instruction) -> None:
+        def tell(message: Callable[[SimWorker], None]) -> None:
+            self._tell(self.nodes[instruction.worker_id], message)
+
+        match instruction:
+            case Submit(_, leg):
+                self._check_leg(leg)
+                tell(lambda worker: worker.scheduler.add(leg, self.now))
+            case Withdraw(_, request_id, choice, attempt):
+                tell(lambda worker: worker.scheduler.abort((request_id, choice, attempt)))
+            case Ask(_, lend):
+                tell(lambda worker: worker.scheduler.lend(lend, self.now))
+            case Offer(_, sealed):
+                tell(lambda worker: worker.scheduler.offer(sealed, self.now))
+            case Renew(_, grant_ids):
+                if self.now >= self.lapsed_until:
+                    tell(lambda worker: worker.scheduler.renew(grant_ids, self.now))
+            case Release(_, grant_id):
+                tell(lambda worker: worker.scheduler.release((grant_id,)))
 
     def _tell(self, node: Node, message: Callable[[SimWorker], None]) -> None:
-        epoch = node.epoch
+        epoch = node.known_epoch
 
         def deliver() -> None:
             if node.epoch == epoch:
@@ -280,164 +333,69 @@ class Cluster:
 
         self.send("gateway", node.name, deliver)
 
-    def _place(self, live: Live, *, again: bool = False) -> None:
-        client = live.client
-        if client.ended:
-            return
-        request = client.request
-        root = root_key(b"weights", "exact", request.salt)
-        tokens = (*request.prompt, *client.received)
-        keys = chain(root, tokens, BLOCK_SIZE)
-        try:
-            placement = self.router.place(request.id, request.choice, len(tokens), keys)
-        except Unavailable:
-            self.at(self.now + 0.1, lambda: self._place(live, again=again))
-            return
-        live.placement, live.took_over, live.num_landed = placement, False, 0
-        live.node = self.nodes[placement.prefill or placement.decode]
+    def _check_leg(self, leg: Request) -> None:
+        """A leg goes on where the client is, under an attempt of its own."""
+        live = self.lives[leg.id]
+        client, before = live.client, live.client.request
+        assert not client.ended, "a leg after the end"
+        assert leg.emitted == tuple(client.received), "not what the client has"
+        if leg.handoff is not None:
+            client.take_handoff(leg.handoff)
+            client.handoff = None
+            assert leg.attempt == before.attempt
+        elif live.is_placed:
+            assert leg.attempt > before.attempt, "placed again under the same attempt"
+        live.is_placed = True
+        client.request, client.leg_ended = leg, False
         live.touched = self.now
-        # A split leg draws one token; what was emitted already goes on at one worker.
-        hand_off = placement.prefill is not None
-        attempt = request.attempt + again
-        client.handoff = None
-        leg = client.next_leg(hand_off=hand_off, handoff=None, prefix=None, attempt=attempt)
-        if placement.lender is None:
-            self._submit(live, leg)
-            return
-        live.borrowing = True
-        ask = Lend(*client.id, "", placement.first_lent, tuple(keys[placement.first_lent :]))
-        self._tell(
-            self.nodes[placement.lender], lambda worker: worker.scheduler.lend(ask, self.now)
-        )
-        self.at(self.now + BORROW_WAIT_S, lambda: self._borrowed(live, attempt, None))
 
-    def _borrowed(self, live: Live, attempt: int, prefix: Sealed | None) -> None:
-        request = live.client.request
-        if live.borrowing and not live.client.ended and request.attempt == attempt:
-            live.borrowing = False
-            self._submit(live, live.client.next_leg(prefix=prefix))
-
-    def _submit(self, live: Live, leg: Request) -> None:
-        assert live.node is not None
-        live.touched = self.now
-        self._tell(live.node, lambda worker: worker.scheduler.add(leg, self.now))
-
-    def _release(self, live: Live) -> None:
-        for source, grant_id in live.grants:
-            self._let_go(source, grant_id)
-        live.grants = set()
-
-    def _let_go(self, source: str, grant_id: str) -> None:
-        self._tell(self.nodes[source], lambda worker: worker.scheduler.release((grant_id,)))
-
-    def _renew(self) -> None:
-        self.at(self.now + LEASE_TTL_S / 3, self._renew)
-        if self.now < getattr(self, "lapsed_until", 0.0):
-            return
+    def _watch(self) -> None:
+        """Whoever is stuck is placed again."""
+        self.at(self.now + LEASE_TTL_S / 3, self._watch)
         for live in self.lives.values():
-            for source, grant_id in live.grants:
-                self._tell(
-                    self.nodes[source],
-                    lambda worker, grant_id=grant_id: worker.scheduler.renew((grant_id,), self.now),
-                )
-            stuck = live.placement is not None and self.now - live.touched > GIVE_UP_S
+            stuck = live.life is not None and self.now - live.touched > GIVE_UP_S
             if stuck and not live.client.ended:
-                self._place_again(live)
-
-    def _place_again(self, live: Live) -> None:
-        """The attempt is given up: whoever has it hears so, and nobody believes it any more."""
-        self._abort_leg(live)
-        self._release(live)
-        live.borrowing = False
-        self.router.finished(live.client.request.id, 0)
-        self._place(live, again=True)
-
-    def _abort_leg(self, live: Live) -> None:
-        seq_id = live.client.id
-        if live.node is not None:
-            self._tell(live.node, lambda worker: worker.scheduler.abort(seq_id))
-
-    # What workers say ----------------------------------------------------------------------
+                live.touched = self.now
+                self.table.give_up(live.client.request.id, 0, self.now)
+                self._carry_out()
 
     def to_gateway(self, node: Node, update: Update) -> None:
-        epoch = node.epoch
+        epoch, table = node.epoch, self.table
 
         def deliver() -> None:
+            if epoch != node.known_epoch:
+                return
             for sealed in update.sealed:
-                self._sealed(node, epoch, sealed)
+                table.sealed(node.name, sealed, self.now)
+                live = self.lives[sealed.request_id]
+                if live.client.request.attempt == sealed.attempt:
+                    live.touched = self.now
             for landed in update.landed:
-                self._landed(landed)
+                table.landed(landed)
+            for times in update.times:
+                table.timed(node.name, times)
             for delta in update.deltas:
-                self._delta(node, delta)
+                table.delivered(node.name, delta, self.now)
             for handoff in update.handoffs:
-                self._handoff(node, epoch, handoff)
+                table.handed_off(node.name, handoff, self.now)
+            self._carry_out()
 
         self.send(node.name, "gateway", deliver)
 
-    def _sealed(self, node: Node, epoch: int, sealed: Sealed) -> None:
-        if epoch != node.epoch:
-            return
-        live = self.lives[sealed.request_id]
-        current = live.client.request.attempt == sealed.attempt and not live.client.ended
-        placement = live.placement
-        if current and live.borrowing and placement and placement.lender == node.name:
-            live.grants.add((node.name, sealed.grant.grant_id))
-            self._borrowed(live, sealed.attempt, sealed)
-        elif current and live.node is node and placement and placement.prefill == node.name:
-            live.touched = self.now
-            live.grants.add((node.name, sealed.grant.grant_id))
-            reader = self.nodes[placement.decode]
-            self._tell(reader, lambda worker: worker.scheduler.offer(sealed, self.now))
-        else:
-            self._let_go(node.name, sealed.grant.grant_id)
-
-    def _landed(self, landed: Landed) -> None:
-        live = self.lives[landed.request_id]
-        if landed.attempt == live.client.request.attempt:
-            live.num_landed += landed.num_blocks
-
-    def _delta(self, node: Node, delta: TokenDelta) -> None:
+    def _deliver(self, delta: TokenDelta) -> None:
         live = self.lives[delta.request_id]
         client = live.client
-        if client.ended or delta.attempt != client.request.attempt or live.node is not node:
-            return
+        assert live.life is not None
+        assert delta.attempt == client.request.attempt, "another attempt's"
         live.touched = self.now
         first = not client.received
         client.take(delta)
         if delta.token_ids and first:
-            self.num_early += live.num_landed
-            self.router.prefilled(client.request.id, 0)
+            self.num_early += live.life.num_early_blocks
         if delta.finish is FinishReason.ERROR:
             assert delta.error is not None
             assert delta.error.code == "transfer_failed", delta.error
             assert self.hits["copy_fails"], "an error without a reason"
-        if client.ended:
-            self._ended(live)
-
-    def _handoff(self, node: Node, epoch: int, handoff: Handoff) -> None:
-        live = self.lives[handoff.request_id]
-        client = live.client
-        current = handoff.attempt == client.request.attempt and live.node is node
-        if client.ended or not current or epoch != node.epoch:
-            self._let_go(node.name, handoff.grant.grant_id)
-            return
-        assert live.placement is not None
-        live.grants.add((node.name, handoff.grant.grant_id))
-        client.take_handoff(handoff)
-        live.node = self.nodes[live.placement.decode]
-        live.took_over = True
-        leg = client.next_leg(hand_off=False, handoff=handoff, prefix=None)
-        client.handoff = None
-        self._submit(live, leg)
-
-    def _ended(self, live: Live) -> None:
-        self._release(live)
-        request = live.client.request
-        self.router.finished(request.id, 0)
-        if live.node is not None and not live.client.aborted:
-            root = root_key(b"weights", "exact", request.salt)
-            tokens = (*request.prompt, *live.client.received)[:-1]
-            self.router.kept(live.node.name, chain(root, tokens, BLOCK_SIZE))
 
     # Mishaps -------------------------------------------------------------------------------
 
@@ -455,11 +413,10 @@ class Cluster:
         node.start()
 
         def noticed() -> None:
-            self._join(node)
-            for live in self.lives.values():
-                live.grants = {grant for grant in live.grants if grant[0] != node.name}
-                if not live.client.ended and live.node is node:
-                    self._place_again(live)
+            if node.known_epoch != node.epoch:
+                self.table.lose(node.name, self.now)
+                self._carry_out()
+                self._join(node)
 
         self.at(self.now + DETECT_S, noticed)
 
@@ -484,8 +441,8 @@ class Cluster:
         if alive:
             live = self.rng.choice(alive)
             live.client.aborted = True
-            self._abort_leg(live)
-            self._ended(live)
+            self.table.abandon(live.client.request.id, 0, self.now)
+            self._carry_out()
 
     # Running it ----------------------------------------------------------------------------
 
@@ -516,8 +473,10 @@ class Cluster:
             worker.settle()
             worker.check_empty()
             totals.update(worker.scheduler.counters)
+        totals.update(self.table.counters)
+        assert not len(self.table), "a request was not forgotten"
         if not sum(self.hits.values()):
-            kinds = ("fallback_", "leases_expired", "late_renewals")
+            kinds = ("fallback_", "leases_expired", "late_renewals", "placed_again")
             bad = {name: n for name, n in totals.items() if name.startswith(kinds) and n}
             assert not bad, f"without a fault: {bad}"
         return totals

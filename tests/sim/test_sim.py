@@ -10,12 +10,15 @@ from collections.abc import Callable
 
 import pytest
 import sim_engine
-from sim.cluster import FAULTS, Cluster, simulate
+from sim.cluster import FAULTS, simulate
 from sim.run import many, one
 
 from baton.core.exports import ExportTable
+from baton.core.handoff import RequestTable
+from baton.core.held_leases import HeldLeases
 from baton.core.imports import ImportTable
 from baton.core.lease import LeaseTable
+from baton.core.life import Life
 from baton.core.scheduler import Scheduler
 from baton.core.store_index import StoreIndex
 
@@ -36,6 +39,8 @@ def test_a_thousand_histories() -> None:
         "restored_blocks",
         "lent_blocks",
         "preemptions",
+        "placed_again",
+        "stale_messages",
         "store_full_waits",
         "leases_expired",
         "fallback_export_failed",
@@ -94,10 +99,10 @@ def fetch_does_not_pin_its_destination(patch: Patch) -> None:
     original = Scheduler.abort
 
     def abort(self: Scheduler, seq_id: object) -> None:
-        for number, order in list(self.imports._orders.items()):
+        for number, order in list(self.fetches.imports._orders.items()):
             if order.seq_id == seq_id:
-                self.imports._pool.release([want.block for want in order.wanted])
-                self.imports._orders[number] = type(order)(
+                self.fetches.imports._pool.release([want.block for want in order.wanted])
+                self.fetches.imports._orders[number] = type(order)(
                     order.number, order.seq_id, order.grant, (), order.deadline
                 )
         original(self, seq_id)  # type: ignore[arg-type]
@@ -107,7 +112,43 @@ def fetch_does_not_pin_its_destination(patch: Patch) -> None:
 
 def aborted_prefill_keeps_its_lease(patch: Patch) -> None:
     """The KV of a prompt whose client left is stranded (vllm#41269, llm-d#1138)."""
-    patch.setattr(Cluster, "_release", lambda self, live: None)
+    patch.setattr(HeldLeases, "release_all", lambda self, life: None)
+
+
+def attempt_is_not_raised(patch: Patch) -> None:
+    """A request is placed again under the name of the attempt that was given up."""
+    original = RequestTable._place_again
+
+    def place_again(self: RequestTable, life: Life, *args: object) -> None:
+        life.attempt -= 1
+        original(self, life, *args)  # type: ignore[arg-type]
+
+    patch.setattr(RequestTable, "_place_again", place_again)
+
+
+def zombie_is_believed(patch: Patch) -> None:
+    """Whoever names a request that lives may add to it: a frozen worker that wakes, for one."""
+    patch.setattr(
+        RequestTable,
+        "_current",
+        lambda self, worker_id, key, attempt: (
+            life if (life := self._lives.get(key)) and life.worker_id else None
+        ),
+    )
+
+
+def emitted_is_forgotten(patch: Patch) -> None:
+    """A request that is placed again begins anew, and repeats what the client has."""
+    original = RequestTable._submit
+
+    def submit(self: RequestTable, life: Life, *args: object, **legs: object) -> None:
+        tokens = life.tokens
+        if life.attempt and "handoff" not in legs:
+            life.tokens = []
+        original(self, life, *args, **legs)  # type: ignore[arg-type]
+        life.tokens = tokens
+
+    patch.setattr(RequestTable, "_submit", submit)
 
 
 def half_a_prompt_is_decoded(patch: Patch) -> None:
@@ -152,6 +193,9 @@ BUGS: tuple[Callable[[Patch], None], ...] = (
     fetch_does_not_pin_its_destination,
     copy_does_not_pin_its_source,
     aborted_prefill_keeps_its_lease,
+    attempt_is_not_raised,
+    zombie_is_believed,
+    emitted_is_forgotten,
     half_a_prompt_is_decoded,
     old_epoch_is_read,
     full_store_evicts_what_is_held,

@@ -12,8 +12,8 @@ import pytest
 from parts.goodput import judge, plan, report
 from parts.goodput import workload as workloads
 
-from baton.cli.load.slo import Slo
 from baton.errors import ConfigError
+from baton.observe.slo import Slo
 
 BENCH = Path(__file__).parents[2] / "bench"
 

@@ -8,10 +8,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from baton.cli.load.metrics import RequestResult, Stats, percentile, stats, summarize
-from baton.cli.load.slo import Slo, duration
 from baton.cli.load.sweep import Point, auto, frontier, is_sustained, knee, parse_rates
 from baton.errors import ConfigError
+from baton.observe.results import RequestResult, Stats, percentile, stats, summarize
+from baton.observe.slo import Slo, duration
 
 # Sent at 10.0; tokens at 10.5, 10.6, 10.8; TTFT 0.5, gaps 0.1 and 0.2, E2E 0.8.
 RESULT = RequestResult(

@@ -17,11 +17,11 @@ import uvicorn
 from baton.cli.chat import Chat
 from baton.cli.endpoint import Endpoint, connect
 from baton.cli.load.client import Target, run_load
-from baton.cli.load.metrics import RequestResult
 from baton.cli.load.prompts import PromptSource
 from baton.cli.load.workload import Arrival
 from baton.cli.main import main
 from baton.errors import BatonError
+from baton.observe.results import RequestResult
 
 FIRST_S = 0.10
 GAP_S = 0.03

@@ -1,318 +1,697 @@
-"""A sequence's way out of one worker and into the next."""
+"""The gateway's half of a request's life: every transition, without a clock or a socket."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import pytest
-from sim_engine import Client, SimWorker, make_config, make_request, run_alone
 
-from baton.core.plan import Update
-from baton.types import FinishReason, Handoff
+from baton.core import decision_log
+from baton.core.handoff import RequestTable
+from baton.core.instructions import (
+    Ask,
+    Instruction,
+    Offer,
+    Outcome,
+    Release,
+    Renew,
+    Submit,
+    Withdraw,
+)
+from baton.core.keys import chain, root_key
+from baton.core.life import Content, HandoffPolicy, Life, Phase
+from baton.core.replay import replay
+from baton.core.router import Router, WorkerInfo
+from baton.errors import InvalidRequest, TransferFailed, Unavailable, WireError
+from baton.types import (
+    FinishReason,
+    Grant,
+    Handoff,
+    KvFormat,
+    Landed,
+    Request,
+    Role,
+    SamplingParams,
+    Sealed,
+    StageTimes,
+    TokenDelta,
+)
 
-PROMPT = (1, 2, 3, 4, 5)
-
-
-def _prefilled(worker: SimWorker, name: str = "a", prompt: Any = PROMPT, **fields: Any) -> Client:
-    request = make_request(name, prompt, 4, hand_off=True, **fields)
-    (client,) = run_alone(worker, [request])
-    assert client.handoff is not None
-    return client
-
-
-def _start_import(worker: SimWorker, client: Client, handoff: Handoff | None = None) -> None:
-    request = client.next_leg(hand_off=False, handoff=handoff or client.handoff)
-    worker.scheduler.add(request, 0.0)
-    _absorb(client, worker.step(0.0))
-
-
-def _absorb(client: Client, update: Update) -> None:
-    for delta in update.deltas:
-        client.take(delta)
-
-
-def _finish(worker: SimWorker, client: Client) -> None:
-    for _ in range(20):
-        _absorb(client, worker.step(0.0))
-    assert client.finish is FinishReason.LENGTH
-
-
-def test_the_first_token_leaves_before_the_commit_record() -> None:
-    worker = SimWorker(make_config())
-    worker.scheduler.add(make_request("a", PROMPT, 4, hand_off=True), 1.0)
-    update = worker.step(1.0)
-    assert len(update.deltas) == 1
-    assert update.deltas[0].finish is None
-    assert len(update.exports) == 3
-    for _ in range(2):
-        assert not worker.finish_export(1, 2.0).handoffs
-    update = worker.finish_export(0, 3.0)
-    (handoff,) = update.handoffs
-    assert handoff.num_tokens == len(PROMPT)
-    assert update.times[0].export_s == 2.0
-    assert not worker.scheduler.num_sequences
-    worker.scheduler.release((handoff.grant.grant_id,))
-    worker.check_empty()
+BLOCK_SIZE = 4
+CONTENT = Content(b"weights", "exact", BLOCK_SIZE)
+FORMAT = KvFormat(BLOCK_SIZE, "fake", 1, 1, 1, 96)
+PROMPT = tuple(range(10, 20))  # two full blocks and a half
+KEYS = chain(root_key(b"weights", "exact", b""), PROMPT, BLOCK_SIZE)
+TTL_S = 9.0
+ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "u": Role.UNIFIED}
 
 
-def test_full_blocks_leave_after_each_chunk() -> None:
-    worker = SimWorker(make_config(max_num_batched_tokens=2))
-    worker.scheduler.add(make_request("a", PROMPT, 4, hand_off=True), 0.0)
-    assert [len(worker.step(0.0).exports) for _ in range(3)] == [1, 1, 1]
+class Gateway:
+    """A table, and what it brought. Workers are named by role: `p0`, `d0`, `u0`."""
+
+    def __init__(self, *workers: str, router: Router | None = None, **policy: Any) -> None:
+        self.router = router or Router()
+        self.table = RequestTable(self.router, HandoffPolicy(TTL_S, **policy))
+        for name in workers:
+            self.join(name)
+
+    def join(self, name: str, now: float = 0.0, content: Content = CONTENT) -> Outcome:
+        info = WorkerInfo(name, ROLES[name[0]], 1, 100, BLOCK_SIZE, 100, True)
+        self.table.join(info, content, now)
+        return self.table.take()
+
+    def add(self, name: str = "r", now: float = 0.0, **fields: Any) -> tuple[Life, Outcome]:
+        request = Request(name, fields.pop("prompt", PROMPT), SamplingParams(50), **fields)
+        return self.table.add(request, now), self.table.take()
+
+    def lose(self, name: str, now: float = 1.0, *, crashed: bool = False) -> Outcome:
+        self.table.lose(name, now, crashed=crashed)
+        return self.table.take()
+
+    def says(
+        self, worker: str, *messages: TokenDelta | Handoff | Sealed, now: float = 1.0
+    ) -> Outcome:
+        for message in messages:
+            match message:
+                case TokenDelta():
+                    self.table.delivered(worker, message, now)
+                case Handoff():
+                    self.table.handed_off(worker, message, now)
+                case Sealed():
+                    self.table.sealed(worker, message, now)
+        return self.table.take()
+
+    def tick(self, now: float) -> Outcome:
+        self.table.tick(now)
+        return self.table.take()
+
+    def count(self, event: str) -> int:
+        return self.table.counters[event]
 
 
-def test_decode_computes_no_prompt_token() -> None:
-    prefill, decode = SimWorker(make_config()), SimWorker(make_config())
-    client = _prefilled(prefill)
-    _start_import(decode, client)
-    assert not decode.runner.num_computed
-    decode.finish_import(0, prefill, 0.0)
-    _finish(decode, client)
-    assert decode.scheduler.counters["prompt_tokens_computed"] == 0
-    assert decode.scheduler.counters["imported_blocks"] == 3
-    assert not decode.num_fallbacks()
-    decode.check_empty()
+def tokens(first: int, *ids: int, attempt: int = 0, **fields: Any) -> TokenDelta:
+    return TokenDelta("r", 0, attempt, first, ids, **fields)
 
 
-def test_imported_blocks_serve_as_prefix() -> None:
-    prefill, decode = SimWorker(make_config()), SimWorker(make_config())
-    for name, num_wanted in (("a", 3), ("b", 1)):
-        client = _prefilled(prefill, name)
-        _start_import(decode, client)
-        assert len(decode.imports[0].wanted) == num_wanted
-        decode.finish_import(0, prefill, 0.0)
-        _finish(decode, client)
+def grant(source: str, name: str = "g") -> Grant:
+    return Grant(name, source, 1, "", TTL_S, b"")
 
 
-def test_a_prompt_that_is_all_hits_needs_no_fetch() -> None:
-    prefill, decode = SimWorker(make_config()), SimWorker(make_config())
-    run_alone(decode, [make_request("x", PROMPT, 1)])
-    client = _prefilled(prefill, prompt=PROMPT[:4])
-    _start_import(decode, client)
-    assert not decode.imports
-    _finish(decode, client)
-    assert decode.runner.num_computed == len(PROMPT) + 3
+def sealed(source: str, name: str = "g", *, attempt: int = 0, first: int = 0) -> Sealed:
+    keys = tuple(KEYS[first:])
+    return Sealed("r", 0, attempt, grant(source, name), first, keys, keys, (0,) * len(keys))
 
 
-def test_equal_blocks_are_copied_once() -> None:
-    worker = SimWorker(make_config())
-    _prefilled(worker, "a")
-    worker.scheduler.add(make_request("b", PROMPT, 4, hand_off=True), 0.0)
-    assert len(worker.step(0.0).exports) == 1  # its private tail
+def handoff(source: str = "p0", name: str = "g", *, attempt: int = 0) -> Handoff:
+    keys = tuple(KEYS)
+    return Handoff("r", 0, attempt, grant(source, name), 10, FORMAT, keys, keys, (0, 1))
 
 
-@pytest.mark.parametrize("first_bad", [0, 1, 2])
-def test_what_does_not_verify_is_recomputed(first_bad: int) -> None:
-    prefill, decode = SimWorker(make_config()), SimWorker(make_config())
-    client = _prefilled(prefill)
-    _start_import(decode, client)
-
-    def spoil(results: tuple[str, ...]) -> tuple[str, ...]:
-        return (*results[:first_bad], "corrupt", *results[first_bad + 1 :])
-
-    decode.finish_import(0, prefill, 0.0, spoil)
-    _finish(decode, client)
-    counters = decode.scheduler.counters
-    assert counters["prompt_tokens_computed"] == len(PROMPT) - 2 * first_bad
-    assert counters["fallback_import_corrupt"] == 1
-    assert counters["imported_blocks"] == first_bad
-    decode.check_empty()
+def submitted(outcome: Outcome) -> tuple[str, Request]:
+    """The one leg of an outcome."""
+    (found,) = [one for one in outcome.instructions if isinstance(one, Submit)]
+    return found.worker_id, found.request
 
 
-def _key(handoff: Handoff) -> Handoff:
-    return msgspec.structs.replace(handoff, keys=(b"x" * 32, *handoff.keys[1:]))
+def told(outcome: Outcome) -> list[Instruction]:
+    """What else it instructs."""
+    return [one for one in outcome.instructions if not isinstance(one, Submit)]
 
 
-def _tail_key(handoff: Handoff) -> Handoff:
-    return msgspec.structs.replace(handoff, keys=(*handoff.keys[:-1], b"x" * 32))
+def ended(outcome: Outcome) -> str:
+    """The code of the error in which the one delta ends."""
+    (delta,) = outcome.deltas
+    assert (delta.finish, delta.token_ids) == (FinishReason.ERROR, ())
+    assert delta.error is not None
+    return delta.error.code
 
 
-def _short(handoff: Handoff) -> Handoff:
-    return msgspec.structs.replace(handoff, digests=handoff.digests[:-1])
+def taken_over(gateway: Gateway, name: str = "p0") -> Life:
+    """A request with token 1 from `p0`, whose second leg was given to a decode worker."""
+    life, _ = gateway.add()
+    gateway.says(name, tokens(0, 7), handoff(name))
+    assert life.phase is Phase.SECOND
+    return life
 
 
-def _long(handoff: Handoff) -> Handoff:
-    return msgspec.structs.replace(handoff, num_tokens=handoff.num_tokens + 1)
+def lending(gateway: Gateway) -> Life:
+    """`p0` computes the same prompt for another request, so `p1` shall, with its blocks."""
+    gateway.table.add(Request("x", PROMPT, SamplingParams(50)), 0.0)
+    gateway.table.take()
+    life, outcome = gateway.add()
+    (ask,) = outcome.instructions
+    assert isinstance(ask, Ask)
+    assert (ask.worker_id, ask.lend.keys, ask.lend.attempt) == ("p0", tuple(KEYS), 0)
+    return life
 
 
-def _negative(handoff: Handoff) -> Handoff:
-    return msgspec.structs.replace(handoff, num_tokens=-5, keys=(), digests=(), frames=())
+# Placing ---------------------------------------------------------------------------------------
 
 
-def _format(handoff: Handoff) -> Handoff:
-    other = msgspec.structs.replace(handoff.kv_format, dtype="float8")
-    return msgspec.structs.replace(handoff, kv_format=other)
+def test_a_prompt_is_computed_to_be_handed_off() -> None:
+    life, outcome = Gateway("p0", "d0").add(deadline_s=30.0, tenant="t")
+    worker, leg = submitted(outcome)
+    assert (worker, life.phase, life.worker_id) == ("p0", Phase.FIRST, "p0")
+    assert (leg.hand_off, leg.attempt, leg.emitted, leg.handoff) == (True, 0, (), None)
+    assert (leg.prompt, leg.deadline_s, leg.tenant) == (PROMPT, 30.0, "t")
+    assert not told(outcome)
+    assert not outcome.deltas
 
 
-def _request(handoff: Handoff) -> Handoff:
-    return msgspec.structs.replace(handoff, request_id="b")
+def test_one_worker_may_do_it_all() -> None:
+    worker, leg = submitted(Gateway("u0").add()[1])
+    assert (worker, leg.hand_off, leg.deadline_s) == ("u0", False, None)
+
+
+@pytest.mark.parametrize("workers", [(), ("p0",), ("d0",)])
+def test_nobody_can_take_it(workers: tuple[str, ...]) -> None:
+    gateway = Gateway(*workers)
+    with pytest.raises(Unavailable):
+        gateway.add()
+    assert not len(gateway.table)
+    assert gateway.table.take() == Outcome()
+    assert gateway.table.next_deadline() is None
+
+
+def test_a_draining_worker_gets_nothing_more() -> None:
+    gateway = Gateway("u0", "u1")
+    gateway.table.drain("u0")
+    assert {submitted(gateway.add(name)[1])[0] for name in "abc"} == {"u1"}
+
+
+# From leg to leg -------------------------------------------------------------------------------
+
+
+def test_the_first_token_is_passed_on_at_once() -> None:
+    gateway = Gateway("p0", "d0")
+    life, _ = gateway.add(now=1.0)
+    outcome = gateway.says("p0", tokens(0, 7, num_cached=8), now=1.5)
+    assert [(d.token_ids, d.num_cached) for d in outcome.deltas] == [((7,), 8)]
+    assert not outcome.instructions
+    assert (life.first_token_at, life.num_cached, life.tokens) == (1.5, 8, [7])
+
+
+def test_the_decode_worker_takes_over() -> None:
+    gateway = Gateway("p0", "d0")
+    life, _ = gateway.add(deadline_s=30.0)
+    gateway.says("p0", tokens(0, 7))
+    outcome = gateway.says("p0", handoff(), now=2.5)
+    worker, leg = submitted(outcome)
+    assert (worker, leg.handoff, leg.emitted) == ("d0", handoff(), (7,))
+    assert (leg.hand_off, leg.attempt, leg.deadline_s) == (False, 0, 27.5)
+    assert not told(outcome), "the lease is needed until the blocks are read"
+    assert life.took_over
+
+
+def test_the_first_delta_of_the_second_leg_ends_the_lease() -> None:
+    gateway = Gateway("p0", "d0")
+    taken_over(gateway)
+    outcome = gateway.says("d0", tokens(1, 8, num_cached=8))
+    assert told(outcome) == [Release("p0", "g")]
+    assert outcome.deltas[0].num_cached is None, "the client was told of the first leg's hit"
+    assert not gateway.says("d0", tokens(2, 9)).instructions
+
+
+def test_a_request_ends_once() -> None:
+    gateway = Gateway("p0", "d0")
+    life = taken_over(gateway)
+    outcome = gateway.says("d0", tokens(1, 8, finish=FinishReason.LENGTH), now=3.0)
+    assert outcome.deltas == [tokens(1, 8, finish=FinishReason.LENGTH)]
+    assert (life.phase, life.finish, life.ended_at) == (Phase.ENDED, FinishReason.LENGTH, 3.0)
+    assert not len(gateway.table)
+    assert gateway.says("d0", tokens(2, 9)) == Outcome()
+    assert gateway.count("stale_messages") == 1
+    assert not gateway.router._placed
+
+
+def test_a_first_token_that_ends_it_needs_no_handoff() -> None:
+    gateway = Gateway("p0", "d0")
+    gateway.add()
+    gateway.says("p0", sealed("p0"))
+    outcome = gateway.says("p0", tokens(0, 7, finish=FinishReason.STOP))
+    assert told(outcome) == [Release("p0", "g")]
+    assert not len(gateway.table)
+
+
+def test_an_error_of_a_worker_is_its_clients() -> None:
+    gateway = Gateway("p0", "d0")
+    life, _ = gateway.add()
+    error = TransferFailed("a block", stage="export").to_wire()
+    outcome = gateway.says("p0", tokens(0, finish=FinishReason.ERROR, error=error))
+    assert ended(outcome) == "transfer_failed"
+    assert (life.error, outcome.instructions) == (error, [])
+    assert not len(gateway.table)
+
+
+def test_times_are_those_of_the_present_leg() -> None:
+    gateway = Gateway("p0", "d0")
+    life = taken_over(gateway)
+    assert gateway.table.timed("d0", StageTimes("r", 0, 0)) is life
+    assert gateway.table.timed("p0", StageTimes("r", 0, 0)) is None
+    assert gateway.table.timed("d0", StageTimes("r", 0, 1)) is None
+    assert gateway.count("stale_messages") == 2
+
+
+# Leases ----------------------------------------------------------------------------------------
+
+
+def test_sealed_blocks_are_offered() -> None:
+    gateway = Gateway("p0", "d0")
+    gateway.add()
+    assert gateway.says("p0", sealed("p0")).instructions == [Offer("d0", sealed("p0"))]
+    assert gateway.says("p0", tokens(0, 7), handoff()).instructions[:-1] == []
+
+
+def test_blocks_are_not_offered_if_so_told() -> None:
+    gateway = Gateway("p0", "d0", fetch_early=False)
+    gateway.add()
+    assert not gateway.says("p0", sealed("p0")).instructions
+    gateway.table.abandon("r", 0, 1.0)
+    assert Release("p0", "g") in gateway.table.take().instructions
+
+
+def test_a_new_grant_takes_the_place_of_the_old_one() -> None:
+    gateway = Gateway("p0", "d0")
+    gateway.add()
+    gateway.says("p0", sealed("p0", "old"))
+    assert told(gateway.says("p0", tokens(0, 7), handoff(name="new"))) == [Release("p0", "old")]
+    assert told(gateway.says("d0", tokens(1, 8))) == [Release("p0", "new")]
+
+
+def test_leases_are_renewed_together_while_they_are_held() -> None:
+    gateway = Gateway("p0", "d0")
+    for name in "ab":
+        gateway.add(name)
+        message = sealed("p0", f"grant of {name}")
+        gateway.table.sealed("p0", Sealed(name, 0, 0, *_rest(message)), 2.0)
+    gateway.table.take()
+    assert gateway.table.next_deadline() == 2.0 + TTL_S / 3
+    assert gateway.tick(4.9) == Outcome()
+    renewal = Renew("p0", ("grant of a", "grant of b"))
+    assert gateway.tick(5.0).instructions == [renewal]
+    assert gateway.tick(5.1) == Outcome()
+    gateway.table.abandon("a", 0, 6.0)
+    gateway.table.take()
+    assert gateway.tick(8.5).instructions == [Renew("p0", ("grant of b",))]
+    gateway.table.abandon("b", 0, 9.0)
+    gateway.table.take()
+    assert gateway.tick(12.0) == Outcome()
+    assert gateway.table.next_deadline() is None
+
+
+def _rest(message: Sealed) -> tuple[Any, ...]:
+    return (message.grant, message.first, message.keys, message.digests, message.frames)
+
+
+def test_a_lost_worker_is_asked_for_nothing() -> None:
+    gateway = Gateway("p0", "d0", "d1")
+    life = taken_over(gateway)
+    assert gateway.lose("p0") == Outcome(), "the second leg goes on"
+    gateway.join("p0")
+    assert gateway.tick(100.0) == Outcome(), "the new start knows no such lease"
+    assert gateway.says("d0", tokens(1, 8)).instructions == []
+    assert life.attempt == 0
+
+
+def test_blocks_that_came_early_are_counted_with_the_first_token() -> None:
+    gateway = Gateway("p0", "d0")
+    life, _ = gateway.add()
+    for attempt, num_blocks in ((0, 2), (1, 5)):
+        gateway.table.landed(Landed("r", 0, attempt, num_blocks))
+    gateway.says("p0", tokens(0, 7))
+    gateway.table.landed(Landed("r", 0, 0, 1))
+    assert life.num_early_blocks == 2
+
+
+# Borrowing -------------------------------------------------------------------------------------
+
+
+def test_a_lender_is_asked_first() -> None:
+    gateway = Gateway("p0", "p1", "d0")
+    life = lending(gateway)
+    assert (life.phase, life.worker_id) == (Phase.BORROWING, "p1")
+    answer = sealed("p0", "loan")
+    outcome = gateway.says("p0", answer)
+    worker, leg = submitted(outcome)
+    assert (worker, leg.prefix, leg.hand_off) == ("p1", answer, True)
+    assert told(gateway.says("p1", tokens(0, 7))) == [Release("p0", "loan")]
+    assert gateway.count("lenders_late") == 0
+
+
+def test_a_lender_that_is_late() -> None:
+    gateway = Gateway("p0", "p1", "d0", borrow_wait_s=0.5)
+    lending(gateway)
+    assert gateway.table.next_deadline() == 0.5
+    assert gateway.tick(0.4) == Outcome()
+    worker, leg = submitted(gateway.tick(0.5))
+    assert (worker, leg.prefix) == ("p1", None)
+    assert gateway.count("lenders_late") == 1
+    assert gateway.says("p0", sealed("p0", "loan")).instructions == [Release("p0", "loan")]
+    assert gateway.tick(9.0) == Outcome()
+
+
+def test_a_lender_that_is_lost() -> None:
+    gateway = Gateway("p0", "p1", "d0")
+    life = lending(gateway)
+    legs = [one for one in gateway.lose("p0").instructions if isinstance(one, Submit)]
+    (leg,) = [one.request for one in legs if one.request.id == "r"]
+    assert (leg.prefix, leg.attempt, life.phase) == (None, 0, Phase.FIRST)
+    assert gateway.tick(5.0) == Outcome()
+
+
+def test_a_borrower_that_is_lost() -> None:
+    gateway = Gateway("p0", "p1", "p2", "d0")
+    life = lending(gateway)
+    borrower = life.worker_id
+    assert borrower is not None
+    outcome = gateway.lose(borrower, crashed=True)
+    assert life.attempt == 1
+    assert life.num_crashes == 0, "it was not in any step"
+    assert not any(isinstance(one, Withdraw) for one in outcome.instructions)
+    late = gateway.says("p0", sealed("p0", "loan"))
+    assert late.instructions == [Release("p0", "loan")]
+
+
+# Abandoning ------------------------------------------------------------------------------------
+
+
+def test_abandoned_in_the_first_leg() -> None:
+    gateway = Gateway("p0", "d0")
+    life, _ = gateway.add()
+    gateway.says("p0", sealed("p0"))
+    gateway.table.abandon("r", 0, 2.0)
+    outcome = gateway.table.take()
+    assert outcome.instructions == [Withdraw("p0", "r", 0, 0), Release("p0", "g")]
+    assert not outcome.deltas
+    assert (life.finish, life.ended_at) == (FinishReason.ABORT, 2.0)
+    gateway.table.abandon("r", 0, 3.0)
+    assert gateway.table.take() == Outcome()
+    late = gateway.says("p0", sealed("p0"), tokens(0, 7), handoff())
+    assert late.instructions == [Release("p0", "g")] * 2
+    assert not late.deltas
+    assert gateway.count("stale_messages") == 3
+
+
+def test_abandoned_in_the_second_leg() -> None:
+    gateway = Gateway("p0", "d0")
+    taken_over(gateway)
+    gateway.table.abandon("r", 0, 2.0)
+    outcome = gateway.table.take()
+    assert outcome.instructions == [Withdraw("d0", "r", 0, 0), Release("p0", "g")]
+
+
+def test_abandoned_while_borrowing() -> None:
+    gateway = Gateway("p0", "p1", "d0")
+    lending(gateway)
+    gateway.table.abandon("r", 0, 0.1)
+    assert gateway.table.take().instructions == []
+    assert gateway.tick(5.0) == Outcome()
+
+
+def test_abandoned_while_waiting() -> None:
+    gateway = Gateway("p0", "d0")
+    gateway.add()
+    gateway.lose("p0")
+    gateway.table.abandon("r", 0, 2.0)
+    assert gateway.join("p0") == Outcome()
+    assert gateway.tick(1000.0) == Outcome()
+
+
+def test_an_instruction_that_cannot_be_carried_out() -> None:
+    gateway = Gateway("p0", "d0")
+    gateway.add()
+    gateway.table.refuse("r", 0, InvalidRequest("too long", param="prompt"), 1.0)
+    assert ended(gateway.table.take()) == "invalid_request"
+    assert not len(gateway.table)
+
+
+# What must not be believed ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (_key, "key"),
-        (_tail_key, "key"),
-        (_short, "length"),
-        (_long, "length"),
-        (_negative, "length"),
-        (_format, "format"),
-        (_request, "request"),
-    ],
+    ("worker", "delta"),
+    [("d0", tokens(0, 7)), ("p1", tokens(0, 7)), ("p0", tokens(0, 7, attempt=1))],
 )
-def test_a_handoff_that_does_not_fit_is_refused(
-    change: Callable[[Handoff], Handoff], reason: str
-) -> None:
-    prefill, decode = SimWorker(make_config()), SimWorker(make_config())
-    client = _prefilled(prefill)
-    assert client.handoff is not None
-    _start_import(decode, client, change(client.handoff))
-    assert not decode.imports
-    _finish(decode, client)
-    assert decode.scheduler.counters[f"fallback_import_{reason}"] == 1
-    assert decode.num_fallbacks() == 1
+def test_only_the_present_legs_worker_is_believed(worker: str, delta: TokenDelta) -> None:
+    gateway = Gateway("p0", "p1", "d0")
+    gateway.add()
+    assert gateway.says(worker, delta) == Outcome()
+    assert gateway.count("stale_messages") == 1
 
 
-def test_a_refused_handoff_is_counted_once_however_long_it_waits() -> None:
-    prefill, decode = SimWorker(make_config()), SimWorker(make_config(num_blocks=8))
-    client = _prefilled(prefill)
-    assert client.handoff is not None
-    decode.scheduler.add(make_request("other", [9] * 9, 6), 0.0)
-    decode.step(0.0)
-    request = client.next_leg(hand_off=False, handoff=_format(client.handoff))
-    decode.scheduler.add(request, 0.0)
-    for _ in range(15):
-        decode.step(0.0)
-    assert decode.num_fallbacks() == 1
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_repeat_or_a_gap_ends_it(first: int) -> None:
+    gateway = Gateway("p0", "d0")
+    taken_over(gateway)
+    outcome = gateway.says("d0", tokens(first, 9))
+    assert ended(outcome) == "internal_error"
+    assert told(outcome) == [Withdraw("d0", "r", 0, 0), Release("p0", "g")]
 
 
-def test_a_later_attempt_may_use_the_handoff_of_an_earlier_one() -> None:
-    prefill, decode = SimWorker(make_config()), SimWorker(make_config())
-    client = _prefilled(prefill)
-    request = client.next_leg(hand_off=False, handoff=client.handoff, attempt=1)
-    decode.scheduler.add(request, 0.0)
-    decode.step(0.0)
-    decode.finish_import(0, prefill, 0.0)
-    _finish(decode, client)
-    assert decode.scheduler.counters["imported_blocks"] == 3
+@pytest.mark.parametrize(("layout", "worker"), [(("p0", "d0"), "d0"), (("u0",), "u0")])
+def test_a_handoff_that_nobody_asked_for(layout: tuple[str, ...], worker: str) -> None:
+    gateway = Gateway(*layout)
+    life = taken_over(gateway) if worker == "d0" else gateway.add()[0]
+    phase = life.phase
+    outcome = gateway.says(worker, handoff(worker, "other"))
+    assert outcome.instructions == [Release(worker, "other")]
+    assert (life.phase, life.worker_id) == (phase, worker)
 
 
-def test_abort_during_the_fetch_keeps_the_blocks_until_it_ends() -> None:
-    prefill, decode = SimWorker(make_config()), SimWorker(make_config())
-    client = _prefilled(prefill)
-    _start_import(decode, client)
-    decode.scheduler.abort(client.id)
-    decode.settle()
-    assert decode.scheduler.pool.num_free == 13
-    assert not decode.scheduler.num_sequences
-    assert decode.scheduler.num_transfers == 1
-    decode.finish_import(0, prefill, 0.0, lambda results: ("missing",) * len(results))
-    assert not decode.num_fallbacks()  # nobody fell back
-    decode.check_empty()
+def test_sealed_blocks_that_nobody_asked_for() -> None:
+    gateway = Gateway("p0", "p1", "d0")
+    gateway.add()
+    for worker in ("p1", "d0"):
+        assert gateway.says(worker, sealed(worker)).instructions == [Release(worker, "g")]
 
 
-def test_abort_during_the_copy_keeps_the_block_until_it_ends() -> None:
-    worker = SimWorker(make_config())
-    worker.scheduler.add(make_request("a", PROMPT, 4, hand_off=True), 0.0)
-    worker.step(0.0)
-    worker.scheduler.abort(("a", 0, 0))
-    worker.settle()
-    assert worker.scheduler.pool.num_free == 13
-    for _ in range(3):
-        assert not worker.finish_export(0, 0.0).handoffs
-    worker.check_empty()
+def test_an_end_without_a_token() -> None:
+    gateway = Gateway("u0")
+    gateway.add(prompt=())
+    assert gateway.says("u0", tokens(0, finish=FinishReason.STOP)).deltas
+    assert not len(gateway.table)
 
 
-def test_a_failed_copy_ends_all_that_waited_for_it() -> None:
-    worker = SimWorker(make_config())
-    for name in "ab":
-        worker.scheduler.add(make_request(name, PROMPT, 4, hand_off=True), 0.0)
-    worker.step(0.0)
-    assert len(worker.exports) == 4  # two shared, two tails
-    update = worker.finish_export(0, 0.0, ok=False)
-    assert {d.request_id for d in update.deltas} == {"a", "b"}
-    assert {d.error.code for d in update.deltas if d.error} == {"transfer_failed"}
-    while worker.exports:
-        assert not worker.finish_export(0, 0.0).deltas
-    worker.check_empty()
-    (client,) = run_alone(worker, [make_request("c", PROMPT, 4, hand_off=True)])
-    assert client.handoff is not None
+# Loss ------------------------------------------------------------------------------------------
 
 
-def test_full_store_holds_back_admission_until_a_lease_ends() -> None:
-    worker = SimWorker(make_config(num_frames=3))
-    client = _prefilled(worker)
-    assert client.handoff is not None
-    worker.scheduler.add(make_request("b", (7, 8, 9), 4, hand_off=True), 0.0)
-    assert not worker.step(1.0).deltas
-    assert worker.scheduler.counters["store_full_waits"] == 1
-    worker.scheduler.release((client.handoff.grant.grant_id,))
-    assert worker.step(1.0).deltas
+def test_prefill_lost_before_the_first_token() -> None:
+    gateway = Gateway("p0", "p1", "d0")
+    life, _ = gateway.add(deadline_s=30.0)
+    outcome = gateway.lose("p0", 4.0)
+    worker, leg = submitted(outcome)
+    assert (worker, leg.attempt, leg.emitted) == ("p1", 1, ())
+    assert (leg.hand_off, leg.deadline_s) == (True, 26.0)
+    assert not told(outcome)
+    assert not outcome.deltas
+    assert life.attempt == gateway.count("placed_again") == 1
+    gateway.says("p1", tokens(0, 7, attempt=1, num_cached=4))
+    assert life.num_cached == 4, "the client has been told of no hit yet"
 
 
-def test_a_lease_that_is_not_renewed_expires() -> None:
-    worker = SimWorker(make_config(lease_ttl_s=10.0))
-    client = _prefilled(worker)
-    assert client.handoff is not None
-    grant = client.handoff.grant.grant_id
-    worker.scheduler.renew((grant,), 6.0)
-    worker.step(15.0)
-    assert grant in worker.leases
-    assert worker.scheduler.next_deadline() == 16.0
-    worker.step(16.0)
-    assert grant not in worker.leases
-    worker.scheduler.renew((grant,), 16.0)
-    assert worker.scheduler.counters["late_renewals"] == 1
-    worker.check_empty()
+def test_prefill_lost_before_the_handoff() -> None:
+    gateway = Gateway("p0", "p1", "d0")
+    gateway.add()
+    gateway.says("p0", tokens(0, 7), sealed("p0"))
+    worker, leg = submitted(gateway.lose("p0"))
+    assert (worker, leg.attempt, leg.emitted, leg.hand_off) == ("p1", 1, (7,), True)
+    outcome = gateway.says("p1", tokens(1, 8, attempt=1, num_cached=0))
+    assert [(d.first_index, d.token_ids, d.num_cached) for d in outcome.deltas] == [(1, (8,), None)]
+    worker, leg = submitted(gateway.says("p1", handoff("p1", attempt=1)))
+    assert (worker, leg.attempt, leg.emitted) == ("d0", 1, (7, 8))
 
 
-def test_a_draining_worker_stays_while_its_blocks_may_be_read() -> None:
-    worker = SimWorker(make_config())
-    client = _prefilled(worker)
-    assert client.handoff is not None
-    worker.scheduler.drain()
-    assert not worker.scheduler.is_drained()
-    worker.scheduler.release((client.handoff.grant.grant_id,))
-    assert worker.scheduler.is_drained()
+def test_decode_lost() -> None:
+    gateway = Gateway("p0", "d0", "d1")
+    life = taken_over(gateway)
+    assert life.worker_id == "d0"
+    outcome = gateway.lose("d0")
+    worker, leg = submitted(outcome)
+    assert (worker, leg.attempt, leg.emitted, leg.handoff) == ("p0", 1, (7,), None)
+    assert told(outcome) == [Release("p0", "g")]
+    gateway.says("p0", tokens(1, 8, attempt=1))
+    worker, leg = submitted(gateway.says("p0", handoff(attempt=1)))
+    assert (worker, leg.emitted) == ("d1", (7, 8))
+    outcome = gateway.says("d1", tokens(2, 9, attempt=1, finish=FinishReason.LENGTH))
+    assert life.tokens == [7, 8, 9]
+    assert outcome.deltas[-1].finish is FinishReason.LENGTH
 
 
-def test_grant_ids_never_come_twice() -> None:
-    worker = SimWorker(make_config())
-    first = _prefilled(worker)
-    worker.scheduler._attempts = type(worker.scheduler._attempts)()  # all is forgotten
-    second = _prefilled(worker)
-    assert first.handoff is not None
-    assert second.handoff is not None
-    assert first.handoff.grant.grant_id != second.handoff.grant.grant_id
+def test_decode_lost_while_the_prompt_is_computed() -> None:
+    gateway = Gateway("p0", "d0", "d1")
+    life, _ = gateway.add()
+    assert life.placement is not None
+    assert life.placement.decode == "d0"
+    assert gateway.lose("d0") == Outcome()
+    assert gateway.says("p0", sealed("p0")).instructions == [], "nobody to offer to"
+    outcome = gateway.says("p0", tokens(0, 7), handoff())
+    worker, leg = submitted(outcome)
+    assert (worker, leg.attempt, leg.emitted, leg.hand_off) == ("p0", 1, (7,), True)
+    assert Release("p0", "g") in told(outcome)
+    assert life.placement.decode == "d1"
 
 
-def test_a_first_token_that_stops_needs_no_handoff() -> None:
-    worker = SimWorker(make_config())
-    (client,) = run_alone(worker, [make_request("a", PROMPT, 1, hand_off=True)])
-    assert client.finish is FinishReason.LENGTH
-    assert client.handoff is None
-    worker.check_empty()
+def test_a_lost_unified_worker() -> None:
+    gateway = Gateway("u0", "u1")
+    gateway.add()
+    gateway.says("u0", tokens(0, 7), tokens(1, 8))
+    worker, leg = submitted(gateway.lose("u0"))
+    assert (worker, leg.emitted, leg.hand_off) == ("u1", (7, 8), False)
 
 
-def test_a_preempted_export_goes_on_where_it_was() -> None:
-    worker = SimWorker(make_config(num_blocks=8, max_num_batched_tokens=4))
-    worker.scheduler.add(make_request("old", [9, 9, 9], 9), 0.0)
-    worker.step(0.0)
-    worker.scheduler.add(make_request("a", list(range(11)), 4, hand_off=True), 0.0)
-    client = Client(make_request("a", list(range(11)), 4, hand_off=True))
-    for step in range(60):
-        update = worker.step(0.0)
-        if step > 4:
-            while worker.exports:
-                more = worker.finish_export(-1, 0.0)
-                update.handoffs += more.handoffs
-        for delta in update.deltas:
-            if delta.request_id == "a":
-                client.take(delta)
-        for handoff in update.handoffs:
-            client.take_handoff(handoff)
-    assert worker.scheduler.counters["preemptions"]
-    assert client.handoff is not None
-    assert len(client.handoff.keys) == 6
+def test_a_zombie_adds_nothing() -> None:
+    gateway = Gateway("u0", "u1")
+    life, _ = gateway.add()
+    gateway.says("u0", tokens(0, 7))
+    gateway.table.give_up("r", 0, 5.0)
+    outcome = gateway.table.take()
+    assert told(outcome) == [Withdraw("u0", "r", 0, 0)]
+    worker, leg = submitted(outcome)
+    assert (leg.attempt, leg.emitted) == (1, (7,))
+    assert gateway.says("u0", tokens(1, 8)) == Outcome()
+    assert gateway.says("u1", tokens(1, 8)) == Outcome()
+    assert gateway.says(worker, tokens(1, 8, attempt=1)).deltas
+    assert life.tokens == [7, 8]
+
+
+def test_a_handoff_of_an_attempt_that_was_given_up() -> None:
+    gateway = Gateway("p0", "d0")
+    gateway.add()
+    gateway.says("p0", tokens(0, 7))
+    gateway.table.give_up("r", 0, 5.0)
+    gateway.table.take()
+    assert gateway.says("p0", handoff()).instructions == [Release("p0", "g")]
+
+
+def test_it_waits_for_a_worker_to_join() -> None:
+    gateway = Gateway("p0", "d0")
+    life = taken_over(gateway)
+    outcome = gateway.lose("d0", 1.0)
+    assert outcome.instructions == [Release("p0", "g")]
+    assert (life.phase, life.worker_id, outcome.deltas) == (Phase.WAITING, None, [])
+    assert gateway.join("p1", 2.0) == Outcome(), "still nobody who decodes"
+    worker, leg = submitted(gateway.join("d1", 3.0))
+    assert (leg.attempt, leg.emitted) == (1, (7,))
+    assert life.worker_id == worker
+    assert gateway.tick(61.0).deltas == []
+
+
+@pytest.mark.parametrize(
+    ("deadline_s", "at", "code"), [(None, 21.0, "worker_lost"), (8.0, 8.0, "deadline_exceeded")]
+)
+def test_it_does_not_wait_for_ever(deadline_s: float | None, at: float, code: str) -> None:
+    gateway = Gateway("p0", "d0", max_wait_s=20.0)
+    life, _ = gateway.add(deadline_s=deadline_s)
+    gateway.lose("p0", 1.0)
+    assert gateway.table.next_deadline() == at
+    assert gateway.tick(at - 0.1) == Outcome()
+    assert ended(gateway.tick(at)) == code
+    assert life.ended_at == at
+    assert gateway.count("given_up") == 1
+    assert gateway.join("p0", 30.0) == Outcome()
+
+
+def test_the_retry_budget() -> None:
+    gateway = Gateway("p0", "d0", max_retries=2)
+    life, _ = gateway.add()
+    for attempt in (1, 2):
+        assert not gateway.lose("p0").deltas
+        assert submitted(gateway.join("p0"))[1].attempt == attempt
+    outcome = gateway.lose("p0")
+    assert ended(outcome) == "worker_lost"
+    assert life.error is not None
+    assert life.error.stage == "prefill"
+    assert not outcome.instructions
+    assert gateway.count("given_up") == 1
+
+
+def test_a_request_that_may_have_crashed_two_workers() -> None:
+    gateway = Gateway("u0")
+    gateway.add()
+    assert not gateway.lose("u0", crashed=True).deltas
+    gateway.join("u0")
+    assert not gateway.lose("u0").deltas, "not its fault"
+    gateway.join("u0")
+    assert ended(gateway.lose("u0", crashed=True)) == "worker_lost"
+
+
+def test_a_worker_that_drains_refuses() -> None:
+    gateway = Gateway("p0", "p1", "d0")
+    gateway.add()
+    gateway.table.drain("p0")
+    error = Unavailable("this worker is draining", stage="queue").to_wire()
+    outcome = gateway.says("p0", tokens(0, finish=FinishReason.ERROR, error=error))
+    worker, leg = submitted(outcome)
+    assert (worker, leg.attempt, outcome.deltas) == ("p1", 1, [])
+
+
+def test_a_new_start_that_was_not_preceded_by_a_loss() -> None:
+    gateway = Gateway("u0")
+    life, _ = gateway.add()
+    worker, leg = submitted(gateway.join("u0"))
+    assert (worker, leg.attempt) == ("u0", 1)
+    assert life.attempt == 1
+
+
+def test_another_model_does_not_go_on_where_this_one_was() -> None:
+    gateway = Gateway("u0")
+    gateway.add()
+    gateway.lose("u0")
+    outcome = gateway.join("u0", content=Content(b"other", "exact", BLOCK_SIZE))
+    assert ended(outcome) == "worker_lost"
+
+
+# What is remembered ----------------------------------------------------------------------------
+
+
+def _all_keys(*generated: int) -> list[bytes]:
+    return chain(root_key(b"weights", "exact", b""), (*PROMPT, *generated), BLOCK_SIZE)
+
+
+def test_what_a_lone_worker_keeps() -> None:
+    gateway = Gateway("u0")
+    gateway.add()
+    gateway.says("u0", tokens(0, 1, 2, 3, finish=FinishReason.LENGTH))
+    # Of 13 tokens 12 have KV.
+    assert gateway.router.stored("u0") == _all_keys(1, 2)
+    assert len(_all_keys(1, 2)) == 3
+
+
+def test_what_the_one_that_took_over_keeps() -> None:
+    gateway = Gateway("p0", "d0")
+    taken_over(gateway)
+    gateway.says("d0", tokens(1, *range(6), finish=FinishReason.LENGTH))
+    assert gateway.router.stored("d0") == _all_keys(7, *range(5))[len(KEYS) :]
+
+
+def test_nothing_is_kept_after_an_error() -> None:
+    gateway = Gateway("u0")
+    gateway.add()
+    gateway.says("u0", tokens(0, *range(6)))
+    gateway.says("u0", tokens(6, finish=FinishReason.ERROR, error=WireError("internal_error", "")))
+    assert gateway.router.stored("u0") == []
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 9])
+def test_keys_are_worked_out_piecewise(step: int) -> None:
+    life = Life(Request("r", PROMPT, SamplingParams(50)), 0.0)
+    life.tokens = list(range(23))
+    for num_tokens in range(0, len(PROMPT) + 23, step):
+        wanted = _all_keys(*life.tokens)[: num_tokens // BLOCK_SIZE]
+        assert life.extend_keys(CONTENT, num_tokens) == wanted
+
+
+# The log ---------------------------------------------------------------------------------------
+
+
+def test_the_routers_log_of_a_life_with_losses_replays() -> None:
+    parts: list[bytes] = []
+    gateway = Gateway("p0", "p1", "d0", router=decision_log.LoggedRouter("g", parts.append))
+    taken_over(gateway)
+    gateway.lose("d0")
+    gateway.join("d0")
+    gateway.lose("p0")
+    gateway.table.abandon("r", 0, 9.0)
+    report = replay(b"".join(parts))
+    assert report.num_decisions == 4, "placed, lost for want of a decode worker, placed, placed"
+    assert report.num_differences == 0

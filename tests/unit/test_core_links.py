@@ -83,7 +83,7 @@ def _finish(decode: SimWorker, client: Client) -> None:
 def test_what_came_lossy_never_answers_an_exact_look_up(early: bool) -> None:
     prefill, decode = SimWorker(CONFIG, "prefill"), SimWorker(CONFIG, "decode")
     decode.scheduler.link("prefill")
-    decode.scheduler.links.observe(GRANT, RAW, 10, 10 * BLOCK_BYTES / 1e6)
+    decode.scheduler.fetches.links.observe(GRANT, RAW, 10, 10 * BLOCK_BYTES / 1e6)
     client, sealed = _handed_off(prefill, "a")
     if early:
         assert sealed

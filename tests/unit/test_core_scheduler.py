@@ -119,7 +119,7 @@ def test_an_aged_head_of_the_queue_is_not_overtaken() -> None:
     _add(worker, "a", 6, 4)  # 3 blocks, and 5 in the end
     _plan(worker)
     _add(worker, "big", 12, 4)
-    worker.scheduler._num_admitted_tokens += 4 * 12  # others were admitted since it came
+    worker.scheduler.admission.num_admitted_tokens += 4 * 12  # others were admitted since it came
     _add(worker, "small", 1, 1)
     assert {name for name, _, _ in _chunks(_plan(worker))} == {"a"}
     assert worker.scheduler.load().num_waiting == 2
@@ -190,7 +190,7 @@ def test_admission_leaves_room_for_learned_lengths() -> None:
     def peak(learned: bool) -> int:
         worker = SimWorker(make_config(num_blocks=20, max_num_batched_tokens=64))
         if learned:
-            worker.scheduler._lengths.observe(15)
+            worker.scheduler.admission.lengths.observe(15)
         for n in range(8):
             _add(worker, f"r{n}", 2, 15)
         _plan(worker)

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from baton.cli.load.metrics import RequestResult, percentile
-from baton.cli.load.slo import Slo
+from baton.observe.results import RequestResult, percentile
+from baton.observe.slo import Slo
 from parts.goodput.workload import Workload
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from baton.cli.load.metrics import percentile
+from baton.observe.results import percentile
 from parts.goodput.judge import Goodput, Measured, attainment, curve, goodput
 from parts.goodput.plan import budgets_of
 from parts.goodput.workload import Workload

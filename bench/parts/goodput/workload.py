@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from baton.cli.load.slo import Slo
 from baton.cli.load.workload import Arrival, Range, poisson
 from baton.errors import ConfigError
+from baton.observe.slo import Slo
 
 GROUP = 5
 

@@ -9,9 +9,9 @@ import uvloop
 
 from baton.cli.endpoint import Endpoint
 from baton.cli.load.client import Target, run_load
-from baton.cli.load.metrics import RequestResult
 from baton.cli.load.prompts import PromptSource
 from baton.cli.load.workload import Arrival
+from baton.observe.results import RequestResult
 from parts.peers.cells import Cell
 from parts.peers.child import draw_prompts
 from parts.peers.engines import Broken

@@ -18,13 +18,13 @@ import uvloop
 from baton.cli.endpoint import Endpoint, add_endpoint_flags, connect
 from baton.cli.load import plot, report, sweep
 from baton.cli.load.client import INTERRUPTED, Target, run_load
-from baton.cli.load.metrics import RequestResult, summarize
 from baton.cli.load.progress import ProgressBar
 from baton.cli.load.prompts import PromptSource
-from baton.cli.load.slo import Slo
 from baton.cli.load.workload import Arrival, Range, from_dataset, from_trace, limit, synthetic
 from baton.cli.parser import Parser
 from baton.errors import BatonError, ConfigError
+from baton.observe.results import RequestResult, summarize
+from baton.observe.slo import Slo
 
 SUMMARY = (
     "Send requests to any OpenAI-compatible server as users would: each at its time, whether or\n"

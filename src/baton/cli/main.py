@@ -18,6 +18,8 @@ from baton import __version__
 from baton.errors import BatonError, ConfigError, ModelError
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "analyze": ("Measure", "what a trace says about its traffic; prefill against decode"),
+    "simulate": ("Predict", "what a deployment would do with a trace, on a virtual clock"),
     "serve": ("Run", "start gateway and workers on this machine, and keep them running"),
     "chat": ("Run", "talk to a served model in the terminal"),
     "bench": ("Compare", "load any OpenAI-compatible server; latency, goodput, frontier"),
@@ -33,6 +35,7 @@ EXAMPLES = """\
   baton serve --model ./my-model                     one prefill, one decode worker, port 8000
   baton serve --model ./my-model --layout 2P3D       two prefill, three decode workers
   baton chat                                         ask it something
+  baton analyze requests.jsonl --html traffic.html   what is the traffic like?
   baton bench --rate 4 --slo ttft=2s,tpot=40ms       does it keep its promises at 4 requests/s?
   baton bench --sweep auto --plot frontier.png       and how far does it go?
 """

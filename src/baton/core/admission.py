@@ -1,7 +1,17 @@
-"""How much room a sequence will want before it ends."""
+"""Whether a prompt may begin: room for it now, and for what it and the others will want.
+
+A prompt is admitted when its blocks are free beyond those that the running sequences are predicted
+to want before they end. How long answers become is learned from those that ended.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+
+from baton.core.block_pool import BlockPool
+from baton.core.exports import ExportTable
+from baton.core.limits import SchedulerConfig
+from baton.core.sequence import Sequence
 from baton.types import Request
 
 _NUM_BUCKETS = 32
@@ -43,3 +53,60 @@ class OutputLengths:
         if request.hand_off:
             return 0  # its first token ends this leg, and needs no KV here
         return max(0, min(request.sampling.max_tokens, self.estimate()) - num_generated)
+
+
+class Admission:
+    """Gives prompts their blocks; pure, owned by the scheduler.
+
+    num_admitted_tokens is the clock by which `prompt_order` tells age.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        exports: ExportTable,
+        counters: Counter[str],
+    ) -> None:
+        self.lengths = OutputLengths()
+        self.num_admitted_tokens = 0
+        self._config = config
+        self._pool = pool
+        self._exports = exports
+        self._counters = counters
+
+    def growth(self, seq: Sequence) -> int:
+        """Blocks that `seq` is predicted to want beyond those for the tokens it has."""
+        rest = self.lengths.predict_rest(seq.request, seq.num_generated)
+        return self._config.num_blocks_for(rest)
+
+    def admit(self, seq: Sequence, promised: int, now: float, *, alone: bool) -> bool:
+        """Give `seq` what the prefix cache has of it and blocks for the rest, if there is room.
+
+        `promised` blocks are free now and will be wanted by those that run already. A sequence
+        that is alone may use everything: its worst case fits.
+        """
+        # The last token is always computed: without it there is nothing to draw from.
+        covered = seq.num_tokens - 1
+        pool = self._pool
+        hits = pool.lookup(seq.class_keys(covered)) if self._config.prefix_cache else []
+        needed = self._config.num_blocks_for(seq.num_tokens) - len(hits)
+        wanted = needed + pool.num_unreferenced(hits)
+        if not alone:
+            wanted += promised + self.growth(seq)
+        if wanted > pool.num_free:
+            return False
+        if seq.request.hand_off and not self._exports.open(seq):
+            self._counters["store_full_waits"] += 1
+            return False
+        self.num_admitted_tokens += seq.num_tokens
+        pool.acquire(hits)
+        seq.blocks = hits + pool.allocate(needed)
+        seq.num_published = seq.num_kept = len(hits)
+        seq.num_computed = seq.num_scheduled = len(hits) * seq.block_size
+        if not seq.first_scheduled:
+            seq.first_scheduled = now
+            seq.num_cached = seq.num_computed
+        self._counters["prefix_query_tokens"] += covered
+        self._counters["prefix_hit_tokens"] += seq.num_computed
+        return True

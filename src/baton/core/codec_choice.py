@@ -32,10 +32,14 @@ class CodecFigures(msgspec.Struct, frozen=True):
 
 
 class Link(msgspec.Struct, frozen=True):
-    """A link as it was measured; `bytes_per_s` is 0 where nobody has."""
+    """A link as it was measured; `bytes_per_s` is 0 where nobody has.
+
+    per_block_s: what each block costs beyond its bytes, whatever its codec.
+    """
 
     bytes_per_s: float
     latency_s: float = 0.0
+    per_block_s: float = 0.0
 
 
 class CodecChoice(msgspec.Struct, frozen=True):
@@ -79,7 +83,8 @@ def choose_codec(
 
 def predict(num_bytes: int, encode_s: float, decode_s: float, link: Link) -> float:
     """Seconds for a block that travels alone; the link has been measured."""
-    return encode_s + link.latency_s + num_bytes / link.bytes_per_s + decode_s
+    way_s = link.latency_s + link.per_block_s + num_bytes / link.bytes_per_s
+    return encode_s + way_s + decode_s
 
 
 def _predict(figure: CodecFigures, link: Link) -> float:

@@ -13,9 +13,15 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 KEY_BYTES = 32
+
+ExtendKeys = Callable[[list[bytes], bytes, Seq[int], int, int], None]
+"""(keys, root, token ids, block size, number): append the keys of full blocks that `keys` lacks to
+make up `number`. `extend_chain` where there is KV; where there is none (the twin), whatever tells
+blocks apart and costs less."""
 
 
 def root_key(fingerprint: bytes, numerics: str, salt: bytes) -> bytes:
@@ -32,13 +38,20 @@ def block_key(parent: bytes, token_ids: Seq[int]) -> bytes:
     return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
 
 
+def extend_chain(
+    keys: list[bytes], root: bytes, token_ids: Seq[int], block_size: int, number: int
+) -> None:
+    """See `ExtendKeys`; `token_ids` has all tokens of `number` blocks."""
+    parent = keys[-1] if keys else root
+    for i in range(len(keys), number):
+        parent = block_key(parent, token_ids[i * block_size : (i + 1) * block_size])
+        keys.append(parent)
+
+
 def chain(root: bytes, token_ids: Seq[int], block_size: int) -> list[bytes]:
     """Keys of every full block of `token_ids`, in order."""
-    keys = []
-    parent = root
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        parent = block_key(parent, token_ids[start : start + block_size])
-        keys.append(parent)
+    keys: list[bytes] = []
+    extend_chain(keys, root, token_ids, block_size, len(token_ids) // block_size)
     return keys
 
 

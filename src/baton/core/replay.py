@@ -135,8 +135,7 @@ def _drive(
             case log.Linked(source):
                 scheduler.link(source)
             case log.Imported(number, results, now, elapsed_s):
-                fetches = scheduler.early if number in scheduler.early else scheduler.imports
-                if fetches.num_wanted(number) != len(results):
+                if scheduler.fetches.num_wanted(number) != len(results):
                     raise _Parted("the log ends a fetch that was not asked for")
                 scheduler.imported(number, results, now, elapsed_s)
             case log.Offered(sealed, now):

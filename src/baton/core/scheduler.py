@@ -6,102 +6,73 @@ in the order of `prompt_order`: those already begun, and new ones, which are adm
 while blocks last. When blocks run out the newest sequence is preempted: it keeps its tokens, gives
 back its blocks and comes back through admission, where the prefix cache may spare it most of the
 work. The oldest one is never preempted by another, so something always progresses. What changes
-when a step is planned while another one runs is told in `in_flight`.
+when a step is planned while another one runs is told in `in_flight`, what a prompt needs to be
+admitted in `admission`, how blocks come from elsewhere in `fetches`.
 
-`Scheduler` owns the sequences, the block pool, the exports and the imports. Methods take the
-time as an argument; what they bring for the outside is collected by `take`. (Over the
-usual length of a file: one rule, told in one place.)
+`Scheduler` owns the sequences, the block pool, the exports and the fetches. Methods take the
+time as an argument; what they bring for the outside is collected by `take`.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
+from collections.abc import Sequence as Seq
 
-from baton.core.admission import OutputLengths
+from baton.core import advance, books
+from baton.core.admission import Admission
 from baton.core.attempts import AttemptMemory
 from baton.core.block_pool import BlockPool
-from baton.core.early import EarlyFetches
+from baton.core.counters import new_counters
+from baton.core.deadlines import Deadlines, too_late
 from baton.core.exports import ExportTable
-from baton.core.imports import OK, ImportTable
+from baton.core.fetches import Fetches
 from baton.core.in_flight import MAX_DEPTH, InFlight, may_run_ahead
-from baton.core.keys import root_key
+from baton.core.keys import ExtendKeys, extend_chain, root_key
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
-from baton.core.links import LinkTable
-from baton.core.plan import Chunk, ImportOrder, StepOutput, StepPlan, Update, error_delta
+from baton.core.outcome import take_in, tell, try_commit
+from baton.core.plan import Chunk, StepOutput, StepPlan, Update, error_delta
 from baton.core.prompt_order import PromptQueue, rank
 from baton.core.sequence import Sequence, SequenceId, Status
 from baton.core.store_index import StoreIndex
-from baton.errors import DeadlineExceeded, ServeError, TransferFailed, Unavailable
-from baton.types import (
-    FinishReason,
-    Lend,
-    Request,
-    SampledLogprobs,
-    Sealed,
-    TokenDelta,
-    WorkerLoad,
-)
+from baton.errors import ServeError, TransferFailed, Unavailable
+from baton.types import Lend, Request, Sealed, WorkerLoad
 
 _RUNNING = Status.RUNNING  # read for every sequence in every step
-_STAGES = {
-    Status.ARRIVING: "transfer",
-    Status.WAITING: "queue",
-    Status.IMPORTING: "transfer",
-    Status.EXPORTING: "export",
-}
-
-COUNTERS = (
-    "refused",
-    "aborts",
-    "preemptions",
-    "tokens_computed",
-    "tokens_generated",
-    "prompt_tokens_computed",
-    "prompt_tokens_recomputed",
-    "prefix_query_tokens",
-    "prefix_hit_tokens",
-    "imported_blocks",
-    "restored_blocks",
-    "early_blocks",
-    "lent_blocks",
-    "store_full_waits",
-    "late_renewals",
-    "leases_expired",
-    "fallback_export_failed",
-)
-"""Running totals that are there from the start; `fallback_import_<reason>` come as they happen."""
 
 
 class Scheduler:
-    """Policy of one worker. Every call is deterministic in its arguments."""
+    """Policy of one worker. Every call is deterministic in its arguments.
 
-    def __init__(self, config: SchedulerConfig, leases: LeaseTable, index: StoreIndex) -> None:
+    extend_keys: what the keys of full blocks are made of (see `keys`).
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        leases: LeaseTable,
+        index: StoreIndex,
+        extend_keys: ExtendKeys = extend_chain,
+    ) -> None:
         self.config = config
-        self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self.counters: Counter[str] = new_counters()
         self.pool = BlockPool(config.num_blocks)
         self.exports = ExportTable(config, self.pool, index, leases)
-        self.imports = ImportTable(config, self.pool, index, self.counters)
-        self.early = EarlyFetches(self.pool, self.counters)
-        self.links = LinkTable(config)
+        self.fetches = Fetches(config, self.pool, index, self.counters)
+        self.admission = Admission(config, self.pool, self.exports, self.counters)
+        self._extend_keys = extend_keys
         self._leases = leases
         self._in_flight = InFlight(self.pool)
         # A decode takes one token of the budget, so no more of them may run than it has.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._attempts = AttemptMemory()
-        self._arriving: dict[SequenceId, Sequence] = {}
         self._waiting = PromptQueue()
         self._running: dict[SequenceId, Sequence] = {}
         self._chunks: dict[SequenceId, Chunk] = {}
         self._budget = 0
-        self._deadlines: list[tuple[float, SequenceId]] = []
+        self._deadlines = Deadlines()
         self._num_added = 0
-        self._num_fetches = 0
-        self._imports: list[ImportOrder] = []
-        self._num_admitted_tokens = 0
-        self._lengths = OutputLengths()
         self._step = 0
         self._draining = False
         self._update = Update()
@@ -127,20 +98,15 @@ class Scheduler:
             self._attempts.end(seq_id)
             return
         root = root_key(self.config.fingerprint, self.config.numerics, request.salt)
-        seq = Sequence(request, root, self.config.kv_format.block_size, now)
+        size = self.config.kv_format.block_size
+        seq = Sequence(request, root, size, now, self._extend_keys)
         self._num_added += 1
         seq.order = self._num_added
-        seq.admitted_before = self._num_admitted_tokens
+        seq.admitted_before = self.admission.num_admitted_tokens
         self._sequences[seq.id] = seq
-        if request.handoff is not None:
-            seq.codec = self.links.codec(seq.id, request.handoff.grant.source)
-        if request.handoff is not None and self.early.awaits(seq.class_keys(seq.num_tokens - 1)):
-            seq.status = Status.ARRIVING
-            self._arriving[seq.id] = seq
-        else:
+        if not self.fetches.detain(seq):
             self._waiting.add(seq)
-        if seq.deadline is not None:
-            heapq.heappush(self._deadlines, (seq.deadline, seq.id))
+        self._deadlines.add(seq)
 
     def abort(self, seq_id: SequenceId) -> None:
         """Forget a sequence. Blocks in transfer are freed when the transfer is acknowledged."""
@@ -162,19 +128,14 @@ class Scheduler:
                 error = TransferFailed("a block could not be copied to the store", stage="export")
                 self._fail(seq, now, error)
             elif seq.status is Status.EXPORTING:
-                self._try_commit(seq, now)
-            self._tell(seq, now)
+                try_commit(self, seq, now)
+            tell(self, seq, now)
 
     def offer(self, sealed: Sealed, now: float) -> None:
         """Blocks that this worker may soon want can be had; it fetches them if there is room."""
         if self.config.prefix_cache and not self._draining:
-            spare = self.pool.num_free - sum(map(self._growth, self._running.values()))
-            seq_id = (sealed.request_id, sealed.choice, sealed.attempt)
-            codec = self.links.codec(seq_id, sealed.grant.source)
-            order = self.early.offer(sealed, codec, spare, now, self._num_fetches)
-            if order is not None:
-                self._num_fetches += 1
-                self._imports.append(order)
+            spare = self.pool.num_free - sum(map(self.admission.growth, self._running.values()))
+            self.fetches.offer(sealed, spare, now)
 
     def lend(self, ask: Lend, now: float) -> None:
         """Open blocks of the store to a reader; the answer is among what was sealed."""
@@ -184,7 +145,7 @@ class Scheduler:
 
     def link(self, source: str) -> None:
         """Blocks of `source` come over a network; until this is said, through shared memory."""
-        self.links.reached_by_wire(source)
+        self.fetches.links.reached_by_wire(source)
 
     def imported(
         self, number: int, results: tuple[str, ...], now: float, elapsed_s: float = 0.0
@@ -193,19 +154,15 @@ class Scheduler:
 
         elapsed_s: how long it took, without the time in which it waited for others.
         """
-        order = (self.early if number in self.early else self.imports).order_of(number)
-        if all(result == OK for result in results):
-            self.links.observe(order.grant, order.codec, len(results), elapsed_s)
-        if number in self.early:
-            landed = self.early.finish(number, results)
-            if landed is not None:
-                self._update.landed.append(landed)
-            self._arrived()
+        ended = self.fetches.end(number, results, elapsed_s)
+        if ended.landed is not None:
+            self._update.landed.append(ended.landed)
+        for seq in ended.arrived:
+            seq.status = Status.WAITING
+            self._waiting.add(seq)
+        if ended.importer is None:
             return
-        done = self.imports.finish(number, results)
-        if done is None:
-            return
-        seq, num_verified = done
+        seq, num_verified = ended.importer, ended.num_verified
         if num_verified:
             computed = seq.num_computed + num_verified * seq.block_size
             # The last token is always computed, and the last block may be a partial one.
@@ -250,36 +207,25 @@ class Scheduler:
         self._plan_prompts(prompts, admits, now)
         if self._chunks:
             self._in_flight.begin(self._step, self._chunks)
-        imports, self._imports = tuple(self._imports), []
-        return StepPlan(self._step, tuple(self._chunks.values()), imports)
+        return StepPlan(self._step, tuple(self._chunks.values()), self.fetches.start())
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> None:
         """Take in what a step computed. Steps end in the order in which they were planned."""
-        num_generated = 0
-        counting = self._in_flight.end(plan.step)
-        all_count = len(counting) == len(plan.chunks)
-        for chunk, tokens, logprobs in zip(
-            plan.chunks, output.token_ids, output.logprobs, strict=True
-        ):
-            seq = chunk.seq
-            if not all_count and seq.id not in counting:
-                continue  # ended or preempted while the step ran
-            if chunk.start < len(seq.request.prompt):
-                self._count_prompt(seq, chunk)
-            seq.num_computed = chunk.start + chunk.num_tokens
-            if seq.num_computed >= (seq.num_published + 1) * seq.block_size:
-                self._publish(seq)
-                if self.config.keep_blocks and not seq.request.hand_off:
-                    self._update.exports += self.exports.keep(seq)
-            if seq.request.hand_off:
-                self._update.exports += self.exports.export_full_blocks(seq)
-                self._tell(seq, now)
-            if chunk.samples:
-                (token,) = tokens
-                num_generated += 1
-                self._append(seq, token, logprobs, now)
-        self.counters["tokens_computed"] += plan.num_tokens
-        self.counters["tokens_generated"] += num_generated
+        take_in(self, plan, output, now)
+
+    def steady_steps(self, plan: StepPlan) -> int:
+        """How many updates in a row, that of `plan` first, bring one token a sequence and no more.
+
+        1: nothing is foreseen. See `advance`, which tells what news and deadlines do to it.
+        """
+        return advance.steady_steps(self, plan)
+
+    def advance(self, plan: StepPlan, token_ids: Seq[list[int]], nows: Seq[float]) -> None:
+        """`len(nows)` updates at these times, the first of `plan`, with a `schedule` in between.
+
+        At most `steady_steps` of them. token_ids: for each chunk, a token an update.
+        """
+        advance.advance(self, plan, token_ids, nows)
 
     def take(self) -> Update:
         """What happened since the last call: deltas, copies to make, commit records, times."""
@@ -296,7 +242,7 @@ class Scheduler:
     @property
     def num_transfers(self) -> int:
         """Copies and fetches that have not been acknowledged."""
-        return self.exports.num_copying + len(self.imports) + len(self.early)
+        return self.exports.num_copying + len(self.fetches)
 
     def is_drained(self) -> bool:
         """Nothing is accepted, nothing is left, and nobody may still read from the store."""
@@ -305,20 +251,12 @@ class Scheduler:
 
     def next_deadline(self) -> float | None:
         """When `schedule` has something to do even if no news comes."""
-        expiry = self._leases.next_expiry()
-        times = [at for at, _ in self._deadlines[:1]] + ([] if expiry is None else [expiry])
-        return min(times, default=None)
+        times = (self._deadlines.next(), self._leases.next_expiry())
+        return min((at for at in times if at is not None), default=None)
 
     def load(self) -> WorkerLoad:
         """The part of the load that the scheduler knows."""
-        return WorkerLoad(
-            num_total_blocks=self.pool.num_blocks,
-            num_free_blocks=self.pool.num_free,
-            num_running=self._num_active(),
-            num_waiting=len(self._waiting) + len(self._arriving),
-            num_waiting_tokens=sum(seq.num_remaining for seq in self._waiting)
-            + sum(seq.num_remaining for seq in self._running.values() if seq.num_remaining > 1),
-        )
+        return books.load(self)
 
     def check(self) -> None:
         """Verify that pool and sequences agree; used when idle and by the tests.
@@ -326,34 +264,18 @@ class Scheduler:
         Raises:
             AssertionError: naming what does not add up.
         """
-        self.pool.check()
-        wanted = [0] * self.pool.num_blocks
-        for seq in self._sequences.values():
-            for block in seq.blocks:
-                wanted[block] += 1
-            if not self._in_flight:
-                assert seq.num_scheduled == seq.num_computed, f"{seq.id} awaits no step"
-                assert seq.num_expected == seq.num_tokens, f"{seq.id} awaits no token"
-        for block in (
-            *self.exports.blocks_in_transfer(),
-            *self.imports.blocks_in_transfer(),
-            *self.early.blocks_in_transfer(),
-            *self._in_flight.held_blocks(),
-        ):
-            wanted[block] += 1
-        for block, refs in enumerate(wanted):
-            assert self.pool.refs(block) == refs, f"block {block}: {refs} owners"
+        books.check(self)
 
     # Inside ----------------------------------------------------------------------------------
 
     def _num_active(self) -> int:
-        return len(self._running) + len(self.imports)
+        return len(self._running) + len(self.fetches.imports)
 
     def _plan_prompts(self, prompts: list[Sequence], admits: bool, now: float) -> None:
         """Share the rest of the budget among prompts, and admit those whose turn it is."""
         promised = 0
         if admits and self._waiting and self._num_active() < self._max_running:
-            promised = sum(map(self._growth, self._running.values()))
+            promised = sum(map(self.admission.growth, self._running.values()))
         begun = [seq for seq in prompts if seq.status is _RUNNING]
         begun.sort(key=rank, reverse=True)
         while self._budget > 0:
@@ -362,7 +284,7 @@ class Scheduler:
                 seq = self._waiting.head
                 admits = self._admit(seq, promised, now)
                 if admits:
-                    promised += self._growth(seq)
+                    promised += self.admission.growth(seq)
                     if seq.status is _RUNNING:
                         self._plan(seq)
             elif begun:
@@ -418,70 +340,20 @@ class Scheduler:
         seq.status = Status.WAITING
         self._waiting.add(seq)
 
-    def _growth(self, seq: Sequence) -> int:
-        """Blocks that `seq` is predicted to want beyond those for the tokens it has."""
-        rest = self._lengths.predict_rest(seq.request, seq.num_generated)
-        return self.config.num_blocks_for(rest)
-
     def _admit(self, seq: Sequence, promised: int, now: float) -> bool:
         """Move the head of the queue to running or importing, if there is room for it.
 
         `promised` blocks are free now and will be wanted by those that run already.
         """
-        # The last token is always computed: without it there is nothing to draw from.
-        covered = seq.num_tokens - 1
-        keys = seq.class_keys(covered)
-        hits = self.pool.lookup(keys) if self.config.prefix_cache else []
-        needed = self.config.num_blocks_for(seq.num_tokens) - len(hits)
-        wanted = needed + self.pool.num_unreferenced(hits)
-        if self._num_active():  # a lone sequence may use everything: its worst case fits
-            wanted += promised + self._growth(seq)
-        if wanted > self.pool.num_free:
-            return False
-        if seq.request.hand_off and not self.exports.open(seq):
-            self.counters["store_full_waits"] += 1
+        if not self.admission.admit(seq, promised, now, alone=not self._num_active()):
             return False
         self._waiting.discard(seq.id)
-        self._num_admitted_tokens += seq.num_tokens
-        self.pool.acquire(hits)
-        seq.blocks = hits + self.pool.allocate(needed)
-        seq.num_published = seq.num_kept = len(hits)
-        seq.num_computed = seq.num_scheduled = len(hits) * seq.block_size
-        if not seq.first_scheduled:
-            seq.first_scheduled = now
-            seq.num_cached = seq.num_computed
-        self.counters["prefix_query_tokens"] += covered
-        self.counters["prefix_hit_tokens"] += seq.num_computed
-        orders: list[ImportOrder] = []
-        if seq.num_computed < covered:
-            orders = self.imports.order(seq, len(hits), now, self._num_fetches)
-        if orders:
+        if self.fetches.order(seq, now):
             seq.status = Status.IMPORTING
-            self._num_fetches += len(orders)
-            self._imports += orders
         else:
             seq.status = Status.RUNNING
             self._running[seq.id] = seq
         return True
-
-    def _arrived(self) -> None:
-        """Blocks came early: whoever waited for nothing else may be admitted."""
-        for seq in list(self._arriving.values()):
-            if not self.early.awaits(seq.class_keys(seq.num_tokens - 1)):
-                del self._arriving[seq.id]
-                seq.status = Status.WAITING
-                self._waiting.add(seq)
-
-    def _tell(self, seq: Sequence, now: float) -> None:
-        sealed = self.exports.tell(seq.id, now)
-        if sealed is not None:
-            self._update.sealed.append(sealed)
-
-    def _count_prompt(self, seq: Sequence, chunk: Chunk) -> None:
-        num_prompt = min(seq.num_prompt - chunk.start, chunk.num_tokens)
-        again = "recomputed" if seq.num_preemptions else "computed"
-        self.counters[f"prompt_tokens_{again}"] += num_prompt
-        seq.num_prompt_computed += num_prompt
 
     def _publish(self, seq: Sequence) -> None:
         num_full = seq.num_computed // seq.block_size
@@ -491,56 +363,11 @@ class Scheduler:
                 self.pool.publish(seq.blocks[i], keys[i])
         seq.num_published = num_full
 
-    def _append(
-        self, seq: Sequence, token: int, logprobs: SampledLogprobs | None, now: float
-    ) -> None:
-        if not seq.prefilled:
-            seq.prefilled = now
-        seq.token_ids.append(token)
-        num_tokens = len(seq.token_ids)
-        num_generated = num_tokens - len(seq.request.prompt)
-        sampling = seq.request.sampling
-        finish = None
-        if token in sampling.stop_token_ids:
-            finish = FinishReason.STOP
-        elif num_generated >= sampling.max_tokens or num_tokens >= self.config.max_model_len:
-            finish = FinishReason.LENGTH
-        self._update.deltas.append(
-            TokenDelta(
-                *seq.id,
-                num_generated - 1,
-                (token,),
-                None if logprobs is None else (logprobs,),
-                finish,
-                None,
-                None if seq.told_cached else seq.num_cached,
-            )
-        )
-        seq.told_cached = True
-        if finish is not None:
-            self._lengths.observe(seq.num_generated)
-            self._end(seq, now)
-        elif seq.request.hand_off:
-            self._update.exports += self.exports.close(seq)
-            del self._running[seq.id]
-            seq.status = Status.EXPORTING
-            self._try_commit(seq, now)
-
-    def _try_commit(self, seq: Sequence, now: float) -> None:
-        handoff = self.exports.commit(seq.id, now)
-        if handoff is not None:
-            seq.exported = now
-            self._update.handoffs.append(handoff)
-            self._end(seq, now)
-
     def _expire(self, now: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, seq_id = heapq.heappop(self._deadlines)
+        for seq_id in self._deadlines.due(now):
             seq = self._sequences.get(seq_id)
             if seq is not None:
-                stage = _STAGES.get(seq.status, "decode" if seq.prefilled else "prefill")
-                error = DeadlineExceeded("the request's deadline has passed", stage=stage)
-                self._fail(seq, now, error)
+                self._fail(seq, now, too_late(seq))
         self.counters["leases_expired"] += len(self._leases.expire(now))
 
     def _fail(self, seq: Sequence, now: float, error: ServeError) -> None:
@@ -558,7 +385,7 @@ class Scheduler:
         del self._sequences[seq.id]
         self._attempts.end(seq.id)
         self._waiting.discard(seq.id)
-        self._arriving.pop(seq.id, None)
+        self.fetches.forget(seq.id)
         self._running.pop(seq.id, None)
         self.exports.abandon(seq.id)
         self._in_flight.drop(seq)

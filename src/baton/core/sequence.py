@@ -44,6 +44,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_extend_keys",
         "_lossy_keys",
         "admitted_before",
         "arrived",
@@ -75,7 +76,14 @@ class Sequence:
         "told_cached",
     )
 
-    def __init__(self, request: Request, root: bytes, block_size: int, now: float) -> None:
+    def __init__(
+        self,
+        request: Request,
+        root: bytes,
+        block_size: int,
+        now: float,
+        extend_keys: content_keys.ExtendKeys = content_keys.extend_chain,
+    ) -> None:
         self.request = request
         self.id: SequenceId = (request.id, request.choice, request.attempt)
         self.token_ids: list[int] = [*request.prompt, *request.emitted]
@@ -83,6 +91,7 @@ class Sequence:
         self.root = root
         self.codec = RAW
         self.keys: list[bytes] = []
+        self._extend_keys = extend_keys
         self._lossy_keys: list[bytes] = []
         self.blocks: list[int] = []
         self.num_computed = 0
@@ -131,12 +140,9 @@ class Sequence:
 
     def full_keys(self, num_tokens: int) -> list[bytes]:
         """Content keys of the full blocks within the first `num_tokens` tokens."""
-        size = self.block_size
-        wanted = num_tokens // size
-        while len(self.keys) < wanted:
-            start = len(self.keys) * size
-            parent = self.keys[-1] if self.keys else self.root
-            self.keys.append(content_keys.block_key(parent, self.token_ids[start : start + size]))
+        wanted = num_tokens // self.block_size
+        if len(self.keys) < wanted:
+            self._extend_keys(self.keys, self.root, self.token_ids, self.block_size, wanted)
         return self.keys[:wanted]
 
     def class_keys(self, num_tokens: int) -> list[bytes]:

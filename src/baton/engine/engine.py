@@ -22,6 +22,7 @@ from queue import Empty, SimpleQueue
 
 import msgspec
 
+from baton.core.pacing import SEAL_WAIT_SHARE, STEP_TIME_WEIGHT
 from baton.core.plan import ExportOrder, ImportOrder, Runner, StepPlan, Update
 from baton.core.scheduler import Scheduler
 from baton.engine import inbox as messages
@@ -38,12 +39,6 @@ from baton.fabric.thread import (
 from baton.fabric.transport import Wanted
 from baton.model.kv_cache import KvCache
 from baton.types import WorkerLoad
-
-STEP_TIME_WEIGHT = 0.1
-"""Of the newest step in the moving average that `WorkerLoad.step_s` tells."""
-
-SEAL_WAIT_SHARE = 0.1
-"""Of a step's usual time, how long the engine waits for the copies of blocks for handoffs."""
 
 
 class Emitted(msgspec.Struct, frozen=True):

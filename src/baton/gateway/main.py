@@ -19,13 +19,14 @@ import uvloop
 
 from baton.config import Config, Layout
 from baton.core.decision_log import LoggedRouter
+from baton.core.life import HandoffPolicy
 from baton.core.router import Router
 from baton.errors import ConfigError
 from baton.gateway.app import create_admin_app, create_app
 from baton.gateway.auth import ApiKeys
 from baton.gateway.limits import Limits
 from baton.gateway.placement import PlacingDispatcher
-from baton.gateway.worker_metrics import export_workers
+from baton.gateway.worker_metrics import export
 from baton.model.hub import resolve_model
 from baton.observe.logs import open_decision_log, setup_logging
 from baton.observe.metrics import Metrics
@@ -68,8 +69,9 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
             runtime_dir,
             Layout.parse(config.launch.layout).counts(),
             router=router,
-            lease_ttl_s=config.store.lease_ttl_s,
-            fetch_early=config.fabric.fetch_early,
+            policy=HandoffPolicy(
+                lease_ttl_s=config.store.lease_ttl_s, fetch_early=config.fabric.fetch_early
+            ),
         )
         metrics = Metrics()
         app = create_app(
@@ -88,7 +90,7 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
         )
         admin = create_admin_app(
             metrics=metrics,
-            refresh=lambda: export_workers(dispatcher.registry.joined(), metrics),
+            refresh=lambda: export(dispatcher, metrics),
             recent=dispatcher.recent,
             readiness=dispatcher.readiness,
             check_fabric=dispatcher.fabric_check.run,
@@ -110,7 +112,6 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
         registry = RegistryServer(dispatcher.registry.announce, secret)
         await registry.start(f"unix:{runtime_dir / REGISTRY_SOCKET}")
         await registry.set_serving(True)
-        renewal = asyncio.create_task(dispatcher.renew_leases())
         stopping = asyncio.Event()
         _on_signals(servers, stopping)
         try:
@@ -122,9 +123,7 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
             servers[1].should_exit = True
             await running[1]
         finally:
-            renewal.cancel()
-            await asyncio.gather(renewal, return_exceptions=True)
-            await dispatcher.registry.close()
+            await dispatcher.close()
             await registry.stop(0.0)
     return 0
 

@@ -1,12 +1,20 @@
-"""What workers report of themselves, as metrics of the gateway."""
+"""What workers report of themselves, and what befell their requests, as metrics of the gateway."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from baton.gateway.placement import PlacingDispatcher
 from baton.gateway.registry import Member
 from baton.observe import metrics as table
 from baton.observe.metrics import Metrics
+
+
+def export(dispatcher: PlacingDispatcher, metrics: Metrics) -> None:
+    """Bring everything that is kept elsewhere up to now."""
+    export_workers(dispatcher.registry.joined(), metrics)
+    for event, total in dispatcher.counters.items():
+        metrics.set_total(table.GATEWAY_EVENTS, total, event=event)
 
 
 def export_workers(members: Iterable[Member], metrics: Metrics) -> None:

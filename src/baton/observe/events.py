@@ -9,6 +9,7 @@ clock; only durations are compared across processes.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 import msgspec
@@ -24,7 +25,8 @@ class Waterfall(msgspec.Struct, kw_only=True):
     worker until its blocks are there to be filled. transfer_s: fetching and verifying. decode_s:
     from there to the last token. ttft_s and e2e_s are the gateway's own. num_early_blocks: blocks
     of the prompt that the decode worker had fetched, verified, when the first token came, and so
-    before anybody waited for them.
+    before anybody waited for them. received_unix_s: seconds since 1970 when the gateway received
+    it, by the wall clock, for traces alone: nothing is decided by it.
     """
 
     request_id: str
@@ -48,6 +50,7 @@ class Waterfall(msgspec.Struct, kw_only=True):
     decode_s: float = 0.0
     ttft_s: float = 0.0
     e2e_s: float = 0.0
+    received_unix_s: float = 0.0
 
     def add(self, times: StageTimes, *, took_over: bool) -> None:
         """Count the stages of one leg; `took_over` says that it began with a handoff."""
@@ -69,6 +72,8 @@ class RecentRequests:
         self._recent: deque[Waterfall] = deque(maxlen=capacity)
 
     def add(self, waterfall: Waterfall) -> None:
+        """Keep one that has just ended; its `e2e_s` tells when it was received."""
+        waterfall.received_unix_s = waterfall.received_unix_s or time.time() - waterfall.e2e_s
         self._recent.append(waterfall)
 
     def newest_first(self) -> list[Waterfall]:

@@ -144,6 +144,12 @@ WORKER_EVENTS = Metric(
     "Running totals of a worker: tokens computed, prefix hits, preemptions, imports, fallbacks.",
     ("worker", "event"),
 )
+GATEWAY_EVENTS = Metric(
+    "baton_gateway_events_total",
+    "counter",
+    "What befell requests at the gateway beyond the ordinary.",
+    ("event",),
+)
 
 METRICS: tuple[Metric, ...] = (
     WORKER_UP,
@@ -157,6 +163,7 @@ METRICS: tuple[Metric, ...] = (
     BLOCK_TRANSFERS,
     STEP_SECONDS,
     WORKER_EVENTS,
+    GATEWAY_EVENTS,
     HTTP_REQUESTS,
     RUNNING,
     REQUESTS_FINISHED,

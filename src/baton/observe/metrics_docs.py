@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton.observe.metrics import METRICS, WORKER_EVENTS, Metric
+from baton.observe.metrics import GATEWAY_EVENTS, METRICS, WORKER_EVENTS, Metric
 
 _INTRODUCTION = f"""\
 The gateway serves these at `/metrics` on its admin listener (`gateway.admin_host`,
@@ -40,6 +40,18 @@ EVENTS: dict[str, str] = {
 """What the label `event` of `WORKER_EVENTS` may be; `*` stands for any ending."""
 
 
+REQUEST_EVENTS: dict[str, str] = {
+    "lenders_late": "Requests that went on without the blocks of a lender, which had not answered "
+    "in time, or was lost.",
+    "stale_messages": "Messages of workers about a request, an attempt or a leg that is over; what "
+    "they would hold is let go. Some are ordinary: they crossed an abort.",
+    "placed_again": "Requests placed anew, with what was emitted, because their worker was lost or "
+    "drains. 0 without faults.",
+    "given_up": "Requests that ended with an error because their retries, or the time to wait for "
+    "a worker, were used up. 0 without faults.",
+}
+"""What the label `event` of `GATEWAY_EVENTS` may be."""
+
 def reference() -> str:
     """The page, in Markdown."""
     lines = ["# Metrics", "", *_INTRODUCTION.splitlines(), ""]
@@ -49,6 +61,9 @@ def reference() -> str:
     lines += ["An event that has not happened has no series.", ""]
     lines += ["| event | meaning |", "|---|---|"]
     lines += [f"| `{event}` | {meaning} |" for event, meaning in EVENTS.items()]
+    lines += ["", f"## Events of `{GATEWAY_EVENTS.name}`", ""]
+    lines += ["| event | meaning |", "|---|---|"]
+    lines += [f"| `{event}` | {meaning} |" for event, meaning in REQUEST_EVENTS.items()]
     lines += ["", "## Buckets of the histograms", "", "| name | upper bounds |", "|---|---|"]
     lines += [
         f"| `{metric.name}` | {', '.join(f'{bound:g}' for bound in metric.buckets)} |"

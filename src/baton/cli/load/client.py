@@ -15,10 +15,10 @@ import httpx
 import msgspec
 
 from baton.cli.endpoint import Endpoint
-from baton.cli.load.metrics import RequestResult
 from baton.cli.load.prompts import PromptSource
 from baton.cli.load.workload import Arrival, Prompt
 from baton.cli.sse import DONE, SseParser, Usage, decode_event, error_in_body
+from baton.observe.results import RequestResult
 
 INTERRUPTED = "interrupted"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from baton.cli.load.slo import Slo
 from baton.cli.load.sweep import Point
 from baton.errors import ConfigError
+from baton.observe.slo import Slo
 
 
 def check_plot(file: str) -> None:

@@ -9,7 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from baton.cli.load.metrics import RequestResult
+from baton.observe.results import RequestResult
 
 
 class ProgressBar:

@@ -9,10 +9,10 @@ from typing import TextIO
 import msgspec
 
 from baton import __version__
-from baton.cli.load.metrics import RequestResult, Stats, Summary
-from baton.cli.load.slo import duration
 from baton.cli.load.sweep import Point, frontier
 from baton.cli.terminal import print_table
+from baton.observe.results import RequestResult, Stats, Summary
+from baton.observe.slo import duration
 
 LATE_S = 0.05
 """A client later than this at p99 loads the server less than the plan says."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from baton.cli.load.metrics import RequestResult, Summary
 from baton.errors import ConfigError
+from baton.observe.results import RequestResult, Summary
 
 ATTAINMENT = 0.9
 """A rate is sustained if this share of its requests met the SLOs (the field's custom)."""

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from baton.cli.load.slo import Slo
+from baton.observe.slo import Slo
 
 
 class RequestResult(msgspec.Struct, frozen=True):

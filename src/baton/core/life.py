@@ -1,0 +1,168 @@
+"""What is known of one request at the gateway.
+
+`Life` is `handoff.RequestTable`'s record of one choice of a request. The table alone writes it;
+whoever drives the table may read it at any time, also after the end.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+from collections.abc import Iterator
+
+import msgspec
+
+from baton.core.keys import ExtendKeys, extend_chain, root_key
+from baton.core.router import Placement
+from baton.errors import ServeError, WireError
+from baton.types import FinishReason, Request
+
+
+class Phase(enum.Enum):
+    """Where a request is; `handoff` draws the ways between."""
+
+    WAITING = enum.auto()  # lost, and nobody can take it now
+    BORROWING = enum.auto()  # placed; a lender was asked for the beginning of the prompt
+    FIRST = enum.auto()  # the leg that computes the prompt: alone, or until the handoff
+    SECOND = enum.auto()  # the leg that took over
+    ENDED = enum.auto()
+
+
+class HandoffPolicy(msgspec.Struct, frozen=True):
+    """What the table may decide by itself. Durations in seconds.
+
+    lease_ttl_s: of every lease; each is renewed every third of it. borrow_wait_s: for how long a
+    request waits for a lender's answer; a busy one answers between two steps. max_retries: how
+    often a request that was lost is placed again. max_crashes: how many steps that failed, and
+    took their worker with them, it may have been in. max_wait_s: for how long one that was lost
+    waits for a worker that can take it; its deadline may come before.
+    """
+
+    lease_ttl_s: float
+    borrow_wait_s: float = 0.25
+    fetch_early: bool = True
+    max_retries: int = 3
+    max_crashes: int = 1
+    max_wait_s: float = 60.0
+
+
+class Content(msgspec.Struct, frozen=True):
+    """What all workers agree on, and their blocks' keys depend on (see `keys.root_key`)."""
+
+    fingerprint: bytes
+    numerics: str
+    block_size: int
+
+
+class Life:
+    """One choice of one request, from its first placement to its end. To be read only.
+
+    request: as the client's side gave it; attempt 0, nothing emitted. tokens: what was passed on.
+    worker_id: who has the present leg (in `BORROWING`, who will; in `WAITING`, nobody). attempt:
+    0 for the first placement. keys: of the full blocks of prompt and tokens, as far as they were
+    worked out. received, first_token_at, ended_at: instants of the caller's clock, in seconds.
+    num_early_blocks: blocks that had arrived early when the first token came. num_cached: prefix
+    hit of the first attempt, in tokens. finish and error are set at the end.
+    """
+
+    __slots__ = (
+        "attempt",
+        "drew",
+        "ended_at",
+        "error",
+        "finish",
+        "first_token_at",
+        "grant",
+        "key",
+        "keys",
+        "loan",
+        "loss",
+        "num_cached",
+        "num_crashes",
+        "num_early_blocks",
+        "num_landed",
+        "num_placed_keys",
+        "phase",
+        "placement",
+        "received",
+        "request",
+        "tokens",
+        "worker_id",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, now: float) -> None:
+        self.request = request
+        self.key = (request.id, request.choice)
+        self.received = now
+        self.phase = Phase.WAITING
+        self.attempt = 0
+        self.placement: Placement | None = None
+        self.worker_id: str | None = None
+        self.tokens: list[int] = []
+        self.keys: list[bytes] = []
+        self.num_placed_keys = 0  # keys of the present attempt's beginning
+        self.grant: tuple[str, str] | None = None  # (worker, grant id): to read the prompt's blocks
+        self.loan: tuple[str, str] | None = None  # to read what a lender has of them
+        self.drew = False  # the present attempt has brought a token
+        self.num_landed = 0
+        self.num_crashes = 0
+        self.loss: ServeError | None = None  # why it waits to be placed again
+        self.num_cached = 0
+        self.num_early_blocks = 0
+        self.first_token_at: float | None = None
+        self.ended_at: float | None = None
+        self.finish: FinishReason | None = None
+        self.error: WireError | None = None
+
+    @property
+    def took_over(self) -> bool:
+        """Whether the present leg began with a handoff."""
+        return self.phase is Phase.SECOND
+
+    @property
+    def deadline(self) -> float | None:
+        """Instant at which the request must have ended."""
+        left = self.request.deadline_s
+        return None if left is None else self.received + left
+
+    def extend_keys(
+        self, content: Content, num_tokens: int, extend: ExtendKeys = extend_chain
+    ) -> list[bytes]:
+        """Keys of the full blocks of the first `num_tokens` tokens of prompt and answer, at least.
+
+        Each is worked out once.
+        """
+        keys, prompt, size = self.keys, self.request.prompt, content.block_size
+        number = num_tokens // size
+        if number > len(keys):
+            tokens = prompt if num_tokens <= len(prompt) else (*prompt, *self.tokens)
+            root = root_key(content.fingerprint, content.numerics, self.request.salt)
+            extend(keys, root, tokens, size, number)
+        return keys
+
+
+class Timers:
+    """Instants at which something is due for a life that is still where it was."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Life, int, Phase]] = []
+        self._num_set = 0
+
+    def set(self, life: Life, at: float) -> None:
+        """Due at `at`, unless `life` has left its phase or attempt by then."""
+        self._num_set += 1
+        heapq.heappush(self._heap, (at, self._num_set, life, life.attempt, life.phase))
+
+    def next(self) -> float | None:
+        """The earliest instant; None if nothing is awaited."""
+        while self._heap:
+            at, _, life, attempt, phase = self._heap[0]
+            if life.attempt == attempt and life.phase is phase:
+                return at
+            heapq.heappop(self._heap)
+        return None
+
+    def due(self, now: float) -> Iterator[Life]:
+        """Whose time has come, in order. What is done for one may change the others."""
+        while (at := self.next()) is not None and at <= now:
+            yield heapq.heappop(self._heap)[2]

@@ -1,0 +1,111 @@
+"""What the outcome of a step means for the sequences that were in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from baton.core.limits import SchedulerConfig
+from baton.core.plan import Chunk, StepOutput, StepPlan
+from baton.core.sequence import Sequence, Status
+from baton.types import FinishReason, SampledLogprobs, TokenDelta
+
+if TYPE_CHECKING:
+    from baton.core.scheduler import Scheduler
+
+
+def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float) -> None:
+    """See `Scheduler.update`."""
+    num_generated = 0
+    config, update, exports = scheduler.config, scheduler._update, scheduler.exports
+    counting = scheduler._in_flight.end(plan.step)
+    all_count = len(counting) == len(plan.chunks)
+    for chunk, tokens, logprobs in zip(plan.chunks, output.token_ids, output.logprobs, strict=True):
+        seq = chunk.seq
+        if not all_count and seq.id not in counting:
+            continue  # ended or preempted while the step ran
+        if chunk.start < len(seq.request.prompt):
+            _count_prompt(scheduler, seq, chunk)
+        seq.num_computed = chunk.start + chunk.num_tokens
+        if seq.num_computed >= (seq.num_published + 1) * seq.block_size:
+            scheduler._publish(seq)
+            if config.keep_blocks and not seq.request.hand_off:
+                update.exports += exports.keep(seq)
+        if seq.request.hand_off:
+            update.exports += exports.export_full_blocks(seq)
+            tell(scheduler, seq, now)
+        if chunk.samples:
+            (token,) = tokens
+            num_generated += 1
+            _append(scheduler, seq, token, logprobs, now)
+    scheduler.counters["tokens_computed"] += plan.num_tokens
+    scheduler.counters["tokens_generated"] += num_generated
+
+
+def finish_of(seq: Sequence, config: SchedulerConfig) -> FinishReason | None:
+    """How `seq` ends with the token that it has last; None if it goes on."""
+    sampling = seq.request.sampling
+    num_tokens = len(seq.token_ids)
+    if seq.token_ids[-1] in sampling.stop_token_ids:
+        return FinishReason.STOP
+    num_generated = num_tokens - len(seq.request.prompt)
+    if num_generated >= sampling.max_tokens or num_tokens >= config.max_model_len:
+        return FinishReason.LENGTH
+    return None
+
+
+def finish_sequence(scheduler: Scheduler, seq: Sequence, now: float) -> None:
+    """It has its last token."""
+    scheduler.admission.lengths.observe(seq.num_generated)
+    scheduler._end(seq, now)
+
+
+def tell(scheduler: Scheduler, seq: Sequence, now: float) -> None:
+    """Say which blocks of a prompt that is handed off have been sealed since the last time."""
+    sealed = scheduler.exports.tell(seq.id, now)
+    if sealed is not None:
+        scheduler._update.sealed.append(sealed)
+
+
+def try_commit(scheduler: Scheduler, seq: Sequence, now: float) -> None:
+    """Hand `seq` off, if all its blocks are sealed."""
+    handoff = scheduler.exports.commit(seq.id, now)
+    if handoff is not None:
+        seq.exported = now
+        scheduler._update.handoffs.append(handoff)
+        scheduler._end(seq, now)
+
+
+def _count_prompt(scheduler: Scheduler, seq: Sequence, chunk: Chunk) -> None:
+    num_prompt = min(seq.num_prompt - chunk.start, chunk.num_tokens)
+    again = "recomputed" if seq.num_preemptions else "computed"
+    scheduler.counters[f"prompt_tokens_{again}"] += num_prompt
+    seq.num_prompt_computed += num_prompt
+
+
+def _append(
+    scheduler: Scheduler, seq: Sequence, token: int, logprobs: SampledLogprobs | None, now: float
+) -> None:
+    if not seq.prefilled:
+        seq.prefilled = now
+    seq.token_ids.append(token)
+    finish = finish_of(seq, scheduler.config)
+    update = scheduler._update
+    update.deltas.append(
+        TokenDelta(
+            *seq.id,
+            seq.num_generated - 1,
+            (token,),
+            None if logprobs is None else (logprobs,),
+            finish,
+            None,
+            None if seq.told_cached else seq.num_cached,
+        )
+    )
+    seq.told_cached = True
+    if finish is not None:
+        finish_sequence(scheduler, seq, now)
+    elif seq.request.hand_off:
+        update.exports += scheduler.exports.close(seq)
+        del scheduler._running[seq.id]
+        seq.status = Status.EXPORTING
+        try_commit(scheduler, seq, now)

@@ -1,0 +1,50 @@
+"""What a worker of the twin tells the gateway: the news of one or several steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from baton.types import Handoff, Landed, Sealed, StageTimes, TokenDelta
+
+
+class Tokens:
+    """Successive tokens of one leg, with the instants at which they were drawn."""
+
+    __slots__ = ("_first", "_last", "_num_tokens", "times")
+
+    def __init__(self, delta: TokenDelta, times: list[float]) -> None:
+        self.times = times
+        self._first = self._last = delta
+        self._num_tokens = len(delta.token_ids)
+
+    def add(self, delta: TokenDelta, times: list[float]) -> None:
+        self.times += times
+        self._last = delta
+        self._num_tokens += len(delta.token_ids)
+
+    def delta(self) -> TokenDelta:
+        """All of them as one. A leg's tokens are all the same, so they need not be kept."""
+        first, last = self._first, self._last
+        if first is last:
+            return first
+        ids = (first.token_ids or last.token_ids)[:1]
+        return TokenDelta(
+            first.request_id,
+            first.choice,
+            first.attempt,
+            first.first_index,
+            ids * self._num_tokens,
+            None,
+            last.finish,
+            last.error,
+            first.num_cached,
+        )
+
+
+@dataclass(slots=True)
+class Report:
+    tokens: list[Tokens] = field(default_factory=list)
+    sealed: list[Sealed] = field(default_factory=list)
+    landed: list[Landed] = field(default_factory=list)
+    handoffs: list[Handoff] = field(default_factory=list)
+    times: list[StageTimes] = field(default_factory=list)

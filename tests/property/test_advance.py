@@ -1,0 +1,201 @@
+"""`Scheduler.advance` is so many updates: two schedulers, one that jumps and one that walks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sim_engine import make_config, make_request
+
+from baton.core.lease import LeaseTable
+from baton.core.limits import SchedulerConfig
+from baton.core.plan import ExportOrder, StepOutput, StepPlan
+from baton.core.scheduler import Scheduler
+from baton.core.sequence import Sequence
+from baton.core.store_index import StoreIndex
+from baton.types import TokenDelta
+
+STEP_S = 0.25
+
+configs = st.builds(
+    make_config,
+    block_size=st.sampled_from((1, 2, 3, 8)),
+    num_blocks=st.sampled_from((12, 20, 64, 200)),
+    num_frames=st.sampled_from((0, 3, 16)),
+    max_num_seqs=st.integers(1, 6),
+    max_num_batched_tokens=st.integers(3, 20),
+    max_model_len=st.sampled_from((24, 40)),
+    prefix_cache=st.booleans(),
+    keep_blocks=st.booleans(),
+)
+arrivals = st.lists(
+    st.tuples(
+        st.integers(0, 6),  # turns to wait
+        st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        st.integers(1, 30),
+        st.sampled_from((None, None, 5.0)),
+    ),
+    min_size=1,
+    max_size=8,
+)
+jumps = st.lists(st.integers(1, 40), min_size=1, max_size=8)
+
+
+def token(seq: Sequence, index: int) -> int:
+    """What is drawn after `index` tokens; runs of equal ones, so that answers share blocks."""
+    return (index // 4 + len(seq.request.prompt)) % 3
+
+
+class Walker:
+    """A scheduler with what it brought, all deltas of a sequence joined."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.index = StoreIndex(config.num_frames)
+        self.scheduler = Scheduler(config, LeaseTable("w", 1, bytes(32), self.index), self.index)
+        self.told: dict[tuple[str, int, int], list[Any]] = {}
+        self.exports: list[ExportOrder] = []
+        self.times: list[Any] = []
+
+    def collect(self) -> None:
+        update = self.scheduler.take()
+        for delta in update.deltas:
+            self._join(delta)
+        self.exports += update.exports
+        self.times += update.times
+        assert not (update.sealed or update.landed or update.handoffs)
+
+    def _join(self, delta: TokenDelta) -> None:
+        key = (delta.request_id, delta.choice, delta.attempt)
+        joined = self.told.setdefault(key, [delta.first_index, (), None, None, None])
+        assert delta.first_index == joined[0] + len(joined[1]), "a gap or a repeat"
+        joined[1] += delta.token_ids
+        joined[2] = delta.finish
+        joined[3] = delta.error
+        joined[4] = delta.num_cached if joined[4] is None else joined[4]
+
+    def walk(self, plan: StepPlan, nows: list[float]) -> None:
+        for number, now in enumerate(nows):
+            drawn = [[token(c.seq, c.end)] if c.samples else [] for c in plan.chunks]
+            self.scheduler.update(plan, StepOutput(drawn, [None] * len(drawn), STEP_S), now)
+            if number < len(nows) - 1:
+                plan = self.scheduler.schedule(now)
+        self.collect()
+
+    def jump(self, plan: StepPlan, nows: list[float]) -> None:
+        tokens = [[token(c.seq, c.end + i) for i in range(len(nows))] for c in plan.chunks]
+        self.scheduler.advance(plan, tokens, nows)
+        self.collect()
+
+    def copy(self, count: int, now: float) -> None:
+        for order in self.exports[:count]:
+            self.scheduler.exported(order.key, order.key[:4], now)
+        del self.exports[:count]
+
+    def state(self) -> dict[str, Any]:
+        """All that a later call could depend on."""
+        scheduler, pool, index = self.scheduler, self.scheduler.pool, self.index
+        return {
+            "refs": pool._refs,
+            "keys": pool._key_of,
+            "empty": pool._empty,
+            "cached": list(pool._cached),
+            "evictions": pool.num_evictions,
+            "slots": {k: (s.frame, s.state, s.num_holds) for k, s in index._slots.items()},
+            "store": (index._free, list(index._cached), index.num_evictions),
+            "copying": scheduler.exports._copying,
+            "sequences": {i: _values(seq) for i, seq in scheduler._sequences.items()},
+            "running": list(scheduler._running),
+            "waiting": [seq.id for seq in scheduler._waiting],
+            "counters": scheduler.counters,
+            "step": scheduler._step,
+            "lengths": scheduler.admission.lengths._counts,
+            "in_flight": len(scheduler._in_flight),
+            "told": self.told,
+            "exports": self.exports,
+            "times": self.times,
+        }
+
+
+def _values(seq: Sequence) -> dict[str, Any]:
+    return {name: getattr(seq, name) for name in Sequence.__slots__}
+
+
+def race(
+    config: SchedulerConfig, arrivals: list[Any], jumps: list[int], seen: Counter[str]
+) -> None:
+    """Both do the same work; after every stretch they are in the same state."""
+    jumper, walker = Walker(config), Walker(config)
+    due = {}
+    turn = 0
+    for number, (wait, prompt, max_tokens, deadline_s) in enumerate(arrivals):
+        turn += wait
+        due.setdefault(turn, []).append(
+            make_request(f"r{number}", prompt, max_tokens, deadline_s=deadline_s)
+        )
+    now = 0.0
+    for turn in range(300):
+        for each in (jumper, walker):
+            each.copy(turn % 4, now)
+            for request in due.get(turn, ()):
+                each.scheduler.add(request, now)
+        plans = [each.scheduler.schedule(now) for each in (jumper, walker)]
+        if not plans[0].chunks:
+            for each in (jumper, walker):
+                each.collect()
+            if turn > max(due):
+                break
+            continue
+        foreseen = jumper.scheduler.steady_steps(plans[0])
+        steps = min(jumps[turn % len(jumps)], foreseen)
+        nows = [now + STEP_S * (i + 1) for i in range(steps)]
+        deadline = jumper.scheduler.next_deadline()
+        while len(nows) > 1 and deadline is not None and nows[-2] >= deadline:
+            nows.pop()
+        _count(seen, jumper, plans[0], len(nows))
+        if foreseen > 1:
+            jumper.jump(plans[0], nows)
+        else:
+            jumper.walk(plans[0], nows)
+        walker.walk(plans[1], nows)
+        now = nows[-1]
+        assert jumper.state() == walker.state()
+        jumper.scheduler.check()
+
+
+def _count(seen: Counter[str], jumper: Walker, plan: StepPlan, steps: int) -> None:
+    if steps == 1:
+        return
+    size = jumper.scheduler.config.kv_format.block_size
+    seen["jumps"] += 1
+    seen["several"] += len(plan.chunks) > 1
+    for chunk in plan.chunks:
+        end = chunk.start + steps
+        seen["borders"] += end // size > chunk.start // size
+        seen["at_a_border"] += end % size == 0
+        seen["ends"] += end + 1 >= len(chunk.seq.request.prompt) + (
+            chunk.seq.request.sampling.max_tokens
+        )
+    seen["waiting"] += bool(len(jumper.scheduler._waiting))
+    seen["evicting"] += jumper.scheduler.pool.num_cached > 0 == len(jumper.scheduler.pool._empty)
+    seen["kept"] += bool(jumper.scheduler.config.keep_blocks and jumper.index.num_frames)
+
+
+def test_jumping_is_walking() -> None:
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=500,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(config=configs, arrivals=arrivals, jumps=jumps)
+    def run(config: SchedulerConfig, arrivals: list[Any], jumps: list[int]) -> None:
+        race(config, arrivals, jumps, seen)
+
+    run()
+    for name in ("several", "borders", "at_a_border", "ends", "waiting", "evicting", "kept"):
+        assert seen[name] > 20, f"hardly any {name}: {seen}"
