@@ -12,7 +12,9 @@ Lengths were not published, so every figure is shown for several shapes that sha
 (see `distserve_lengths`). `alone`: the share of requests that meet the objectives on an idle vLLM;
 where it is near 90 % the ratio says little, and published curves have such a plateau (OPT-13B: 90 %
 of 100 requests at 0.25 and at 0.5 req/s, 85 % at 1). `host`: what the serving process adds to each
-step; 2 ms is the constant of the authors' simulator, 0 counts kernels alone. OPT-175B was not
+step; 2 ms is the constant of the authors' simulator, 0 counts kernels alone. `vLLM pads`: should the
+vLLM that was measured have padded the prompts of a batch to the longest, which some versions did,
+and which the fit, on equal lengths, could not see. OPT-175B was not
 measured: its row scales OPT-66B by weights per device. The table of attainments names neither model
 nor objectives; it is set beside each pair that the source uses somewhere.
 """
@@ -47,7 +49,7 @@ B13, B66, B175 = "facebook/opt-13b", "facebook/opt-66b", "facebook/opt-175b"
 ATTAINMENT = 0.9
 LOW, HIGH = 0.02, 12.0  # requests a second and GPU, between which goodput is sought
 STEPS = 8  # of the bisection: 2.5 % wide
-HOST_S, NO_HOST_S = 0.002, 0.0
+HOST_S = 0.002
 WEIGHTS = {B66: 66e9, B175: 175e9}
 
 
@@ -101,8 +103,11 @@ TABLE2 = (
 class Bench:
     """One system at one host cost: what share of the requests meets both objectives."""
 
-    def __init__(self, data: Path, system: System, host_s: float) -> None:
+    def __init__(
+        self, data: Path, system: System, host_s: float = HOST_S, pads: bool = False
+    ) -> None:
         model, self.system = system.measured or system.model, system
+        self._pads = pads
         vllm_tp = system.measured_vllm_tp or system.vllm.tp
         self._vllm = StepTimes(
             data, "vllm", model, vllm_tp, host_s, _work(system, system.vllm, vllm_tp)
@@ -127,7 +132,7 @@ class Bench:
                 self._kv_bytes, jobs,
             )  # fmt: skip
         else:
-            serve_together(self._vllm, self._vllm_capacity, jobs)
+            serve_together(self._vllm, self._vllm_capacity, jobs, self._pads)
         return sum(_meets(job, slo) for job in jobs) / len(jobs)
 
     def mean(
@@ -163,34 +168,42 @@ def _meets(job: Job, slo: Slo) -> bool:
 
 
 def goodputs(data: Path, seeds: int) -> list[Line]:
-    """Ratios over vLLM, for each workload and shape of lengths; the usual one also without host."""
+    """Ratios over vLLM and, for the usual shape of lengths, the two rates that they are of."""
     published = {
         (row["model"], row["dataset"]): row
         for row in read_rows(data / "published" / "distserve_goodput_90pct.csv")
     }
     lines = []
     for name, workload, system, jobs_per_gpu in WORKLOADS:
-        row = published[name, workload]
-        slo, draws = Slo(float(row["ttft_slo_s"]), float(row["tpot_slo_s"])), Draws(seeds, jobs_per_gpu)
-        for i, (shape, lengths) in enumerate(_lengths(data, workload).items()):
-            for host_s in (HOST_S, NO_HOST_S) if i == 0 else (HOST_S,):
-                bench = Bench(data, system, host_s)
-                split, vllm = (bench.goodput(each, lengths, slo, draws) for each in (True, False))
-                alone = bench.mean(False, lengths, LOW, slo, draws)
-                case = f"{name} {workload}, {shape}" + ("" if host_s else ", host 0")
-                rates = f"{split:.2f} / {vllm:.2f} req/s/GPU (published "
-                rates += f"{row['distserve_req_s_gpu']} / {row['vllm_req_s_gpu']}); "
-                rates += f"vLLM alone {alone:.0%}"
-                ratio = split / vllm if vllm else None
-                lines.append(
-                    Line(case, "goodput / vLLM", float(row["x_vs_vllm"]), ratio, "×", note=rates)
-                )
+        row, draws = published[name, workload], Draws(seeds, jobs_per_gpu)
+        slo = Slo(float(row["ttft_slo_s"]), float(row["tpot_slo_s"]))
+        shapes = _lengths(data, workload)
+        usual = next(iter(shapes))
+        variants = [(shape, "", Bench(data, system)) for shape in shapes]
+        variants.append((usual, ", host 0", Bench(data, system, host_s=0.0)))
+        variants.append((usual, ", vLLM pads", Bench(data, system, pads=True)))
+        for shape, variant, bench in variants:
+            lengths = shapes[shape]
+            split, vllm = (bench.goodput(each, lengths, slo, draws) for each in (True, False))
+            alone = bench.mean(False, lengths, LOW, slo, draws)
+            case = f"{name} {workload}, {shape}{variant}"
+            note = f"{split:.2f} / {vllm:.2f} req/s/GPU; vLLM alone {alone:.0%}"
+            ratio = split / vllm if vllm else None
+            lines.append(
+                Line(case, "goodput / vLLM", float(row["x_vs_vllm"]), ratio, "×", note=note)
+            )
+            if (shape, variant) == (usual, ""):
+                for who, rate in (("distserve", split), ("vllm", vllm)):
+                    theirs = float(row[f"{who}_req_s_gpu"])
+                    lines.append(Line(case, f"goodput of {who}", theirs, rate, "req/s/GPU"))
     return lines
 
 
 def order(lines: Sequence[Line]) -> str:
     """The workloads by their ratio at the usual shape, published and ours."""
-    usual = [line for line in lines if line.case.endswith(", log-normal")]
+    usual = [
+        line for line in lines if line.case.endswith(", log-normal") and line.unit == "×"
+    ]
     names = {id(line): line.case.removesuffix(", log-normal") for line in usual}
     theirs = sorted(usual, key=lambda line: -(line.published or 0))
     ours = sorted(usual, key=lambda line: -(line.ours or float("inf")))
@@ -218,7 +231,7 @@ def simulator_run(data: Path, seeds: int) -> list[Line]:
     for shape, lengths in _lengths(data, "ShareGPT").items():
         rates = {}
         for p, d in layouts:
-            bench = Bench(data, System(B13, Parallel(p), Parallel(d), Parallel(1)), HOST_S)
+            bench = Bench(data, System(B13, Parallel(p), Parallel(d), Parallel(1)))
             draws = Draws(seeds, jobs=SIMULATOR_JOBS)
             rates[p, d] = bench.goodput(True, lengths, Slo(0.2, 0.1), draws)
         best = max(rates, key=lambda each: rates[each])
@@ -235,7 +248,7 @@ def attainments(data: Path, seeds: int) -> list[Line]:
     draws = Draws(seeds, jobs=SIMULATOR_JOBS)
     lines = []
     for name, system, slo in TABLE2:
-        bench = Bench(data, system, HOST_S)
+        bench = Bench(data, system)
         for per_gpu in (True, False):
             for split, column in ((True, "distserve_low_real_pct"), (False, "vllm_real_pct")):
                 devices = system.num_devices if split else system.vllm.num_devices
@@ -274,6 +287,6 @@ if __name__ == "__main__":
             __doc__, ROOT / "data", "reproduce-distserve.json", main,
             lambda parser: parser.add_argument(
                 "--seeds", type=int, default=4, help="runs of each case"
-            ) and None,
+            ),
         )
     )  # fmt: skip

@@ -51,11 +51,14 @@ class StepTimes:
         path = data / "distserve" / f"profiler-a100-80g.{engine}.json"
         fitted = json.loads(path.read_text())[model]
         if str(tp) not in fitted:
-            raise ValueError(f"{model} was not measured on {tp} devices: choose {', '.join(fitted)}")
+            raise ValueError(
+                f"{model} was not measured on {tp} devices: choose {', '.join(fitted)}"
+            )
         each = fitted[str(tp)]
         # One fit has a negative square term, which no prompt can mean.
-        self._prompt = [max(0.0, value) for value in each["prefill"]]
-        self._small, self._large = each["decoding_smallbs"], each["decoding_largebs"]
+        self._prompt: list[float] = [max(0.0, value) for value in each["prefill"]]
+        self._small: list[float] = each["decoding_smallbs"]
+        self._large: list[float] = each["decoding_largebs"]
         self._edge = each["decoding_large_small_bs_threshold"]
         self._scale, self._host_s = 1e-3 * work, host_s
 
@@ -154,8 +157,13 @@ def serve_split(
     run_all(clock, jobs, arrive)
 
 
-def serve_together(times: StepTimes, capacity: int, jobs: Sequence[Job]) -> None:
-    """One instance of the vLLM of 2023: prompts stop the decodes."""
+def serve_together(
+    times: StepTimes, capacity: int, jobs: Sequence[Job], pads: bool = False
+) -> None:
+    """One instance of the vLLM of 2023: prompts stop the decodes.
+
+    pads: prompts of a batch cost what the longest of them costs.
+    """
     clock = Clock()
     waiting: deque[Job] = deque()
     decoding = Decoding()
@@ -165,6 +173,8 @@ def serve_together(times: StepTimes, capacity: int, jobs: Sequence[Job]) -> None
         batch = _first(waiting, min(VLLM_BATCH_TOKENS, room), one_at_least=not len(decoding))
         if batch:
             lengths = [job.num_prompt for job in batch]
+            if pads:
+                lengths = [max(lengths)] * len(lengths)
             return times.prompts_s(lengths), lambda: computed(batch)
         if not len(decoding):
             return None

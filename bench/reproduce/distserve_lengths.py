@@ -1,4 +1,4 @@
-"""Lengths that DistServe did not publish, as far as they are known, and how else they may have been.
+"""Lengths that DistServe did not publish: what is known of them, and how else they may have been.
 
 Known are the paper's means (`MEANS`, from its figure of the distributions; not verified) and how
 its data were made: OPT's 2,048 tokens are the limit of prompt and answer together; ShareGPT prompts

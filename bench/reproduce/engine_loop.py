@@ -14,23 +14,16 @@ import msgspec
 from reproduce.vllm_v1 import VllmScheduler
 
 from baton.core.plan import StepOutput, StepPlan
+from baton.twin.workload import TraceRequest
 from baton.types import Request, SamplingParams
 
 StepCost = Callable[[Sequence[StepPlan]], float]
 
 
-class Arrival(msgspec.Struct, frozen=True):
-    """A request: seconds from the start, and lengths in tokens."""
-
-    arrival_s: float
-    num_prompt: int
-    num_output: int
-
-
-class Served(msgspec.Struct):
+class Outcome(msgspec.Struct):
     """What became of it; times in seconds from the start."""
 
-    arrival: Arrival
+    arrival: TraceRequest
     first_token_s: float = 0.0
     last_token_s: float = 0.0
 
@@ -40,7 +33,7 @@ class Served(msgspec.Struct):
 
     @property
     def tpot_s(self) -> float:
-        return (self.last_token_s - self.first_token_s) / max(1, self.arrival.num_output - 1)
+        return (self.last_token_s - self.first_token_s) / max(1, self.arrival.num_output_tokens - 1)
 
     @property
     def e2e_s(self) -> float:
@@ -48,10 +41,10 @@ class Served(msgspec.Struct):
 
 
 def serve(
-    engines: Sequence[VllmScheduler], step_s: StepCost, arrivals: Sequence[Arrival], depth: int
-) -> list[Served]:
+    engines: Sequence[VllmScheduler], step_s: StepCost, arrivals: Sequence[TraceRequest], depth: int
+) -> list[Outcome]:
     """Serve every request; a new one goes to the engine that has least to do."""
-    results = [Served(arrival) for arrival in arrivals]
+    results = [Outcome(arrival) for arrival in arrivals]
     to_come = deque(sorted(range(len(arrivals)), key=lambda i: arrivals[i].arrival_s))
     under_way: deque[tuple[list[StepPlan], float]] = deque()
     now = free_at = 0.0
@@ -79,7 +72,7 @@ def serve(
 
 
 def _take_in(
-    engines: Sequence[VllmScheduler], plans: list[StepPlan], now: float, results: list[Served]
+    engines: Sequence[VllmScheduler], plans: list[StepPlan], now: float, results: list[Outcome]
 ) -> int:
     """Tell each engine what its step drew; returns how many requests ended."""
     ended = 0
@@ -98,10 +91,10 @@ def _take_in(
     return ended
 
 
-def _request(number: int, arrival: Arrival) -> Request:
+def _request(number: int, arrival: TraceRequest) -> Request:
     """Tokens that no other request has, so that nothing is shared."""
-    prompt = (_token(str(number)),) * arrival.num_prompt
-    return Request(str(number), prompt, SamplingParams(max_tokens=arrival.num_output))
+    prompt = (_token(str(number)),) * arrival.num_prompt_tokens
+    return Request(str(number), prompt, SamplingParams(max_tokens=arrival.num_output_tokens))
 
 
 def _token(request_id: str) -> int:

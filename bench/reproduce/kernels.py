@@ -146,7 +146,8 @@ class Attention:
     def __init__(self, path: Path) -> None:
         self.points = {
             tuple(
-                float(row[name]) for name in ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
+                float(row[name])
+                for name in ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
             ): float(row["time_us"])
             for row in read_rows(path)
         }

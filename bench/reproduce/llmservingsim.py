@@ -22,12 +22,13 @@ import msgspec
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reproduce.engine_loop import Arrival, serve
-from reproduce.engine_loop import Served as Outcome
+from reproduce.engine_loop import Outcome, serve
 from reproduce.kernels import LinkOf, Served, StepKernels
 from reproduce.report import ROOT, Line, as_json, run, table
 from reproduce.tables import read_rows
 from reproduce.vllm_v1 import VllmLimits, VllmScheduler
+
+from baton.twin.workload import TraceRequest
 
 DEPTH = 2  # vLLM 0.19 plans a step while the one before it runs
 TARGETS = {"ttft_s": 0.15, "tpot_s": 0.05, "e2e_s": 0.05}
@@ -54,10 +55,12 @@ def read_runs(data: Path) -> dict[str, Run]:
     return msgspec.json.decode((data / "runs.json").read_bytes(), type=dict[str, Run])
 
 
-def read_arrivals(path: Path) -> list[Arrival]:
+def read_arrivals(path: Path) -> list[TraceRequest]:
     """What was sent and when: nothing that was measured."""
     return [
-        Arrival(max(0.0, float(row["arrival_s"])), int(row["input_toks"]), int(row["output_toks"]))
+        TraceRequest(
+            max(0.0, float(row["arrival_s"])), int(row["input_toks"]), int(row["output_toks"])
+        )
         for row in read_rows(path)
     ]
 
@@ -75,7 +78,9 @@ def read_measured(path: Path) -> list[Outcome]:
 def predict(data: Path, each: Run) -> tuple[list[Outcome], int]:
     """Every request's times, and how often one was preempted."""
     engines = [VllmScheduler(each.limits) for _ in range(max(1, each.model.expert_ranks))]
-    outcomes = serve(engines, _kernels(data, each).step_s, read_arrivals(data / each.requests), DEPTH)
+    outcomes = serve(
+        engines, _kernels(data, each).step_s, read_arrivals(data / each.requests), DEPTH
+    )
     return outcomes, sum(engine.num_preemptions for engine in engines)
 
 
@@ -159,6 +164,6 @@ if __name__ == "__main__":
     sys.exit(
         run(
             __doc__, ROOT / "data" / "llmservingsim", "reproduce-llmservingsim.json", main,
-            lambda parser: parser.add_argument("--run", help="only this one") and None,
+            lambda parser: parser.add_argument("--run", help="only this one"),
         )
     )  # fmt: skip

@@ -61,7 +61,7 @@ def run(
     data: Path,
     out: str,
     main: Callable[[argparse.Namespace], tuple[str, dict[str, Any]]],
-    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    add_options: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
 ) -> int:
     """A script's frame: options, `main` gives text and JSON, which are printed and written."""
     parser = argparse.ArgumentParser(

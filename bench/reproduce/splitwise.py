@@ -92,6 +92,20 @@ PUBLISHED = (
     ("equal cost, conv", "Splitwise-AA", "Baseline-H100", 1.4, 0.10, "+25 % power, 2 × the space"),
 )
 """Study, design, baseline, ratio of their throughputs, how near it is to be: from the paper."""
+SAVINGS = (
+    ("equal power, conv", "Splitwise-AA", "$/h", COST, 0.75),
+    ("equal power, conv", "Splitwise-HHcap", "power", POWER, 0.75),
+)
+"""Study, design, and what it needs of what Baseline-H100 needs for the same throughput."""
+RANKING = (
+    ("equal power, conv", "Splitwise-AA", "Baseline-A100"),
+    ("equal power, conv", "Splitwise-HA", "Baseline-H100"),
+    ("equal power, conv", "Splitwise-HHcap", "Baseline-H100"),
+    ("equal power, code", "Splitwise-AA", "Baseline-A100"),
+    ("equal power, code", "Splitwise-HH", "Baseline-H100"),
+    ("equal cost, conv", "Splitwise-AA", "Baseline-H100"),
+)
+"""Study, and which design serves more than which, according to the paper."""
 OTHER_SPLITS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Shares of prompt machines that are tried where both kinds are of the same hardware."""
 
@@ -176,7 +190,24 @@ def compare(found: dict[str, dict[str, Found]], how: str, binding: bool) -> list
         case, label = f"{study} ({how})", f"{design} / {baseline}"
         goal = target if binding else None
         lines.append(Line(case, label, ratio, ours / base if base else None, "×", goal, note))
+    for study, design, what, of, share in SAVINGS:
+        one, base_one = found[study][design], found[study]["Baseline-H100"]
+        needed = one.design.total(of) / one.per_s if one.per_s else float("inf")
+        ours = needed / (base_one.design.total(of) / base_one.per_s) if base_one.per_s else None
+        label = f"{what} of {design} / Baseline-H100 for the same throughput"
+        note = "published at its own sizes, here scaled from this one"
+        lines.append(Line(f"{study} ({how})", label, share, ours, "×", None, note))
     return lines
+
+
+def ranking(found: dict[str, dict[str, Found]], how: str) -> str:
+    """Which of the paper's orders hold."""
+    rows = [f"\nThe paper's order, decode read by {how}:"]
+    for study, better, worse in RANKING:
+        higher, lower = found[study][better].per_s, found[study][worse].per_s
+        verdict = "holds" if higher > lower else "does not hold"
+        rows.append(f"* {study}: {better} {higher:.0f} > {worse} {lower:.0f} req/s {verdict}")
+    return "\n".join(rows) + "\n"
 
 
 def main(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -202,6 +233,7 @@ def main(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
                 shown.append(max(tried, key=lambda each: each.per_s))
             text += _designs(f"{study}, decode read by {how}", shown)
         lines += compare(found, how, binding=how == "batch_tokens")
+        text += ranking(found, how)
         figures[how] = {
             study: {name: [one.per_s, one.above] for name, one in each.items()}
             for study, each in found.items()
@@ -229,6 +261,6 @@ if __name__ == "__main__":
             __doc__, ROOT / "data", "reproduce-splitwise.json", main,
             lambda parser: parser.add_argument(
                 "--seconds", type=float, default=60.0, help="of arrivals in each simulation"
-            ) and None,
+            ),
         )
     )  # fmt: skip

@@ -1,12 +1,12 @@
 """Splitwise's machines and its cluster scheduler, on virtual time.
 
-    a step of a machine:  prompts first, at most 2,048 tokens (one longer prompt goes alone); decodes
-                          beside them if they fit, else left out, four times in a row at most
-    baseline:             a request stays on the machine with the fewest pending tokens
-    split:                its prompt goes to such a prompt machine, its answer to the token machine
-                          with the least KV; a prompt that would wait behind 8,192 tokens, and an
-                          answer whose KV would not fit, go to the mixed pool, which machines of the
-                          other kind join until they are idle
+a step of a machine:  prompts first, at most 2,048 tokens (one longer prompt goes alone); decodes
+                      beside them if they fit, else left out, four times in a row at most
+baseline:             a request stays on the machine with the fewest pending tokens
+split:                its prompt goes to such a prompt machine, its answer to the token machine
+                      with the least KV; a prompt that would wait behind 8,192 tokens, and an
+                      answer whose KV would not fit, go to the mixed pool, which machines of the
+                      other kind join until they are idle
 """
 
 from __future__ import annotations

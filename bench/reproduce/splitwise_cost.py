@@ -48,7 +48,7 @@ class MachineTimes:
         self.kv_tokens = int((MEMORY_BYTES - WEIGHT_BYTES) / KV_BYTES[how])
         self._prompts = Curve({x: median(ys) for x, ys in prompts.items()})
         self._tokens = Curve({x: median(ys) for x, ys in tokens.items()})
-        self._law = np.linalg.lstsq(np.array(rows), np.array(times), rcond=None)[0].tolist()
+        self._law: list[float] = np.linalg.lstsq(np.array(rows), np.array(times), rcond=None)[0].tolist()
 
     def prompt_s(self, num_tokens: int) -> float:
         """A step with prompts of so many tokens in all."""

@@ -33,7 +33,9 @@ def data(tmp_path: Path) -> Path:
         path.write_text(json.dumps(fitted))
     rows = "model,tp,pp,max_num_tokens\nfacebook/opt-13b,1,1,1000\n"
     (tmp_path / "distserve" / "max_num_tokens.csv").write_text(rows)
-    lines = ["model,hardware,tensor_parallel,prompt_size,batch_size,token_size,prompt_time,token_time"]
+    lines = [
+        "model,hardware,tensor_parallel,prompt_size,batch_size,token_size,prompt_time,token_time"
+    ]
     for prompt in (100, 200, 400):
         for batch in (1, 2, 4):
             token_ms = 10 + 2 * batch + 0.01 * batch * (prompt + 50)
@@ -131,6 +133,15 @@ def test_a_long_queue_spills_into_the_mixed_pool_and_everyone_is_served(data: Pa
     assert max(job.first_s for job in jobs) < alone / 2
 
 
+def test_an_answer_that_does_not_fit_goes_to_the_mixed_pool(data: Path) -> None:
+    prompt, token = machine(data, transfer_s=9.0), machine(data)
+    prompt.times.kv_tokens, token.times.kv_tokens = 1000, 150
+    jobs = [Job(0.0, 100, 20), Job(0.0, 100, 20)]
+    splitwise_cluster.serve_split([prompt], [token], jobs)
+    assert jobs[0].last_s > 9.0
+    assert jobs[1].last_s < 9.0  # it stays where its prompt was, so nothing is transferred
+
+
 def test_step_times_follow_the_fit_and_no_square_term_is_negative(data: Path) -> None:
     times = opt13(data, host_s=0.001)
     assert times.prompts_s([10, 20]) == pytest.approx(1e-3 * (10 + 30) + 0.001)
@@ -149,6 +160,15 @@ def test_in_the_old_vllm_a_prompt_stops_the_decodes(data: Path) -> None:
     assert jobs[0].first_s == pytest.approx(0.02)
     assert jobs[1].first_s == pytest.approx(0.02 + 0.006 + 0.11)
     assert jobs[0].last_s == pytest.approx(0.02 + 3 * 0.006 + 0.11)
+
+
+def test_a_batch_may_be_padded_to_its_longest_prompt(data: Path) -> None:
+    ends = []
+    for pads in (False, True):
+        jobs = [Job(0.0, 10, 1), Job(0.001, 10, 1), Job(0.001, 100, 1)]
+        distserve_cluster.serve_together(opt13(data), 1000, jobs, pads)
+        ends.append(jobs[2].first_s)
+    assert ends == pytest.approx([0.02 + 0.12, 0.02 + 0.21])
 
 
 def test_split_serving_keeps_prompts_and_decodes_apart(data: Path) -> None:

@@ -60,7 +60,9 @@ def plan(*chunks: tuple[int, int]) -> StepPlan:
     return StepPlan(1, tuple(Chunk(seq, start, tokens, True) for start, tokens in chunks))
 
 
-def kernels(tables: Path, model: Served = MODEL, graph: int = 0, skew: float | None = None) -> StepKernels:  # noqa: E501
+def kernels(
+    tables: Path, model: Served = MODEL, graph: int = 0, skew: float | None = None
+) -> StepKernels:
     return StepKernels(model, tables, "k", LINK, graph, skew)
 
 

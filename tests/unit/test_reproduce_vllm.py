@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from reproduce.engine_loop import Arrival, serve
+from reproduce.engine_loop import serve
+from reproduce.kernels import Served
 from reproduce.llmservingsim import Run, predict, read_measured
 from reproduce.vllm_v1 import VllmLimits, VllmScheduler
 
 from baton.core.plan import StepOutput, StepPlan
+from baton.twin.workload import TraceRequest
 from baton.types import Request, SamplingParams
 
 
@@ -124,7 +126,8 @@ def test_a_token_of_a_sequence_preempted_in_flight_is_drawn_again() -> None:
 def test_every_request_gets_its_tokens_and_every_block_comes_back(depth: int, seed: int) -> None:
     draw = random.Random(seed)
     arrivals = [
-        Arrival(draw.random() * 20, draw.randint(1, 60), draw.randint(1, 30)) for _ in range(60)
+        TraceRequest(draw.random() * 20, draw.randint(1, 60), draw.randint(1, 30))
+        for _ in range(60)
     ]
     vllm = engine(seqs=6, tokens=32, blocks=30)
     results = serve([vllm], lambda plans: 0.1, arrivals, depth)
@@ -133,12 +136,12 @@ def test_every_request_gets_its_tokens_and_every_block_comes_back(depth: int, se
     assert vllm.pool.num_free == 30
     for result in results:
         assert result.arrival.arrival_s < result.first_token_s <= result.last_token_s
-        shortest = 0.1 * (result.arrival.num_output - 1)
+        shortest = 0.1 * (result.arrival.num_output_tokens - 1)
         assert result.last_token_s - result.first_token_s >= shortest - 1e-9
 
 
 def test_a_step_planned_ahead_makes_a_newcomer_wait_for_it() -> None:
-    arrivals = [Arrival(0.0, 4, 50), Arrival(1.5, 4, 1)]
+    arrivals = [TraceRequest(0.0, 4, 50), TraceRequest(1.5, 4, 1)]
     alone = serve([engine()], lambda plans: 1.0, arrivals, depth=1)
     ahead = serve([engine()], lambda plans: 1.0, arrivals, depth=2)
     assert alone[1].first_token_s == 3.0
@@ -154,7 +157,7 @@ def test_engines_in_lock_step_share_the_requests_and_the_time() -> None:
         seen.append(sum(bool(plan.chunks) for plan in plans))
         return 1.0
 
-    arrivals = [Arrival(0.0, 4, 3), Arrival(0.0, 4, 5)]
+    arrivals = [TraceRequest(0.0, 4, 3), TraceRequest(0.0, 4, 5)]
     results = serve(engines, cost, arrivals, depth=1)
     assert [result.last_token_s for result in results] == [3.0, 5.0]
     assert seen == [2, 2, 2, 1, 1]
@@ -171,8 +174,9 @@ def test_predictions_do_not_depend_on_what_was_measured(tmp_path: Path) -> None:
     }.items():
         with gzip.open(profile / f"k_{name}.csv.gz", "wt") as file:
             file.write(text)
-    each = msgspec_run()
-    head = "request_id,input_toks,output_toks,arrival_s,queued_s,scheduled_s,first_token_s,last_token_s"
+    each = tiny_run()
+    head = "request_id,input_toks,output_toks,arrival_s,"
+    head += "queued_s,scheduled_s,first_token_s,last_token_s"
     path = tmp_path / "requests.csv"
     found = []
     for measured in ("0.1,0.2,0.3,0.4", "9,9,9,9"):
@@ -184,7 +188,5 @@ def test_predictions_do_not_depend_on_what_was_measured(tmp_path: Path) -> None:
     assert all(first > 0 for first, _ in found[0])
 
 
-def msgspec_run() -> Run:
-    from reproduce.kernels import Served
-
+def tiny_run() -> Run:
     return Run("requests.csv", "k", Served("tiny", 1, 8), 8, 64, 64)
