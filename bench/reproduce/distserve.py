@@ -12,11 +12,11 @@ Lengths were not published, so every figure is shown for several shapes that sha
 (see `distserve_lengths`). `alone`: the share of requests that meet the objectives on an idle vLLM;
 where it is near 90 % the ratio says little, and published curves have such a plateau (OPT-13B: 90 %
 of 100 requests at 0.25 and at 0.5 req/s, 85 % at 1). `host`: what the serving process adds to each
-step; 2 ms is the constant of the authors' simulator, 0 counts kernels alone. `vLLM pads`: should the
-vLLM that was measured have padded the prompts of a batch to the longest, which some versions did,
-and which the fit, on equal lengths, could not see. OPT-175B was not
-measured: its row scales OPT-66B by weights per device. The table of attainments names neither model
-nor objectives; it is set beside each pair that the source uses somewhere.
+step; 2 ms is the constant of the authors' simulator, 0 counts kernels alone. `vLLM pads`: should
+the vLLM that was measured have padded the prompts of a batch to the longest, which some versions
+did, and which the fit, on equal lengths, could not see. OPT-175B was not measured: its row scales
+OPT-66B by weights per device. The table of attainments names neither model nor objectives; it is
+set beside each pair that the source uses somewhere.
 """
 
 from __future__ import annotations
@@ -201,9 +201,7 @@ def goodputs(data: Path, seeds: int) -> list[Line]:
 
 def order(lines: Sequence[Line]) -> str:
     """The workloads by their ratio at the usual shape, published and ours."""
-    usual = [
-        line for line in lines if line.case.endswith(", log-normal") and line.unit == "×"
-    ]
+    usual = [line for line in lines if line.case.endswith(", log-normal") and line.unit == "×"]
     names = {id(line): line.case.removesuffix(", log-normal") for line in usual}
     theirs = sorted(usual, key=lambda line: -(line.published or 0))
     ours = sorted(usual, key=lambda line: -(line.ours or float("inf")))

@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
-from reproduce.queues import Decoding, Device, Job, Step, run_all
-from reproduce.tables import read_rows
 
 from baton.twin.clock import Clock
+from reproduce.queues import Decoding, Device, Job, Step, run_all
+from reproduce.tables import read_rows
 
 VLLM_BATCH_TOKENS = 16_384
 DISTSERVE_BATCH_TOKENS = 8_192

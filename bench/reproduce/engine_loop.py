@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import msgspec
-from reproduce.vllm_v1 import VllmScheduler
 
 from baton.core.plan import StepOutput, StepPlan
 from baton.twin.workload import TraceRequest
 from baton.types import Request, SamplingParams
+from reproduce.vllm_v1 import VllmScheduler
 
 StepCost = Callable[[Sequence[StepPlan]], float]
 

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-from reproduce.tables import Curve, Grid, read_rows
 
 from baton.core.plan import Chunk, StepPlan
+from reproduce.tables import Curve, Grid, read_rows
 
 MICROSECOND = 1e-6
 NORMS_A_LAYER = 2
@@ -227,7 +227,7 @@ def _is_decode(chunk: Chunk) -> bool:
 
 
 def _is_doubling(value: float) -> bool:
-    return value == 0 or value.is_integer() and int(value).bit_count() == 1
+    return value == 0 or (value.is_integer() and int(value).bit_count() == 1)
 
 
 def _graph_sizes(largest: int) -> list[int]:

@@ -22,13 +22,12 @@ import msgspec
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from baton.twin.workload import TraceRequest
 from reproduce.engine_loop import Outcome, serve
 from reproduce.kernels import LinkOf, Served, StepKernels
 from reproduce.report import ROOT, Line, as_json, run, table
 from reproduce.tables import read_rows
 from reproduce.vllm_v1 import VllmLimits, VllmScheduler
-
-from baton.twin.workload import TraceRequest
 
 DEPTH = 2  # vLLM 0.19 plans a step while the one before it runs
 TARGETS = {"ttft_s": 0.15, "tpot_s": 0.05, "e2e_s": 0.05}

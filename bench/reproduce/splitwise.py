@@ -193,10 +193,11 @@ def compare(found: dict[str, dict[str, Found]], how: str, binding: bool) -> list
     for study, design, what, of, share in SAVINGS:
         one, base_one = found[study][design], found[study]["Baseline-H100"]
         needed = one.design.total(of) / one.per_s if one.per_s else float("inf")
-        ours = needed / (base_one.design.total(of) / base_one.per_s) if base_one.per_s else None
+        base_needed = base_one.design.total(of) / base_one.per_s if base_one.per_s else None
         label = f"{what} of {design} / Baseline-H100 for the same throughput"
         note = "published at its own sizes, here scaled from this one"
-        lines.append(Line(f"{study} ({how})", label, share, ours, "×", None, note))
+        share_needed = needed / base_needed if base_needed else None
+        lines.append(Line(f"{study} ({how})", label, share, share_needed, "×", None, note))
     return lines
 
 

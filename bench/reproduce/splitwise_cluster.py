@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import msgspec
-from reproduce.queues import Decoding, Device, Job, Step, run_all
-from reproduce.splitwise_cost import MachineTimes
 
 from baton.twin.clock import Clock
+from reproduce.queues import Decoding, Device, Job, Step, run_all
+from reproduce.splitwise_cost import MachineTimes
 
 STEP_TOKENS = 2048
 QUEUE_TOKENS = 8192

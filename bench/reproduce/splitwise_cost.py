@@ -17,6 +17,7 @@ from statistics import median
 from typing import Literal
 
 import numpy as np
+
 from reproduce.tables import Curve, read_rows
 
 Reading = Literal["sequences", "batch_tokens"]
@@ -48,7 +49,9 @@ class MachineTimes:
         self.kv_tokens = int((MEMORY_BYTES - WEIGHT_BYTES) / KV_BYTES[how])
         self._prompts = Curve({x: median(ys) for x, ys in prompts.items()})
         self._tokens = Curve({x: median(ys) for x, ys in tokens.items()})
-        self._law: list[float] = np.linalg.lstsq(np.array(rows), np.array(times), rcond=None)[0].tolist()
+        self._law: list[float] = np.linalg.lstsq(np.array(rows), np.array(times), rcond=None)[
+            0
+        ].tolist()
 
     def prompt_s(self, num_tokens: int) -> float:
         """A step with prompts of so many tokens in all."""

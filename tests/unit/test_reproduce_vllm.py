@@ -107,6 +107,17 @@ def test_with_a_step_in_flight_the_next_is_planned_and_an_end_foreseen() -> None
     assert [delta.first_index for delta in deltas] == [0, 1]
 
 
+def test_who_gave_way_is_not_admitted_in_the_same_step() -> None:
+    vllm = engine(blocks=7, tokens=32)
+    add(vllm, "a", 13, 3)
+    add(vllm, "b", 11, 5)
+    vllm.schedule(0.0)
+    vllm.schedule(0.0)
+    # b wants a fourth block; without the tokens in flight, three would do for it again.
+    assert shapes(vllm.schedule(0.0)) == [("a", 14, 1)]
+    assert vllm.num_preemptions == 1
+
+
 def test_a_token_of_a_sequence_preempted_in_flight_is_drawn_again() -> None:
     vllm = engine(blocks=4, tokens=32)
     add(vllm, "a", 7, 8)
