@@ -133,6 +133,17 @@ def test_a_long_queue_spills_into_the_mixed_pool_and_everyone_is_served(data: Pa
     assert max(job.first_s for job in jobs) < alone / 2
 
 
+def test_a_prompt_that_spilled_still_has_its_answer_where_there_is_least_kv(data: Path) -> None:
+    long, short = Job(0.0, 100, 20_000), Job(0.0, 100, 5)  # one to each token machine
+    fill = [Job(0.0, 2048, 1) for _ in range(3)]
+    spilled = Job(0.0, 2000, 2)  # computed beside `long`, whose machine has the fewest sequences
+    with_transfer = machine(data, transfer_s=9.0)
+    jobs = [long, short, *fill, spilled]
+    splitwise_cluster.serve_split([with_transfer], [with_transfer] * 2, jobs)
+    assert spilled.first_s < fill[2].first_s
+    assert spilled.last_s - spilled.first_s > 9.0
+
+
 def test_an_answer_that_does_not_fit_goes_to_the_mixed_pool(data: Path) -> None:
     prompt, token = machine(data, transfer_s=9.0), machine(data)
     prompt.times.kv_tokens, token.times.kv_tokens = 1000, 150
