@@ -27,7 +27,7 @@ from baton.twin.results import RunResult, WorkerResult
 from baton.twin.setup import deployment
 from baton.twin.simulator import Simulator
 from baton.twin.tracing import Tracer
-from baton.twin.workload import TraceRequest, Uniform, gamma, scale, synthetic
+from baton.twin.workload import TraceRequest, Uniform, check_trace, gamma, scale, synthetic
 from baton.types import Role
 
 SUMMARY = (
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Simulate and print; 1 if no request succeeded."""
     slo = Slo.parse(args.slo)
     trace = load(args)
+    check_trace(trace, args.trace or "the workload")
     longest = max(each.num_prompt_tokens + each.num_output_tokens for each in trace)
     link = None
     if args.link is not None:

@@ -7,6 +7,7 @@ to want before they end. How long answers become is learned from those that ende
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from baton.core.block_pool import BlockPool
 from baton.core.exports import ExportTable
@@ -79,6 +80,17 @@ class Admission:
         """Blocks that `seq` is predicted to want beyond those for the tokens it has."""
         rest = self.lengths.predict_rest(seq.request, seq.num_generated)
         return self._config.num_blocks_for(rest)
+
+    def promised(self, running: Iterable[Sequence]) -> int:
+        """The sum of their `growth`."""
+        estimate, size = self.lengths.estimate(), self._config.kv_format.block_size
+        blocks = 0
+        for seq in running:
+            request = seq.request
+            rest = min(request.sampling.max_tokens, estimate) - seq.num_generated
+            if rest > 0 and not request.hand_off:
+                blocks += -(-rest // size)
+        return blocks
 
     def admit(self, seq: Sequence, promised: int, now: float, *, alone: bool) -> bool:
         """Give `seq` what the prefix cache has of it and blocks for the rest, if there is room.

@@ -33,32 +33,25 @@ _PUBLISH, _ALLOCATE = 0, 1
 
 def steady_steps(scheduler: Scheduler, plan: StepPlan) -> int:
     """See `Scheduler.steady_steps`; `plan` is the one in flight."""
-    chunks, config = plan.chunks, scheduler.config
+    chunks = plan.chunks
     running = scheduler._running
     if len(chunks) != len(running) or len(scheduler._in_flight) != 1 or scheduler.fetches.orders:
         return 1
     has_room = scheduler._budget > 0 and scheduler._num_active() < scheduler._max_running
     if has_room and scheduler._waiting:
         return 1
-    steps = config.max_model_len
+    steps = longest = scheduler.config.max_model_len
     for chunk in chunks:
-        seq, start = chunk.seq, chunk.start
-        request = seq.request
-        num_prompt = len(request.prompt)
-        sampling = request.sampling
-        if (
-            chunk.num_tokens != 1
-            or start < num_prompt
-            or sampling.stop_token_ids
-            or request.hand_off
-        ):
+        request, start = chunk.seq.request, chunk.start
+        sampling, num_prompt = request.sampling, len(request.prompt)
+        if chunk.num_tokens != 1 or start < num_prompt:
             return 1
-        # One token is drawn for `start + 1` tokens that are there.
-        left = num_prompt + sampling.max_tokens - start - 1
+        if sampling.stop_token_ids or request.hand_off:
+            return 1
+        # The next token is drawn when `start + 1` are there.
+        left = min(num_prompt + sampling.max_tokens, longest) - start - 1
         if left < steps:
             steps = left
-        if config.max_model_len - start - 1 < steps:
-            steps = config.max_model_len - start - 1
     return max(1, _within_room(scheduler, plan, steps))
 
 
@@ -86,35 +79,31 @@ def advance(
     scheduler: Scheduler, plan: StepPlan, token_ids: Seq[list[int]], nows: Seq[float]
 ) -> None:
     """See `Scheduler.advance`."""
-    steps, first, last = len(nows), nows[0], nows[-1]
+    steps = len(nows)
     assert steps >= 1
     size = scheduler.config.kv_format.block_size
     scheduler._in_flight.end(plan.step)
-    borders = []
-    for order, chunk in enumerate(plan.chunks):
-        seq, start = chunk.seq, chunk.start
-        seq.token_ids += token_ids[order]
-        if steps > size - start % size - 1:
-            borders += _borders(seq, start, steps, size, order)
-        seq.num_computed = start + steps
-    borders.sort()
-    if borders and borders[-1][0] == steps:
-        _visit(scheduler, plan, [border for border in borders if border[0] < steps])
-        at_end = {border[2] for border in borders if border[0] == steps}
-    else:
-        _visit(scheduler, plan, borders)
-        at_end = set()
-    num_chunks = len(plan.chunks)
     scheduler._step += steps - 1
-    for order, chunk in enumerate(plan.chunks):
+    borders = []
+    for order, (chunk, tokens) in enumerate(zip(plan.chunks, token_ids, strict=True)):
+        start = chunk.start
+        chunk.seq.token_ids += tokens
+        if start % size + steps >= size:
+            borders += _borders(chunk.seq, start, steps, size, order)
+    at_end: set[int] = set()
+    if borders:
+        borders.sort()
+        at_end = {order for update, _, order in borders if update == steps}
+        _visit(scheduler, plan, borders[: len(borders) - len(at_end)])
+    for order, (chunk, tokens) in enumerate(zip(plan.chunks, token_ids, strict=True)):
         seq = chunk.seq
         seq.num_computed = seq.num_scheduled = chunk.start + steps
         seq.num_expected = len(seq.token_ids)
         if order in at_end:
             _publish(scheduler, seq)
-        _tell_tokens(scheduler, seq, token_ids[order], first, last)
-    scheduler.counters["tokens_computed"] += steps * num_chunks
-    scheduler.counters["tokens_generated"] += steps * num_chunks
+        _tell_tokens(scheduler, seq, tokens, nows)
+    scheduler.counters["tokens_computed"] += steps * len(plan.chunks)
+    scheduler.counters["tokens_generated"] += steps * len(plan.chunks)
 
 
 def _borders(
@@ -149,15 +138,18 @@ def _publish(scheduler: Scheduler, seq: Sequence) -> None:
 
 
 def _tell_tokens(
-    scheduler: Scheduler, seq: Sequence, token_ids: list[int], first: float, last: float
+    scheduler: Scheduler, seq: Sequence, token_ids: list[int], nows: Seq[float]
 ) -> None:
     if not seq.prefilled:
-        seq.prefilled = first
+        seq.prefilled = nows[0]
     finish = finish_of(seq, scheduler.config)
+    request_id, choice, attempt = seq.id
     scheduler._update.deltas.append(
         TokenDelta(
-            *seq.id,
-            seq.num_generated - len(token_ids),
+            request_id,
+            choice,
+            attempt,
+            len(seq.token_ids) - len(seq.request.prompt) - len(token_ids),
             tuple(token_ids),
             None,
             finish,
@@ -167,4 +159,4 @@ def _tell_tokens(
     )
     seq.told_cached = True
     if finish is not None:
-        finish_sequence(scheduler, seq, last)
+        finish_sequence(scheduler, seq, nows[-1])

@@ -85,7 +85,7 @@ class EarlyFetches:
 
     def awaits(self, keys: Iterable[bytes]) -> bool:
         """Whether one of the blocks with these keys is on its way."""
-        return bool(self._keys) and any(key in self._keys for key in keys)
+        return not self._keys.isdisjoint(keys)
 
     def order_of(self, number: int) -> ImportOrder:
         """The fetch of that number, which is under way."""

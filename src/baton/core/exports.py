@@ -51,6 +51,7 @@ class _Export:
     num_tokens: int = 0
     num_unsealed: int = 0
     num_told: int = 0
+    num_covered: int = 0  # parts that the present grant's lease holds
     grant: Grant | None = None
     parts: list[_Part] = field(default_factory=list)
 
@@ -211,9 +212,11 @@ class ExportTable:
             request = export.seq.request
             grant = self._mint(request.id, request.choice, request.attempt, request.tenant, now)
             export.grant = grant
-        for part in export.parts[:num_parts]:
+            export.num_covered = 0
+        for part in export.parts[export.num_covered : num_parts]:
             covered = self.leases.cover(grant.grant_id, part.key)
             assert covered, "a key that the export holds can be covered"
+        export.num_covered = max(export.num_covered, num_parts)
         return grant
 
     def _mint(self, request_id: str, choice: int, attempt: int, tenant: str, now: float) -> Grant:

@@ -50,7 +50,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True):
         if not request.prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
         for name, tokens in (("prompt", request.prompt), ("emitted", request.emitted)):
-            if tokens and (min(tokens) < 0 or max(tokens) >= self.vocab_size):
+            distinct = set(tokens)
+            if tokens and (min(distinct) < 0 or max(distinct) >= self.vocab_size):
                 raise InvalidRequest(
                     f"{name} holds a token outside the vocabulary of {self.vocab_size}",
                     param=name,

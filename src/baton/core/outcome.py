@@ -23,14 +23,15 @@ def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float
         seq = chunk.seq
         if not all_count and seq.id not in counting:
             continue  # ended or preempted while the step ran
-        if chunk.start < len(seq.request.prompt):
+        request, start = seq.request, chunk.start
+        if start < len(request.prompt):
             _count_prompt(scheduler, seq, chunk)
-        seq.num_computed = chunk.start + chunk.num_tokens
-        if seq.num_computed >= (seq.num_published + 1) * seq.block_size:
+        seq.num_computed = end = start + chunk.num_tokens
+        if end >= (seq.num_published + 1) * seq.block_size:
             scheduler._publish(seq)
-            if config.keep_blocks and not seq.request.hand_off:
+            if config.keep_blocks and not request.hand_off:
                 update.exports += exports.keep(seq)
-        if seq.request.hand_off:
+        if request.hand_off:
             update.exports += exports.export_full_blocks(seq)
             tell(scheduler, seq, now)
         if chunk.samples:
@@ -43,14 +44,13 @@ def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float
 
 def finish_of(seq: Sequence, config: SchedulerConfig) -> FinishReason | None:
     """How `seq` ends with the token that it has last; None if it goes on."""
-    sampling = seq.request.sampling
-    num_tokens = len(seq.token_ids)
-    if seq.token_ids[-1] in sampling.stop_token_ids:
+    request, num_tokens = seq.request, len(seq.token_ids)
+    sampling = request.sampling
+    if sampling.stop_token_ids and seq.token_ids[-1] in sampling.stop_token_ids:
         return FinishReason.STOP
-    num_generated = num_tokens - len(seq.request.prompt)
-    if num_generated >= sampling.max_tokens or num_tokens >= config.max_model_len:
+    if num_tokens - len(request.prompt) >= sampling.max_tokens:
         return FinishReason.LENGTH
-    return None
+    return FinishReason.LENGTH if num_tokens >= config.max_model_len else None
 
 
 def finish_sequence(scheduler: Scheduler, seq: Sequence, now: float) -> None:
@@ -90,10 +90,13 @@ def _append(
     seq.token_ids.append(token)
     finish = finish_of(seq, scheduler.config)
     update = scheduler._update
+    request_id, choice, attempt = seq.id
     update.deltas.append(
         TokenDelta(
-            *seq.id,
-            seq.num_generated - 1,
+            request_id,
+            choice,
+            attempt,
+            len(seq.token_ids) - len(seq.request.prompt) - 1,
             (token,),
             None if logprobs is None else (logprobs,),
             finish,

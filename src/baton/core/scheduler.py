@@ -134,7 +134,7 @@ class Scheduler:
     def offer(self, sealed: Sealed, now: float) -> None:
         """Blocks that this worker may soon want can be had; it fetches them if there is room."""
         if self.config.prefix_cache and not self._draining:
-            spare = self.pool.num_free - sum(map(self.admission.growth, self._running.values()))
+            spare = self.pool.num_free - self.admission.promised(self._running.values())
             self.fetches.offer(sealed, spare, now)
 
     def lend(self, ask: Lend, now: float) -> None:
@@ -199,9 +199,11 @@ class Scheduler:
             (decodes if seq.num_expected - seq.num_scheduled == 1 else prompts).append(seq)
         if self._in_flight:
             decodes = [seq for seq in decodes if self._is_ready(seq)]
+        size = self.config.kv_format.block_size
         for seq in decodes:
-            if seq.status is _RUNNING and self._grow(seq):
-                self._plan(seq)
+            if seq.status is _RUNNING:
+                if seq.num_expected <= len(seq.blocks) * size or self._grow(seq):
+                    self._plan(seq)
         # Whoever was preempted in this step must not take the blocks back in the same step.
         admits = self.counters["preemptions"] == num_preempted
         self._plan_prompts(prompts, admits, now)
@@ -275,7 +277,7 @@ class Scheduler:
         """Share the rest of the budget among prompts, and admit those whose turn it is."""
         promised = 0
         if admits and self._waiting and self._num_active() < self._max_running:
-            promised = sum(map(self.admission.growth, self._running.values()))
+            promised = self.admission.promised(self._running.values())
         begun = [seq for seq in prompts if seq.status is _RUNNING]
         begun.sort(key=rank, reverse=True)
         while self._budget > 0:
@@ -358,9 +360,9 @@ class Scheduler:
     def _publish(self, seq: Sequence) -> None:
         num_full = seq.num_computed // seq.block_size
         if self.config.prefix_cache and num_full > seq.num_published:
-            keys = seq.class_keys(seq.num_computed)
-            for i in range(seq.num_published, num_full):
-                self.pool.publish(seq.blocks[i], keys[i])
+            keys, first = seq.class_keys(seq.num_computed), seq.num_published
+            for block, key in zip(seq.blocks[first:num_full], keys[first:num_full], strict=True):
+                self.pool.publish(block, key)
         seq.num_published = num_full
 
     def _expire(self, now: float) -> None:

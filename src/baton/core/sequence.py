@@ -143,7 +143,7 @@ class Sequence:
         wanted = num_tokens // self.block_size
         if len(self.keys) < wanted:
             self._extend_keys(self.keys, self.root, self.token_ids, self.block_size, wanted)
-        return self.keys[:wanted]
+        return self.keys if len(self.keys) == wanted else self.keys[:wanted]
 
     def class_keys(self, num_tokens: int) -> list[bytes]:
         """As `full_keys`, in the numerics class of this sequence: what its blocks are found by."""

@@ -71,15 +71,17 @@ class Deployment(msgspec.Struct, frozen=True):
                 raise ConfigError(f"{worker.worker_id} is on port {worker.port!r}, which has no rate")
 
     def refuses(self, request: TraceRequest) -> str | None:
-        """Why no worker could ever take this request; None if one can."""
+        """Why no worker could ever take this request; None if it can be served."""
+        able: set[Role] = set()
         reasons = []
         for worker in self.workers:
             reason = _refusal(worker, request)
-            if reason is None and worker.role is not Role.PREFILL:
-                return None
-            if reason is not None:
+            if reason is None:
+                able.add(worker.role)
+            else:
                 reasons.append(f"{worker.worker_id}: {reason}")
-        return reasons[0] if reasons else None
+        served = Role.UNIFIED in able or {Role.PREFILL, Role.DECODE} <= able
+        return None if served else reasons[0]
 
 
 def _refusal(worker: WorkerSetup, request: TraceRequest) -> str | None:

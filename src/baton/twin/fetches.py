@@ -1,16 +1,16 @@
 """Blocks from store to pool, on virtual time: what the fabric's threads do, without the bytes.
 
-A worker has one fetcher for each peer, which does one fetch at a time, as the fabric has; what
-waits for it waits here. Bytes move over the `Network`, which shares bandwidth among all. A block
-is whole if its source still lives in the epoch of the grant and the lease still covers it when the
-last byte has come; and what is not there by the deadline of its order has not come at all.
+A worker has one fetcher for each peer, as the fabric has: what is asked for while it is busy waits
+here, and goes as one train when its turn comes, first come first served, to be acknowledged when
+the last byte has come. Bytes move over the `Network`, which shares bandwidth among all. A block is
+whole if its source still lives in the epoch of the grant and the lease still covers it by then;
+and what is not there by the deadline of its order has not come at all.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from baton.core.cost import Link
 from baton.core.imports import OK
@@ -25,15 +25,24 @@ Arrived = Callable[[tuple[str, ...], float], None]
 """Results, a word a block, and the seconds that the fetch took without its wait."""
 
 
-class _Job:
-    __slots__ = ("arrived", "began", "order", "reader", "transfer")
+class _Job(NamedTuple):
+    order: ImportOrder
+    arrived: Arrived
+    num_bytes: int
 
-    def __init__(self, reader: Node, order: ImportOrder, arrived: Arrived) -> None:
+
+class _Way:
+    """From one store to one pool: the train under way, and what waits for it."""
+
+    __slots__ = ("began", "reader", "source", "train", "transfer", "waiting")
+
+    def __init__(self, source: str, reader: Node) -> None:
+        self.source = source
         self.reader = reader
-        self.order = order
-        self.arrived = arrived
-        self.began = 0.0
+        self.train: list[_Job] = []
+        self.waiting: list[_Job] = []
         self.transfer: int | None = None
+        self.began = 0.0
 
 
 class Fetcher:
@@ -46,10 +55,10 @@ class Fetcher:
         self._network = network
         self._link = link
         self._find = find
-        self._queues: dict[tuple[str, str], deque[_Job]] = {}
+        self._ways: dict[tuple[str, str], _Way] = {}
         self._wires: set[tuple[str, int, str]] = set()
 
-    def own(self, reader: Node, order: ImportOrder, done_at: float, arrived: Arrived) -> None:
+    def own(self, order: ImportOrder, done_at: float, arrived: Arrived) -> None:
         """Blocks out of the reader's own store, which holds them meanwhile."""
         elapsed_s = done_at - self._clock.now
         results = (OK,) * len(order.wanted)
@@ -58,83 +67,90 @@ class Fetcher:
     def fetch(self, reader: Node, order: ImportOrder, arrived: Arrived) -> None:
         """Blocks of a peer."""
         assert order.grant is not None
-        way = (reader.setup.worker_id, order.grant.source)
-        queue = self._queues.setdefault(way, deque())
-        queue.append(_Job(reader, order, arrived))
-        if len(queue) == 1:
-            self._begin(way)
+        names = (order.grant.source, reader.setup.worker_id)
+        way = self._ways.get(names)
+        if way is None:
+            way = self._ways[names] = _Way(names[0], reader)
+        block_bytes = reader.setup.limits.kv_format.block_bytes
+        for figures in reader.setup.limits.codecs:
+            if figures.name == order.codec:
+                block_bytes = figures.encoded_bytes
+        way.waiting.append(_Job(order, arrived, len(order.wanted) * block_bytes))
+        if not way.train:
+            self._depart(way)
 
     def lost(self, worker_id: str) -> None:
         """A worker has died: nothing comes from it, and nothing need come to it."""
-        for way in list(self._queues):
-            reader, source = way
-            if reader == worker_id:
-                for job in self._queues.pop(way):
-                    if job.transfer is not None:
-                        self._network.cancel(job.transfer)
-            elif source == worker_id:
-                for job in list(self._queues[way]):
-                    if job.transfer is not None:
-                        self._network.cancel(job.transfer)
-                    self._finish(way, job, "unreachable")
+        for names, way in list(self._ways.items()):
+            if worker_id not in names:
+                continue
+            if way.transfer is not None:
+                self._network.cancel(way.transfer)
+            del self._ways[names]
+            if way.source == worker_id:
+                for job in (*way.train, *way.waiting):
+                    job.arrived(("unreachable",) * len(job.order.wanted), 0.0)
 
-    def _begin(self, way: tuple[str, str]) -> None:
-        job = self._queues[way][0]
-        now, order, reader = self._clock.now, job.order, job.reader
-        job.began = now
-        source = self._find(way[1])
-        if not source.is_alive:
-            self._clock.after(0.0, lambda: self._finish(way, job, "unreachable"))
+    def _depart(self, way: _Way) -> None:
+        way.train, way.waiting = way.waiting, []
+        way.began = now = self._clock.now
+        source, reader = self._find(way.source), way.reader
+        if not source.is_alive or now >= min(job.order.deadline for job in way.train):
+            self._clock.after(0.0, lambda: self._arrive(way))
             return
-        if now >= order.deadline:
-            self._clock.after(0.0, lambda: self._finish(way, job, "timed_out"))
-            return
-        limits = reader.setup.limits
-        num_blocks, num_bytes = len(order.wanted), limits.kv_format.block_bytes
-        fixed_s = self._link.latency_s + num_blocks * self._link.per_block_s
-        for figures in limits.codecs:
-            if figures.name == order.codec:
-                num_bytes = figures.encoded_bytes
-                fixed_s += num_blocks * (figures.encode_s + figures.decode_s)
         ports = source.setup.port, reader.setup.port
-        wire = (reader.setup.worker_id, reader.epoch, way[1])
+        self._tell_wire(reader, way.source, ports)
+        fixed_s = self._link.latency_s
+        num_bytes = 0
+        codecs = {figures.name: figures for figures in reader.setup.limits.codecs}
+        for job in way.train:
+            coding = codecs.get(job.order.codec)
+            coding_s = 0.0 if coding is None else coding.encode_s + coding.decode_s
+            fixed_s += len(job.order.wanted) * (self._link.per_block_s + coding_s)
+            num_bytes += job.num_bytes
+        way.transfer = self._network.begin(
+            *ports, float(num_bytes), fixed_s, lambda: self._arrive(way)
+        )
+        train, deadline = way.train, min(job.order.deadline for job in way.train)
+        self._clock.at(deadline, lambda: self._give_up(way, train))
+
+    def _tell_wire(self, reader: Node, source: str, ports: tuple[str, str]) -> None:
+        """A worker learns that a peer is reached over a network when it first fetches from it."""
+        wire = (reader.setup.worker_id, reader.epoch, source)
         if ports[0] != ports[1] and wire not in self._wires:
             self._wires.add(wire)
-            reader.put(lambda: reader.scheduler.link(way[1]), urgent=False)
-        job.transfer = self._network.begin(
-            *ports, float(num_blocks * num_bytes), fixed_s, lambda: self._moved(way, job)
-        )
-        self._clock.at(order.deadline, lambda: self._too_late(way, job))
+            reader.put(lambda: reader.scheduler.link(source), urgent=False)
 
-    def _moved(self, way: tuple[str, str], job: _Job) -> None:
-        source, grant = self._find(way[1]), job.order.grant
+    def _give_up(self, way: _Way, train: list[_Job]) -> None:
+        """At the first deadline in the train; the network was slower than the lease allows for."""
+        if way.train is train and way.transfer is not None:
+            self._network.cancel(way.transfer)
+            self._arrive(way)
+
+    def _arrive(self, way: _Way) -> None:
+        train, way.train, way.transfer = way.train, [], None
+        passed = self._clock.now - way.began
+        num_bytes = sum(job.num_bytes for job in train)
+        for job in train:
+            job.arrived(self._results(way, job.order), passed * job.num_bytes / num_bytes)
+        if way.waiting and not way.train:
+            self._depart(way)
+
+    def _results(self, way: _Way, order: ImportOrder) -> tuple[str, ...]:
+        source, grant, now = self._find(way.source), order.grant, self._clock.now
         assert grant is not None
-        if grant.epoch != source.epoch:
-            self._finish(way, job, "stale_epoch")
-            return
-        now, results = self._clock.now, []
-        for want in job.order.wanted:
-            entry = source.index.lookup(want.key)
-            held = source.leases.allows(grant.grant_id, want.key, now)
-            results.append(OK if held and entry is not None and entry.sealed else "missing")
-        self._end(way, job, tuple(results))
-
-    def _too_late(self, way: tuple[str, str], job: _Job) -> None:
-        queue = self._queues.get(way)
-        if queue and queue[0] is job and job.transfer is not None:
-            self._network.cancel(job.transfer)
-            self._finish(way, job, "timed_out")
-
-    def _finish(self, way: tuple[str, str], job: _Job, reason: str) -> None:
-        self._end(way, job, (reason,) * len(job.order.wanted))
-
-    def _end(self, way: tuple[str, str], job: _Job, results: tuple[str, ...]) -> None:
-        queue = self._queues.get(way)
-        if not queue or queue[0] is not job:
-            return  # its reader has died
-        queue.popleft()
-        job.arrived(results, self._clock.now - job.began)
-        if queue:
-            self._begin(way)
-        else:
-            self._queues.pop(way, None)
+        reason = ""
+        if not source.is_alive:
+            reason = "unreachable"
+        elif grant.epoch != source.epoch:
+            reason = "stale_epoch"
+        elif now >= order.deadline:
+            reason = "timed_out"
+        if reason:
+            return (reason,) * len(order.wanted)
+        allows, lookup = source.leases.allows, source.index.lookup
+        results = []
+        for want in order.wanted:
+            entry = lookup(want.key) if allows(grant.grant_id, want.key, now) else None
+            results.append(OK if entry is not None and entry.sealed else "missing")
+        return tuple(results)

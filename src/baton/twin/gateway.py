@@ -158,8 +158,8 @@ class Gateway:
             elif delta.finish is not None:
                 record.end(self._clock.now)
                 self.num_ended += 1
-        for instruction in outcome.instructions:
-            self._tell(instruction)
+        if outcome.instructions:
+            self._tell(outcome.instructions)
         due = self.table.next_deadline()
         if due is not None and (self._wake_at is None or due < self._wake_at):
             self._wake_at = due
@@ -172,16 +172,21 @@ class Gateway:
         self.table.tick(self._clock.now)
         self._carry_out()
 
-    def _tell(self, instruction: Instruction) -> None:
-        node = self._nodes[instruction.worker_id]
-        epoch = self._epochs[instruction.worker_id]
-        clock = self._clock
+    def _tell(self, instructions: Sequence[Instruction]) -> None:
+        """One message to each worker, as a link's turn makes it."""
+        messages: dict[str, list[Instruction]] = {}
+        for instruction in instructions:
+            messages.setdefault(instruction.worker_id, []).append(instruction)
+        for worker_id, message in messages.items():
+            self._send(self._nodes[worker_id], self._epochs[worker_id], message)
 
+    def _send(self, node: Node, epoch: int, message: Sequence[Instruction]) -> None:
         def arrive() -> None:
             if node.epoch == epoch:
-                self._instruct(node, instruction)
+                for instruction in message:
+                    self._instruct(node, instruction)
 
-        clock.after(self._deployment.message_s, arrive)
+        self._clock.after(self._deployment.message_s, arrive)
 
     def _instruct(self, node: Node, instruction: Instruction) -> None:
         scheduler, clock = node.scheduler, self._clock

@@ -25,7 +25,6 @@ from baton.core.lease import LeaseTable
 from baton.core.pacing import SEAL_WAIT_SHARE, STEP_TIME_WEIGHT
 from baton.core.plan import ImportOrder, StepPlan, Update
 from baton.core.scheduler import Scheduler
-from baton.core.sequence import SequenceId
 from baton.core.store_index import StoreIndex
 from baton.twin.clock import Clock
 from baton.twin.deployment import WorkerSetup
@@ -38,6 +37,9 @@ from baton.twin.tracing import Tracer
 
 MAX_JUMP = 256
 """Steps in one event: what they give to the store is copied only when they are over."""
+
+_FIRST_STRIDE = 4
+"""Steps in one event where news comes often; twice as many each time that none came."""
 
 Message = Callable[[], object]
 
@@ -83,10 +85,11 @@ class Node:
         self._submitted: deque[StepPlan] = deque()
         self._version = 0  # of the event that is awaited; others are out of date
         self._ends: list[float] = []
+        self._stride = _FIRST_STRIDE
         self._step_s = 0.0
         self._copies: deque[tuple[float, bytes]] = deque()
         self._copier_free_at = 0.0
-        self._held: dict[SequenceId, Tokens] = {}
+        self._held: dict[str, Tokens] = {}  # by request; there is one choice
 
     @property
     def is_alive(self) -> bool:
@@ -119,7 +122,7 @@ class Node:
         tokens: list[Tokens] = []
         if ended:
             self._take_in(ended)
-            tokens = self._hold(self.scheduler.take(), ended)
+            tokens = self._keep_back(self.scheduler.take(), ended)
         self._tell_gateway(self, Report([*tokens, *self._held.values()]))
         self._state = _State.DEAD
         self._version += 1
@@ -136,16 +139,15 @@ class Node:
         """Only the newest of these events happens; in a frozen process, when it goes on."""
         self._version += 1
         version = self._version
+        self._clock.at(when, lambda: self._due(version, action))
 
-        def act() -> None:
-            if version != self._version:
-                return
-            if self._frozen_until > self._clock.now:
-                self._clock.at(self._frozen_until, act)
-            else:
-                action()
-
-        self._clock.at(when, act)
+    def _due(self, version: int, action: Callable[[], None]) -> None:
+        if version != self._version:
+            return
+        if self._frozen_until > self._clock.now:
+            self._clock.at(self._frozen_until, lambda: self._due(version, action))
+        else:
+            action()
 
     def _turn(self) -> None:
         now, runner = self._clock.now, self._runner
@@ -172,17 +174,19 @@ class Node:
     def _await_step(self, plan: StepPlan) -> None:
         steps = 1
         if self._runner.depth == 1:
-            steps = min(MAX_JUMP, self.scheduler.steady_steps(plan))
+            steps = min(MAX_JUMP, self._stride, self.scheduler.steady_steps(plan))
         before = math.inf
         if steps > 1:
             deadline = self.scheduler.next_deadline()
             before = math.inf if deadline is None else deadline
         self._ends = self._runner.ends(steps, before)
+        self._stride = min(2 * self._stride, MAX_JUMP)
         self._await(self._ends[-1], self._ended)
 
     def _cut_short(self) -> None:
         """News has come: the step that runs now is the last before it is heard."""
         running = bisect_left(self._ends, self._clock.now)
+        self._stride = max(_FIRST_STRIDE, running)
         if running < len(self._ends) - 1:
             del self._ends[running + 1 :]
             self._await(self._ends[-1], self._ended)
@@ -242,29 +246,30 @@ class Node:
         update = self.scheduler.take()
         if update.exports:
             self._copy([order.key for order in update.exports])
-        tokens = self._hold(update, ends)
+        tokens = self._keep_back(update, ends)
         if tokens or update.sealed or update.landed or update.handoffs:
             self._tell_gateway(
                 self, Report(tokens, update.sealed, update.landed, update.handoffs, update.times)
             )
 
-    def _hold(self, update: Update, ends: list[float]) -> list[Tokens]:
+    def _keep_back(self, update: Update, ends: list[float]) -> list[Tokens]:
         """Keep tokens back, and return those that must go: of a leg's beginning, and of its end."""
         held, due = self._held, []
         for delta in update.deltas:
-            seq_id = (delta.request_id, delta.choice, delta.attempt)
-            times = ends if len(delta.token_ids) == len(ends) else ends[: len(delta.token_ids)]
-            before = held.get(seq_id)
-            if before is None:
-                before = Tokens(delta, list(times))
+            request_id = delta.request_id
+            tokens = held.get(request_id)
+            if tokens is None or tokens.first.attempt != delta.attempt:
+                tokens = Tokens(delta, ends[: len(delta.token_ids)])
                 if delta.finish is None and delta.num_cached is None:
-                    held[seq_id] = before
+                    held[request_id] = tokens
                 else:
-                    due.append(before)
-            else:
-                before.add(delta, times)
-                if delta.finish is not None:
-                    due.append(held.pop(seq_id))
+                    due.append(tokens)
+                continue
+            tokens.last = delta
+            if delta.token_ids:  # else it is an error
+                tokens.times += ends
+            if delta.finish is not None:
+                due.append(held.pop(request_id))
         return due
 
     def _copy(self, keys: list[bytes]) -> None:
@@ -297,7 +302,7 @@ class Node:
             )
 
         if order.grant is None:
-            self._fetcher.own(self, order, self._restore(len(order.wanted)), arrived)
+            self._fetcher.own(order, self._restore(len(order.wanted)), arrived)
         else:
             self._fetcher.fetch(self, order, arrived)
 

@@ -23,10 +23,11 @@ def extend_names(
     keys: list[bytes], root: bytes, token_ids: Seq[int], block_size: int, number: int
 ) -> None:
     """An `ExtendKeys`: 32 bytes a block, the first half of them telling tenants apart."""
-    prefix = root[:_HALF]
-    for i in range(len(keys), number):
-        last = token_ids[(i + 1) * block_size - 1]
-        keys.append(prefix + (last << 64 | i).to_bytes(_HALF, "little"))
+    prefix, first = root[:_HALF], len(keys)
+    lasts = token_ids[(first + 1) * block_size - 1 : number * block_size : block_size]
+    keys += [
+        prefix + (last << 64 | i).to_bytes(_HALF, "little") for i, last in enumerate(lasts, first)
+    ]
 
 
 class Prompts:

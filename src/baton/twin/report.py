@@ -8,23 +8,17 @@ from baton.types import Handoff, Landed, Sealed, StageTimes, TokenDelta
 
 
 class Tokens:
-    """Successive tokens of one leg, with the instants at which they were drawn."""
+    """Successive tokens of one leg, from delta to delta, with the instants at which they came."""
 
-    __slots__ = ("_first", "_last", "_num_tokens", "times")
+    __slots__ = ("first", "last", "times")
 
     def __init__(self, delta: TokenDelta, times: list[float]) -> None:
         self.times = times
-        self._first = self._last = delta
-        self._num_tokens = len(delta.token_ids)
-
-    def add(self, delta: TokenDelta, times: list[float]) -> None:
-        self.times += times
-        self._last = delta
-        self._num_tokens += len(delta.token_ids)
+        self.first = self.last = delta
 
     def delta(self) -> TokenDelta:
         """All of them as one. A leg's tokens are all the same, so they need not be kept."""
-        first, last = self._first, self._last
+        first, last = self.first, self.last
         if first is last:
             return first
         ids = (first.token_ids or last.token_ids)[:1]
@@ -33,7 +27,7 @@ class Tokens:
             first.choice,
             first.attempt,
             first.first_index,
-            ids * self._num_tokens,
+            ids * len(self.times),
             None,
             last.finish,
             last.error,
