@@ -97,7 +97,7 @@ def test_shared_memory_on_this_host(
     assert choices(caplog) == [("shm", "it is on this host: its store came over a Unix socket")]
     assert reader.wires == []
     assert reader.ways.counters["blocks_by_shm"] == 1
-    assert reader.ways.names(mint()) == ["shm", "tcp"]
+    assert reader.ways.names(mint(), KV_FORMAT) == ["shm", "tcp"]
 
 
 def test_a_socket_that_is_left_over_proves_nothing(
@@ -112,7 +112,7 @@ def test_a_socket_that_is_left_over_proves_nothing(
     assert name == "tcp" and reason.startswith("it is not on this host: ")
     assert reader.wires == [Wire("p0")]
     assert reader.ways.counters["blocks_by_tcp"] == 0
-    assert reader.ways.names(mint()) == ["tcp"]
+    assert reader.ways.names(mint(), KV_FORMAT) == ["tcp"]
 
 
 def test_nor_does_another_start_of_a_worker_with_its_name(

@@ -29,7 +29,7 @@ def measure(ways: Ways, ask: Measure) -> list[Measured]:
     places = list(zip(sealed.keys, sealed.frames, sealed.digests, strict=False))[:MAX_BLOCKS]
     wanted = [Wanted(*place, np.empty(block_bytes, np.uint8)) for place in places]
     found = []
-    for name in ways.names(sealed.grant) if wanted else ():
+    for name in ways.names(sealed.grant, ask.kv_format) if wanted else ():
         try:
             way = ways.open(name, ask.kv_format)
         except ConfigError as error:

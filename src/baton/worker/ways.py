@@ -104,10 +104,12 @@ class Ways:
         streams = self._config.tcp_streams
         return TcpTransport(self._tcp_peer, kv_format, self._tls, streams, codecs)
 
-    def names(self, grant: Grant) -> list[str]:
-        """Names of the transports by which blocks of the source of `grant` could come."""
+    def names(self, grant: Grant, kv_format: KvFormat) -> list[str]:
+        """Names of the transports by which blocks of this form, of the source of `grant`, could
+        come.
+        """
         found = []
-        near = ShmTransport(self._runtime_dir, self._kv_format)
+        near = ShmTransport(self._runtime_dir, kv_format)
         if near.reach(grant, time.monotonic() + ASK_TIMEOUT_S) is None:
             found.append("shm")
         near.close()
