@@ -129,6 +129,14 @@ class Life:
         left = self.request.deadline_s
         return None if left is None else self.received + left
 
+    def placed(self, placement: Placement, num_keys: int) -> None:
+        """An attempt begins; `num_keys` full blocks are there at its beginning."""
+        self.placement = placement
+        self.worker_id = placement.prefill or placement.decode
+        self.num_placed_keys = num_keys
+        self.drew = False
+        self.num_landed = 0
+
     def extend_keys(self, content: Content, num_tokens: int) -> list[bytes]:
         """Keys of the full blocks of the first `num_tokens` tokens of prompt and answer, at least.
 
