@@ -184,22 +184,41 @@ def test_a_link_that_is_over_ends_the_request(monkeypatch: pytest.MonkeyPatch) -
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("crashed", [False, True])
+def test_the_clock_wakes_the_table_for_what_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        here = Harness(monkeypatch, "p0", "p1", "d0", lease_ttl_s=1000.0, borrow_wait_s=0.03)
+        first = await begin(here.read("x"))
+        grant = Grant("g", "p0", 1, "", 1000.0, b"")
+        here.report("p0", sealed=(Sealed("x", 0, 0, grant, 0, (), (), ()),))
+        second = await begin(here.read())
+        await until(here.links["p1"].legs)
+        await here.dispatcher.close()
+        for asked in (first, second):
+            asked.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("crashes", "ends"),
+    [((False, False, False), False), ((True, False, False), False), ((True, True), True)],
+)
 def test_a_worker_that_says_that_its_step_failed_is_not_given_it_a_third_time(
-    monkeypatch: pytest.MonkeyPatch, crashed: bool
+    monkeypatch: pytest.MonkeyPatch, crashes: tuple[bool, ...], ends: bool
 ) -> None:
     async def run() -> None:
         here = Harness(monkeypatch, "u0")
         asked = await begin(here.read())
-        for attempt in range(2):
+        for attempt, crashed in enumerate(crashes):
             assert [leg.attempt for leg in here.links["u0"].legs()] == [attempt]
             if crashed:
                 here.report("u0", fatal=WorkerLost("engine failed").to_wire())
             here.lose("u0")
             here.join("u0")
         await asyncio.sleep(0)
-        assert asked.done() == crashed
-        if crashed:
+        assert asked.done() == ends
+        if ends:
             error = asked.result().error
             assert error is not None
             assert error.code == "worker_lost"
