@@ -231,8 +231,9 @@ def test_death_after_death(served: Victim) -> None:
             stream = Stream(client, served.body(prompt_of(50, 50), 5000))
             for number in range(4):
                 await until(
-                    lambda number=number: events(served)["placed_again"]
-                    == before["placed_again"] + number,
+                    lambda number=number: (
+                        events(served)["placed_again"] == before["placed_again"] + number
+                    ),
                     TOLD_S,
                     "its being placed again",
                 )

@@ -55,8 +55,10 @@ class Gateway:
         for name in workers:
             self.join(name)
 
-    def join(self, name: str, now: float = 0.0, content: Content = CONTENT) -> Outcome:
-        info = WorkerInfo(name, ROLES[name[0]], 1, 100, BLOCK_SIZE, 100, True)
+    def join(
+        self, name: str, now: float = 0.0, content: Content = CONTENT, num_frames: int = 100
+    ) -> Outcome:
+        info = WorkerInfo(name, ROLES[name[0]], 1, 100, BLOCK_SIZE, num_frames, True)
         self.table.join(info, content, now)
         return self.table.take()
 
@@ -571,6 +573,22 @@ def test_decode_lost_while_the_prompt_is_computed() -> None:
     assert (worker, leg.attempt, leg.emitted, leg.hand_off) == ("p0", 1, (7,), True)
     assert Release("p0", "g") in told(outcome)
     assert life.placement.decode == "d1"
+
+
+@pytest.mark.parametrize(("num_tokens", "splits"), [(2, True), (3, False)])
+def test_an_answer_that_has_outgrown_the_store(num_tokens: int, splits: bool) -> None:
+    """Of three frames: the decode worker computes it all, for it cannot be handed off."""
+    gateway = Gateway("d0", "d1")
+    gateway.join("p0", num_frames=3)
+    life = taken_over(gateway)
+    gateway.says("d0", *(tokens(index, 8) for index in range(1, num_tokens)))
+    worker, leg = submitted(gateway.lose("d0"))
+    assert (worker, leg.hand_off) == (("p0", True) if splits else ("d1", False))
+    assert len(leg.emitted) == num_tokens
+    last = tokens(num_tokens, 9, attempt=1, finish=FinishReason.LENGTH)
+    assert gateway.says(worker, last).deltas == [last]
+    assert len(life.tokens) == num_tokens + 1
+    assert not len(gateway.table)
 
 
 def test_a_lost_unified_worker() -> None:

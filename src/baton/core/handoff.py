@@ -268,13 +268,12 @@ class RequestTable:
         num_tokens = len(request.prompt) + len(life.tokens)
         keys = life.extend_keys(content, num_tokens, self._extend_keys)
         placement = self._router.place(request.id, request.choice, num_tokens, keys, key_class)
+        prefill = self._workers.get(placement.prefill or "")
+        if life.tokens and prefill and num_tokens > prefill.num_frames * prefill.block_size:
+            # The answer has outgrown the store it would be handed off from.
+            placement = msgspec.structs.replace(placement, prefill=None, lender=None)
         self._waiting.pop(life.key, None)
-        life.placement = placement
-        life.worker_id = placement.prefill or placement.decode
-        life.num_placed_keys = len(keys)
-        life.key_class = key_class
-        life.drew = False
-        life.num_landed = 0
+        life.placed(placement, len(keys), key_class)
         lender, first = placement.lender, placement.first_lent
         if lender is None:
             self._begin(life, None, now)

@@ -133,6 +133,15 @@ class Life:
         left = self.request.deadline_s
         return None if left is None else self.received + left
 
+    def placed(self, placement: Placement, num_keys: int, key_class: str) -> None:
+        """An attempt begins; `num_keys` full blocks are there at its beginning."""
+        self.placement = placement
+        self.worker_id = placement.prefill or placement.decode
+        self.num_placed_keys = num_keys
+        self.key_class = key_class
+        self.drew = False
+        self.num_landed = 0
+
     def extend_keys(
         self, content: Content, num_tokens: int, extend: ExtendKeys = extend_chain
     ) -> list[bytes]:

@@ -117,7 +117,6 @@ class PlacingDispatcher:
     # What workers say ---------------------------------------------------------------------------
 
     def _joined(self, hello: Hello) -> None:
-        self._crashed.discard(hello.worker_id)
         fmt = hello.kv_format
         info = WorkerInfo(
             hello.worker_id,
@@ -136,6 +135,7 @@ class PlacingDispatcher:
     def _lost(self, worker_id: str, reason: str) -> None:
         # The reason holds addresses: it is for the log, where the registry has put it.
         crashed = worker_id in self._crashed
+        self._crashed.discard(worker_id)
         self._table.lose(worker_id, time.monotonic(), crashed=crashed)
         self._carry_out()
 
