@@ -15,7 +15,7 @@ import uvloop
 
 from baton.cli.endpoint import DEFAULT_URL, Endpoint, connect
 from baton.cli.load.client import INTERRUPTED, Target, run_load
-from baton.cli.load.metrics import RequestResult
+from baton.observe.results import RequestResult
 from baton.cli.load.prompts import PromptSource
 from baton.cli.load.workload import Arrival
 from baton.cli.parser import Parser

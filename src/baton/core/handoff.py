@@ -182,7 +182,9 @@ class RequestTable:
             return
         if delta.token_ids:
             if delta.first_index != len(life.tokens):
-                error = f"worker {worker_id} sent token {delta.first_index} after {len(life.tokens)}"
+                error = (
+                    f"worker {worker_id} sent token {delta.first_index} after {len(life.tokens)}"
+                )
                 self._fail(life, Internal(error, stage="decode"), now)
                 return
             if not life.drew:

@@ -148,7 +148,7 @@ class Sequence:
     def class_keys(self, num_tokens: int) -> list[bytes]:
         """As `full_keys`, in the numerics class of this sequence: what its blocks are found by."""
         keys = self.full_keys(num_tokens)
-        if self.codec == RAW:
+        if self.codec is RAW or self.codec == RAW:
             return keys
         lossy = self._lossy_keys
         lossy += [content_keys.lossy_key(key, self.codec) for key in keys[len(lossy) :]]

@@ -1,0 +1,1 @@
+"""Published results, predicted again: each script prints published, ours and the error."""
