@@ -22,7 +22,7 @@ STEP_S = 0.25
 configs = st.builds(
     make_config,
     block_size=st.sampled_from((1, 2, 3, 8)),
-    num_blocks=st.sampled_from((12, 20, 64, 200)),
+    num_blocks=st.sampled_from((10, 14, 20, 40, 200)),
     num_frames=st.sampled_from((0, 3, 16)),
     max_num_seqs=st.integers(1, 6),
     max_num_batched_tokens=st.integers(3, 20),
@@ -36,9 +36,10 @@ arrivals = st.lists(
         st.lists(st.integers(0, 1), min_size=1, max_size=9),
         st.integers(1, 30),
         st.sampled_from((None, None, 5.0)),
+        st.sampled_from((0, 0, 0, 1, 2)),  # tokens of the answer that were drawn elsewhere
     ),
-    min_size=1,
-    max_size=8,
+    min_size=2,
+    max_size=12,
 )
 jumps = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
@@ -129,10 +130,13 @@ def race(
     jumper, walker = Walker(config), Walker(config)
     due = {}
     turn = 0
-    for number, (wait, prompt, max_tokens, deadline_s) in enumerate(arrivals):
+    for number, (wait, prompt, max_tokens, deadline_s, num_emitted) in enumerate(arrivals):
         turn += wait
+        emitted = tuple(prompt[:num_emitted])
         due.setdefault(turn, []).append(
-            make_request(f"r{number}", prompt, max_tokens, deadline_s=deadline_s)
+            make_request(
+                f"r{number}", prompt, max_tokens + 2, deadline_s=deadline_s, emitted=emitted
+            )
         )
     now = 0.0
     for turn in range(300):
@@ -178,6 +182,7 @@ def _count(seen: Counter[str], jumper: Walker, plan: StepPlan, steps: int) -> No
             chunk.seq.request.sampling.max_tokens
         )
     seen["waiting"] += bool(len(jumper.scheduler._waiting))
+    seen["first_tokens"] += any(not chunk.seq.prefilled for chunk in plan.chunks)
     seen["evicting"] += jumper.scheduler.pool.num_cached > 0 == len(jumper.scheduler.pool._empty)
     seen["kept"] += bool(jumper.scheduler.config.keep_blocks and jumper.index.num_frames)
 
@@ -199,3 +204,4 @@ def test_jumping_is_walking() -> None:
     run()
     for name in ("several", "borders", "at_a_border", "ends", "waiting", "evicting", "kept"):
         assert seen[name] > 20, f"hardly any {name}: {seen}"
+    assert seen["first_tokens"], seen

@@ -82,9 +82,10 @@ def own_policies(room: Path) -> list[str]:
                     owner = target.value if isinstance(target, ast.Attribute) else None
                     if isinstance(owner, ast.Name) and owner.id in core:
                         wrong.append(f"{name}: replaces {ast.unparse(target)}")
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "type"):
-                if ast.unparse(node.func) == "setattr" or len(node.args) == 3:
-                    wrong.append(f"{name}: {ast.unparse(node.func)} at line {node.lineno}")
+            elif isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called == "setattr" or (called == "type" and len(node.args) == 3):
+                    wrong.append(f"{name}: {called} at line {node.lineno}")
     return wrong
 
 

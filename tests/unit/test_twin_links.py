@@ -15,9 +15,17 @@ class World:
         self.clock = Clock()
         self.network = Network(self.clock, ports)
         self.ended: dict[str, float] = {}
+        self.numbers: dict[str, int] = {}
 
     def send(
-        self, name: str, source: str, reader: str, num_bytes: float, *, at: float = 0.0, fixed_s: float = 0.0
+        self,
+        name: str,
+        source: str,
+        reader: str,
+        num_bytes: float,
+        *,
+        at: float = 0.0,
+        fixed_s: float = 0.0,
     ) -> None:
         def begin() -> None:
             self.numbers[name] = self.network.begin(source, reader, num_bytes, fixed_s, done)
@@ -26,8 +34,6 @@ class World:
             self.ended[name] = self.clock.now
 
         self.clock.at(at, begin)
-
-    numbers: dict[str, int] = {}
 
     def run(self) -> dict[str, float]:
         while len(self.clock):

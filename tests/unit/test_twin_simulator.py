@@ -1,4 +1,4 @@
-"""Whole deployments on the virtual clock: times that can be worked out by hand, and what must hold."""
+"""Whole deployments on the virtual clock: times worked out by hand, and what must hold."""
 
 from __future__ import annotations
 
@@ -112,7 +112,9 @@ def test_a_split_request_moves_its_blocks() -> None:
     # Seven blocks at 100 MB/s cannot take less; the second token waits for them.
     assert one.itl_s[0] > 7 * BLOCK_BYTES / 100e6
     assert one.itl_s[1:] == pytest.approx([step_s(1)] * 2)
-    assert not [name for w in result.workers for name in w.counters if name.startswith("fallback_i")]
+    assert not [
+        name for w in result.workers for name in w.counters if name.startswith("fallback_i")
+    ]
 
 
 def test_readers_of_one_source_share_its_link() -> None:
@@ -213,9 +215,7 @@ def test_a_frozen_worker_is_late_or_given_up() -> None:
     ).requests[0]
     assert late.e2e_s - calm.e2e_s == pytest.approx(1.0, abs=0.02)
     assert max(late.itl_s) == pytest.approx(1.0, abs=0.02)
-    moved = run(
-        deployment(unified=2), trace, failures=[Failure("freeze", "unified-0", 0.2, 30.0)]
-    )
+    moved = run(deployment(unified=2), trace, failures=[Failure("freeze", "unified-0", 0.2, 30.0)])
     assert moved.gateway["placed_again"] == 1
     assert 3.0 < moved.requests[0].e2e_s < 5.0
 

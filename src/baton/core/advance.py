@@ -44,8 +44,8 @@ def steady_steps(scheduler: Scheduler, plan: StepPlan) -> int:
     for chunk in chunks:
         request, start = chunk.seq.request, chunk.start
         sampling, num_prompt = request.sampling, len(request.prompt)
-        if chunk.num_tokens != 1 or start < num_prompt:
-            return 1
+        if chunk.num_tokens != 1 or not chunk.samples or start < num_prompt:
+            return 1  # it catches up with its prompt, or with what was drawn elsewhere
         if sampling.stop_token_ids or request.hand_off:
             return 1
         # The next token is drawn when `start + 1` are there.

@@ -23,7 +23,7 @@ COUNTERS = (
     "leases_expired",
     "fallback_export_failed",
 )
-"""There from the start; `fallback_import_<reason>` and `early_lost_<reason>` come as they happen."""
+"""There from the start; `fallback_import_<reason>`, `early_lost_<reason>` come as they happen."""
 
 
 def new_counters() -> Counter[str]:

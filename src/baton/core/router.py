@@ -260,15 +260,20 @@ class Router:
 def _num_leading(keys: Sequence[bytes], *held: Mapping[bytes, None]) -> int:
     """How many keys there are before the first that is in none of `held`."""
     for number, key in enumerate(keys):
-        if not any(key in each for each in held):
+        for each in held:
+            if key in each:
+                break
+        else:
             return number
     return len(keys)
 
 
 def _remember(held: OrderedDict[bytes, None], keys: Sequence[bytes], limit: int) -> None:
     for key in keys:
-        held[key] = None
-        held.move_to_end(key)
+        if key in held:
+            held.move_to_end(key)
+        else:
+            held[key] = None
     while len(held) > limit:
         held.popitem(last=False)
 

@@ -201,9 +201,9 @@ class Scheduler:
             decodes = [seq for seq in decodes if self._is_ready(seq)]
         size = self.config.kv_format.block_size
         for seq in decodes:
-            if seq.status is _RUNNING:
-                if seq.num_expected <= len(seq.blocks) * size or self._grow(seq):
-                    self._plan(seq)
+            has_room = seq.num_expected <= len(seq.blocks) * size
+            if seq.status is _RUNNING and (has_room or self._grow(seq)):
+                self._plan(seq)
         # Whoever was preempted in this step must not take the blocks back in the same step.
         admits = self.counters["preemptions"] == num_preempted
         self._plan_prompts(prompts, admits, now)
@@ -360,9 +360,9 @@ class Scheduler:
     def _publish(self, seq: Sequence) -> None:
         num_full = seq.num_computed // seq.block_size
         if self.config.prefix_cache and num_full > seq.num_published:
-            keys, first = seq.class_keys(seq.num_computed), seq.num_published
-            for block, key in zip(seq.blocks[first:num_full], keys[first:num_full], strict=True):
-                self.pool.publish(block, key)
+            keys, publish = seq.class_keys(seq.num_computed), self.pool.publish
+            for i in range(seq.num_published, num_full):
+                publish(seq.blocks[i], keys[i])
         seq.num_published = num_full
 
     def _expire(self, now: float) -> None:

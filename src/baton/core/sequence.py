@@ -151,9 +151,9 @@ class Sequence:
     def class_keys(self, num_tokens: int) -> list[bytes]:
         """As `full_keys`, in the numerics class of this sequence: what its blocks are found by."""
         keys = self.full_keys(num_tokens)
-        kv_class = self.origin or ("" if self.codec == RAW else self.codec)
-        if not kv_class:
+        if not self.origin and (self.codec is RAW or self.codec == RAW):
             return keys
+        kv_class = self.origin or self.codec
         lossy = self._lossy_keys
         lossy += [content_keys.lossy_key(key, kv_class) for key in keys[len(lossy) :]]
         return lossy[: len(keys)]

@@ -68,7 +68,9 @@ class Deployment(msgspec.Struct, frozen=True):
             )
         for worker in self.workers:
             if worker.port not in self.ports:
-                raise ConfigError(f"{worker.worker_id} is on port {worker.port!r}, which has no rate")
+                raise ConfigError(
+                    f"{worker.worker_id} is on port {worker.port!r}, which has no rate"
+                )
 
     def refuses(self, request: TraceRequest) -> str | None:
         """Why no worker could ever take this request; None if it can be served."""

@@ -124,9 +124,7 @@ class Gateway:
     def hear(self, node: Node, report: Report) -> None:
         """A worker sends a report now."""
         worker_id, epoch = node.setup.worker_id, node.epoch
-        self._clock.after(
-            self._deployment.message_s, lambda: self._heard(worker_id, epoch, report)
-        )
+        self._clock.after(self._deployment.message_s, lambda: self._heard(worker_id, epoch, report))
 
     def _heard(self, worker_id: str, epoch: int, report: Report) -> None:
         if self._epochs[worker_id] != epoch:

@@ -296,9 +296,7 @@ class Node:
             if self._tracer is not None:
                 self._tracer.fetch(self.setup.worker_id, order, began, self._clock.now)
             self.put(
-                lambda: self.scheduler.imported(
-                    order.number, results, self._clock.now, elapsed_s
-                )
+                lambda: self.scheduler.imported(order.number, results, self._clock.now, elapsed_s)
             )
 
         if order.grant is None:

@@ -24,6 +24,10 @@ def extend_names(
 ) -> None:
     """An `ExtendKeys`: 32 bytes a block, the first half of them telling tenants apart."""
     prefix, first = root[:_HALF], len(keys)
+    if number == first + 1:  # an answer that has filled a block
+        last = token_ids[number * block_size - 1]
+        keys.append(prefix + (last << 64 | first).to_bytes(_HALF, "little"))
+        return
     lasts = token_ids[(first + 1) * block_size - 1 : number * block_size : block_size]
     keys += [
         prefix + (last << 64 | i).to_bytes(_HALF, "little") for i, last in enumerate(lasts, first)
