@@ -215,7 +215,14 @@ def layer_profile(
         step_s=1e-4, layer_s=2e-5, sequence_s=1e-6, sample_s=1e-6,
     )  # fmt: skip
     prior: dict[str, float | None] = dict.fromkeys(FREE)
-    prior.update(attention_flops_per_s=0.2, sharpness=0.5, step_s=1.0, layer_s=1.0, sequence_s=1.0, sample_s=1.0)
+    prior.update(
+        attention_flops_per_s=0.2,
+        sharpness=0.5,
+        step_s=1.0,
+        layer_s=1.0,
+        sequence_s=1.0,
+        sample_s=1.0,
+    )
 
     def fit(seen: list[Observation]) -> Coefficients:
         return fit_steps(seen, start, prior, model)
