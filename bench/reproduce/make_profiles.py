@@ -54,7 +54,8 @@ LAYERS = {
 MIN_POINTS = 20
 FREE = (
     "flops_per_s", "weight_bytes_per_s", "attention_flops_per_s", "kv_bytes_per_s",
-    "activation_bytes_per_s", "sharpness", "step_s", "layer_s", "sequence_s", "sample_s",
+    "sharpness", "step_s", "layer_s", "sequence_s", "sample_s",
+    "mixed_kv_factor",
 )  # fmt: skip
 
 
@@ -210,11 +211,18 @@ def layer_profile(
         weight_bytes_per_s=0.8 * device.memory_bytes_per_s,
         attention_flops_per_s=0.4 * device.bf16_flops_per_s,
         kv_bytes_per_s=0.8 * device.memory_bytes_per_s,
-        activation_bytes_per_s=0.8 * device.memory_bytes_per_s,
+        mixed_kv_factor=1.5,
         step_s=1e-4, layer_s=2e-5, sequence_s=1e-6, sample_s=1e-6,
     )  # fmt: skip
     prior: dict[str, float | None] = dict.fromkeys(FREE)
-    prior.update(sharpness=0.5, step_s=1.0, layer_s=1.0, sequence_s=1.0, sample_s=1.0)
+    prior.update(
+        attention_flops_per_s=0.2,
+        sharpness=0.5,
+        step_s=1.0,
+        layer_s=1.0,
+        sequence_s=1.0,
+        sample_s=1.0,
+    )
 
     def fit(seen: list[Observation]) -> Coefficients:
         return fit_steps(seen, start, prior, model)

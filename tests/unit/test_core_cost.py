@@ -125,6 +125,15 @@ def test_attention_grows_with_pairs_and_kv_with_context() -> None:
     assert halves == prompt(100).attention_pairs
 
 
+def test_prompts_in_a_step_slow_the_reading_of_kv_where_they_do() -> None:
+    decodes = [ChunkShape(1, 100, True)] * 3
+    mixed = StepShape.of([*decodes, ChunkShape(20, 0, True)])
+    slow = cost(mixed_kv_factor=2.0)
+    assert slow.parts(mixed).kv_s == pytest.approx(2 * cost().parts(mixed).kv_s)
+    for alone in (StepShape.of(decodes), prompt(20, 100)):
+        assert slow.parts(alone) == cost().parts(alone)
+
+
 def test_sliding_windows_bound_what_is_read() -> None:
     windowed = msgspec.structs.replace(MODEL, window=16, num_window_layers=2)
     near, far = cost(windowed).parts(decode(1, 8)), cost(windowed).parts(decode(1, 4096))

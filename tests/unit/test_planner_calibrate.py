@@ -122,7 +122,8 @@ def test_quantiles_of_the_error() -> None:
 
 def test_splits_depend_on_names_alone() -> None:
     values = [hash_fraction(("a", i)) for i in range(2000)]
-    assert values == [hash_fraction(("a", i)) for i in range(2000)]
+    assert values[0] == pytest.approx(0.074107507), "the same in every process"
+    assert len(set(values)) == 2000
     assert 0.45 < np.mean(values) < 0.55 and min(values) >= 0 and max(values) < 1
 
 

@@ -125,6 +125,8 @@ def test_the_nearest_profile_is_found() -> None:
     assert (found.model.name, found.model.weight_bytes) == ("Llama-3.1-70B", 1.0)
     assert find_profile(find_device("H200"), in_8_bits, "vllm").engine == "vllm"
     assert find_profile(find_device("A100"), llama).engine == "vllm-kernels"
+    in_16_bits = find_profile(find_device("H200"), llama)
+    assert in_16_bits.model.weight_bytes == 2, "its kernels, before engines of other widths"
 
 
 @pytest.mark.parametrize("name", ["L4", "A10G", "T4", "MI300X"])

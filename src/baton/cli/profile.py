@@ -18,8 +18,8 @@ from baton.core.cost import Profile
 from baton.errors import ConfigError
 
 SUMMARY = (
-    "Measure how long steps of a model take on this machine: prompts, decoding and both together\n"
-    "at several contexts, and copies of KV. Writes a profile for simulate and plan, with the error\n"
+    "Measure how long steps of a model take on this machine: prompts, decoding, both together, at\n"
+    "several contexts, and copies of KV. Writes a profile for simulate and plan, with the error\n"
     "that it has on steps which its fit did not see. Keep the machine free of other work so long."
 )
 EXAMPLES = """\

@@ -98,7 +98,9 @@ class Coefficients(msgspec.Struct, frozen=True):
     A rate of None leaves its term out. `sharpness` is the p of the smooth max. `allreduce_s` is
     the latency of one all-reduce, `allreduce_bytes_per_s` the rate at which each rank's share
     moves; `hop_s` and `hop_bytes_per_s` are those between pipeline stages. `expert_factor`
-    multiplies the time of routed experts: they share out unevenly, and their kernels are smaller.
+    multiplies the time of routed experts: they share out unevenly, and their kernels are smaller;
+    `mixed_kv_factor` that of reading KV in steps that decode and compute prompts: some kernels
+    serve such a batch badly.
     """
 
     flops_per_s: float
@@ -116,6 +118,7 @@ class Coefficients(msgspec.Struct, frozen=True):
     hop_s: float = 0.0
     hop_bytes_per_s: float | None = None
     expert_factor: float = 1.0
+    mixed_kv_factor: float = 1.0
 
 
 class Power(msgspec.Struct, frozen=True):
@@ -196,6 +199,8 @@ class StepCost:
             linear += self._head * self._roofline(shape.num_samples / self._data)
         experts = self._experts_s(shape.num_tokens) if self._experts else 0.0
         pairs, kv_tokens = self._seen(shape)
+        if shape.num_tokens > shape.num_seqs > 1:
+            kv_tokens *= rates.mixed_kv_factor
         return StepParts(
             overhead,
             linear,
