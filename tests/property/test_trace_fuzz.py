@@ -125,6 +125,7 @@ def test_known_forms_with_any_value(kind: str, data: st.DataObject) -> None:
     make: Any = getattr(files, kind)
     sample = make()
     names = list(sample) if isinstance(sample, dict) else list(json.loads(files.vllm()))
-    changes = {data.draw(st.sampled_from(names)): data.draw(VALUES)}
+    one = VALUES if isinstance(sample, dict) else VALUES | st.lists(VALUES, min_size=3, max_size=3)
+    changes = {data.draw(st.sampled_from(names)): data.draw(one)}
     made = make(**changes)
     check((made if isinstance(made, str) else files.lines(files.call(), made)).encode())

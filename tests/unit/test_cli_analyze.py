@@ -176,6 +176,9 @@ def test_a_server_is_measured(served: tuple[TimedServer, str], tmp_path: Path, c
     document = json.loads(json_file.read_text())
     ttft = document["endpoint"]["ttft"]["coefficients"]
     gap = document["endpoint"]["gap"]["coefficients"]
+    # Twice four lengths alone; three and six at a time tell of gaps only.
+    assert document["endpoint"]["ttft"]["num_points"] == 8
+    assert document["endpoint"]["gap"]["num_points"] == 8 + 3 + 6
     # Sleeps are never shorter than asked for, and this machine may be busy.
     prefill_s = 800 * ttft["per_token"] + 800**2 * ttft["per_token_squared"]
     assert 0.5 * 800 * TOKEN_S < prefill_s < 3 * 800 * TOKEN_S

@@ -579,6 +579,7 @@ def test_analysis_and_its_json() -> None:
 def test_the_page_needs_nothing_else_and_trusts_nobody() -> None:
     text = page(whole())
     assert "<script" not in text
+    assert "<made>" not in text
     assert "&lt;script&gt;" in text
     assert "&lt;made&gt; &amp; up" in text
     assert not re.search(r"(?:https?:)?//\w|url\(|@import|<link|<img| src=", text)

@@ -30,7 +30,8 @@ padding:10px 12px 6px}figcaption{font-weight:600;font-size:.92em}
 font-size:.92em;min-width:50%}th,td{border-bottom:1px solid var(--rule);padding:5px 12px 5px 0;
 text-align:right;vertical-align:top}th{color:var(--dim);font-weight:500}
 th:first-child,td:first-child{text-align:left}
-.claims td,.claims th{text-align:left}.claims td:last-child{color:var(--dim);min-width:20em}
+.claims td,.claims th{text-align:left}.claims td:nth-child(3){white-space:nowrap}
+.claims td:last-child{color:var(--dim);min-width:20em}
 .tiles{display:flex;flex-wrap:wrap;gap:12px;margin:18px 0}.tile{background:var(--card);
 border:1px solid var(--rule);border-radius:6px;padding:8px 14px;min-width:8.5em}
 .tile b{display:block;font-size:1.35em;font-weight:600}.tile span{color:var(--dim);font-size:.85em}
