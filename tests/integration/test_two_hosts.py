@@ -211,6 +211,25 @@ def test_a_cut_while_the_prompt_is_computed(prefill_there: TwoHosts, expected: V
 
 
 @pytest.mark.timeout(240)
+def test_a_cut_that_the_worker_sees_first(prefill_there: TwoHosts, expected: Victim) -> None:
+    """It is back, and known, before the gateway gives it up: it has to say once more that it is."""
+    served = prefill_there
+
+    def times(name: str, words: str) -> int:
+        return served.output(name).count(words)
+
+    forgotten, gone = "forgotten, num_aborted", "worker id=prefill-0 gone"
+    before = times("prefill-0", forgotten), times("gateway", gone)
+    with served.network.cut():
+        served.until(
+            lambda: times("prefill-0", forgotten) > before[0], "the worker's giving up", TOLD_S
+        )
+        assert times("gateway", gone) == before[1], "it does not know yet"
+    served.until(lambda: times("gateway", gone) > before[1], "the gateway's giving up", TOLD_S)
+    heals(served, expected, prompt_of(400, 52))
+
+
+@pytest.mark.timeout(240)
 def test_a_cut_in_the_middle_of_an_answer(decode_there: TwoHosts, expected: Victim) -> None:
     """The stream stands still, and goes on when the worker is there again."""
     served, prompt = decode_there, prompt_of(50, 44)

@@ -15,8 +15,7 @@ SUMMARY = (
 )
 EXAMPLES = """\
   baton worker --role prefill --id prefill-0 --runtime-dir /run/baton --config baton.yaml
-  baton worker --role decode --id decode-1 --runtime-dir /run/baton --config baton.yaml \
---gateway 10.0.0.1:7000 --rpc.host 10.0.0.2
+  baton worker --role decode --id decode-1 --runtime-dir /run/baton --gateway 10.0.0.1:7000
 """
 
 

@@ -9,7 +9,6 @@ The event loop's thread owns who asked for what (`_live`); the engine's owns eve
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
@@ -28,7 +27,6 @@ from baton.model.checkpoint import Progress
 from baton.model.hub import resolve_model
 from baton.rpc.auth import read_secret
 from baton.rpc.channel import is_unix
-from baton.rpc.client import announce
 from baton.rpc.messages import Announce, Hello, Instructions, Measure, Measured
 from baton.rpc.server import WorkerServer
 from baton.types import (
@@ -41,6 +39,7 @@ from baton.types import (
     TokenDelta,
     WorkerLoad,
 )
+from baton.worker.announcer import stay_announced
 from baton.worker.hosts import listener_for
 from baton.worker.measure import measure
 from baton.worker.store import Store
@@ -49,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """Between load reports of a worker that has no other news."""
-ANNOUNCE_EVERY_S = 5.0
 STOP_GRACE_S = 1.0
 
 
@@ -282,25 +280,13 @@ class Worker:
     # Standing tasks -----------------------------------------------------------------------------
 
     async def _announce(self, gateway: str, address: str) -> None:
-        """Say that this worker is there, and go on saying it.
-
-        At once after a loss, for a new gateway knows nobody; over TCP now and then in any case: a
-        gateway may see later than we that a link was cut, and give this worker up then.
-        """
         message = Announce(self._id, address, self._role, self._epoch)
-        every_s = None if is_unix(gateway) else ANNOUNCE_EVERY_S
-        tls = None if self._tcp is None else self._tcp.tls
         lost = asyncio.Event()
         self._stream_lost.append(lost)
-        while True:
-            reply = await announce(gateway, message, self._secret, tls)
-            if not reply.accepted:
-                logger.error("gateway=%s refused this worker: %s", gateway, reply.reason)
-                return self.end(1)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(every_s):
-                    await lost.wait()
-            lost.clear()
+        tls = None if self._tcp is None else self._tcp.tls
+        reason = await stay_announced(gateway, message, self._secret, tls, lost)
+        logger.error("gateway=%s refused this worker: %s", gateway, reason)
+        self.end(1)
 
     def _announce_again(self) -> None:
         # To all: which address has which id is not known, and a repetition changes nothing.
