@@ -18,6 +18,7 @@ TIMEOUT_S = 120.0
 POLL_S = 0.01
 _LINE = re.compile(r"\[([\w-]+)\] [\d:]+ [A-Z]+ \S+ \S+ (.*)")
 """A line of a process's log, as the supervisor passes it on: name of the process, message."""
+_SERVING = re.compile(r"listening |worker id=.* ready$")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -81,9 +82,7 @@ def _reached(started: dict[str, float], lines: list[tuple[float, str]]) -> dict[
         reached.imported = reached.imported or at
         if message.startswith("engine device="):
             reached.loaded = at
-        elif message.startswith("worker id=") and message.endswith("ready"):
-            reached.serving = at
-        elif message.startswith("listening"):
+        elif _SERVING.match(message):
             reached.serving = at
     return found
 
@@ -91,7 +90,8 @@ def _reached(started: dict[str, float], lines: list[tuple[float, str]]) -> dict[
 def _read(process: subprocess.Popen[str], lines: list[tuple[float, str]]) -> None:
     assert process.stderr is not None
     for line in process.stderr:
-        lines.append((_now(), line.rstrip()))
+        at = _now()  # of its coming
+        lines.append((at, line.rstrip()))
 
 
 def _now() -> float:

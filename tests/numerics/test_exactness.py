@@ -7,7 +7,6 @@ closeness.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,19 +26,14 @@ from torch import Tensor
 import baton
 from baton import SamplingParams
 from baton.engine import runner
-from baton.model.native import Kernels
+from baton.model.native import ISAS, Kernels
 from baton.model.sampler import SampleRow, sample
 
 VARIANTS = ["llama", "llama-mha-biases-tied", "mistral", "qwen2", "qwen3-biases-windowed"]
 VOCAB = 256
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -47,7 +41,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_served_checkpoint(tmp_path_factory.mktemp("exact") / "model", request.param)
 
 
-@pytest.fixture(params=["avx512amx", "avx512bf16", "avx512", "avx2", "portable"])
+@pytest.fixture(params=ISAS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     found = kernels_named(request.param)
     assert found is not None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from torch import Tensor
 from baton.errors import ConfigError
 from baton.model.native import (
     DTYPES,
+    ISAS,
     Kernels,
     LayerArgs,
     Packed,
@@ -35,15 +35,10 @@ SUMS = 2e-6
 ROUNDED = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(params=["avx512amx", "avx512bf16", "avx512", "avx2", "portable"])
+@pytest.fixture(params=ISAS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     found = kernels_named(request.param)
     assert found is not None
@@ -99,6 +94,20 @@ def test_a_row_of_linear_is_the_same_in_any_company(
     weight = random(n, k, dtype=dtype, seed=1)
     narrow = kernels.linear(x, Packed(kernels, weight[: n - 9].clone()), wide=True)
     assert torch.equal(narrow, whole[:, : n - 9])
+
+
+@pytest.mark.parametrize("n", [8192, 8193])
+def test_large_results_are_those_of_their_rows(
+    kernels: Kernels, dtype: torch.dtype, n: int
+) -> None:
+    """Past some size a kernel may write them another way."""
+    x, weight = random(300, 32, dtype=dtype), random(n, 32, dtype=dtype, seed=1)
+    for bias in (None, random(n, dtype=dtype, seed=2)):
+        packed = Packed(kernels, weight.clone(), bias)
+        whole = kernels.linear(x, packed)
+        assert whole.nbytes > 4 << 20
+        parts = [kernels.linear(part.contiguous(), packed) for part in x.split(37)]
+        assert torch.equal(torch.cat(parts), whole)
 
 
 def test_packing_keeps_every_weight(kernels: Kernels, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import baton
 from baton.model import sampler
-from baton.model.native import Kernels
+from baton.model.native import ISAS, Kernels
 from baton.model.sampler import SampleRow, sample, uniform
 from baton.types import SamplingParams
 
@@ -42,7 +42,7 @@ LOGITS = {
 }
 
 
-@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
+@pytest.fixture(params=ISAS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     found = kernels_named(request.param)
     assert found is not None
