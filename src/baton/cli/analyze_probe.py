@@ -16,11 +16,11 @@ import uvloop
 
 from baton.cli.endpoint import DEFAULT_URL, Endpoint, connect
 from baton.cli.load.client import INTERRUPTED, Target, run_load
-from baton.observe.results import RequestResult
 from baton.cli.load.prompts import PromptSource
 from baton.cli.load.workload import Arrival
 from baton.cli.parser import Parser
 from baton.errors import BatonError, ConfigError
+from baton.observe.results import RequestResult
 from baton.planner.analyze.tables import seconds
 from baton.planner.endpoint import Answer, EndpointFit, fit_endpoint
 from baton.planner.traces import Trace
