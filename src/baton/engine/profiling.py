@@ -106,7 +106,8 @@ class Bench:
                 if spent > min(10 * budget_s, LIMIT_S) and number <= MIN_ROUNDS:
                     raise ConfigError(
                         f"a round of steps takes too long for {budget_s:g} s: "
-                        "free the machine, give --seconds more, or lower --engine.max-num-batched-tokens"
+                        "free the machine, or give --seconds more, or "
+                        "lower --engine.max-num-batched-tokens"
                     )
         return StepSamples(
             tuple(statistics.median(each) if each else None for each in times),
