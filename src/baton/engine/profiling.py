@@ -36,6 +36,8 @@ from baton.model.native import Kernels
 from baton.types import KvFormat, Request, SamplingParams
 
 MAX_ROUNDS, MIN_ROUNDS = 15, 3
+LIMIT_S = 540
+"""Ten minutes, less what loading and fitting take."""
 POLICY_SEQS = (1, 4, 16, 32)
 POLICY_STEPS = 60
 COPY_BLOCKS = 64
@@ -82,7 +84,7 @@ class Bench:
         """Median times, over as many rounds as the budget allows, at least three of them.
 
         Raises:
-            ConfigError: not even that is possible in ten times the budget.
+            ConfigError: not even that is possible in ten times the budget, or in nine minutes.
         """
         plans = [self._plan(chunks) for chunks in steps]
         order = list(range(len(plans)))
@@ -101,10 +103,11 @@ class Bench:
                 rounds = number + (done + 1) / len(order)
                 told(min(int(max(spent, budget_s * rounds / MAX_ROUNDS)), int(budget_s)),
                      int(budget_s))  # fmt: skip
-                if spent > 10 * budget_s and number <= MIN_ROUNDS:
+                if spent > min(10 * budget_s, LIMIT_S) and number <= MIN_ROUNDS:
                     raise ConfigError(
                         f"a round of steps takes too long for {budget_s:g} s: "
-                        "give --seconds more, or lower --engine.max-num-batched-tokens"
+                        "free the machine, or give --seconds more, or "
+                        "lower --engine.max-num-batched-tokens"
                     )
         return StepSamples(
             tuple(statistics.median(each) if each else None for each in times),
