@@ -160,12 +160,12 @@ def test_jumping_changes_nothing(
 def test_equal_blocks_are_computed_once() -> None:
     shared = {"blocks": (7, 8), "block_size": 32}
     trace = [
-        TraceRequest(0.0, 80, 2, **shared),
-        TraceRequest(1.0, 80, 2, **shared),
-        TraceRequest(2.0, 80, 2, blocks=(7, 9), block_size=32),
-        TraceRequest(3.0, 80, 2, blocks=(6, 8), block_size=32),
-        TraceRequest(4.0, 80, 2, tenant="other", **shared),
-        TraceRequest(5.0, 80, 2),
+        TraceRequest(0.0, 100, 2, **shared),
+        TraceRequest(1.0, 100, 2, **shared),
+        TraceRequest(2.0, 100, 2, blocks=(7, 9), block_size=32),
+        TraceRequest(3.0, 100, 2, blocks=(6, 8), block_size=32),
+        TraceRequest(4.0, 100, 2, tenant="other", **shared),
+        TraceRequest(5.0, 100, 2),
     ]
     result = run(deployment(unified=1), trace)
     assert [each.cached_tokens for each in result.requests] == [0, 64, 32, 0, 0, 0]
@@ -204,6 +204,7 @@ def test_tokens_that_were_sent_before_a_death_count() -> None:
     (one,) = result.requests
     before = [when for when in one.event_s if when <= 1.0 + MESSAGE_S]
     assert len(before) == 98  # one at 12.5 ms, and one each 10.1 ms until 1 s
+    assert max(one.itl_s) < 0.2, "the other worker did not take over at once"
     assert one.output_tokens == 200
 
 
