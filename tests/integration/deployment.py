@@ -270,13 +270,18 @@ class Deployment:
         }
 
     def _faults(self) -> dict[str, float]:
-        """Fallbacks taken, and leases that ran out: there must be none where nothing failed."""
-        return {
+        """Fallbacks, leases that ran out, requests placed again: none where nothing failed."""
+        found = {
             f"{worker}: {event}": total
             for worker, events in self.counters().items()
             for event, total in events.items()
             if total and (event.startswith("fallback_") or event == "leases_expired")
         }
+        for (name, labels), total in self.metrics().items():
+            event = dict(labels).get("event")
+            if name == "baton_gateway_events_total" and event in ("placed_again", "given_up"):
+                found |= {f"gateway: {event}": total} if total else {}
+        return found
 
     def _kill(self) -> None:
         self._closing.close()
