@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 
 from baton.model.native import ISAS, Kernels, find_kernels
+
+ON_THIS_KIND = (
+    ("neon", "portable")
+    if platform.machine() in ("aarch64", "arm64")
+    else tuple(isa for isa in ISAS if isa != "neon")
+)
+"""Instruction sets of this kind of processor, which may not have them all."""
 
 
 def available() -> list[str]:

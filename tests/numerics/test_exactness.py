@@ -14,7 +14,7 @@ import torch
 from numerics.by_hand import Handmade, Sequence_, random_prompt
 from numerics.checkpoints import make_served_checkpoint
 from numerics.engines import Engines
-from numerics.native_kernels import kernels_named
+from numerics.native_kernels import ON_THIS_KIND, kernels_named
 from numerics.prompts import (
     TINY_POOL_BLOCKS,
     long_requests,
@@ -26,7 +26,7 @@ from torch import Tensor
 import baton
 from baton import SamplingParams
 from baton.engine import runner
-from baton.model.native import ISAS, Kernels
+from baton.model.native import Kernels
 from baton.model.sampler import SampleRow, sample
 
 VARIANTS = ["llama", "llama-mha-biases-tied", "mistral", "qwen2", "qwen3-biases-windowed"]
@@ -41,7 +41,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_served_checkpoint(tmp_path_factory.mktemp("exact") / "model", request.param)
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=ON_THIS_KIND)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     found = kernels_named(request.param)
     assert found is not None

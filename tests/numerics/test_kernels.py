@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics.native_kernels import available, kernels_named
+from numerics.native_kernels import ON_THIS_KIND, available, kernels_named
 from torch import Tensor
 
 from baton.errors import ConfigError
 from baton.model.native import (
     DTYPES,
-    ISAS,
     Kernels,
     LayerArgs,
     Packed,
@@ -38,7 +37,7 @@ ROUNDED = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=ON_THIS_KIND)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     found = kernels_named(request.param)
     assert found is not None

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from numerics.checkpoints import make_served_checkpoint
-from numerics.native_kernels import kernels_named
+from numerics.native_kernels import ON_THIS_KIND, kernels_named
 from torch import Tensor
 
 import baton
 from baton.model import sampler
-from baton.model.native import ISAS, Kernels
+from baton.model.native import Kernels
 from baton.model.sampler import SampleRow, sample, uniform
 from baton.types import SamplingParams
 
@@ -42,7 +42,7 @@ LOGITS = {
 }
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=ON_THIS_KIND)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     found = kernels_named(request.param)
     assert found is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -154,6 +155,15 @@ def test_a_peer_that_was_not_built_says_why(tmp_path: Path) -> None:
     assert engines.find_missing("vllm", tmp_path) is None
 
 
+def members(group: int) -> list[int]:
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            if os.getpgid(int(directory.name)) == group:
+                found.append(int(directory.name))
+    return found
+
+
 def state(pid: int) -> str:
     """As the kernel writes it: T is stopped."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -171,11 +181,7 @@ def test_a_server_is_stopped_while_it_is_not_measured_and_ends_all_the_same(tmp_
     server = servers.Server("fake", url, (servers.Process(words, url),), "")
     with servers.running(server, tmp_path / "log") as served:
         (group,) = served._groups
-        pids = [
-            int(directory.name)
-            for directory in Path("/proc").glob("[0-9]*")
-            if os.getpgid(int(directory.name)) == group
-        ]
+        pids = members(group)
         assert len(pids) == 2
         served.pause()
         wait_until(lambda: [state(pid) for pid in pids] == ["T", "T"])
