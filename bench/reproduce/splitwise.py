@@ -101,8 +101,6 @@ RANKING = (
     ("equal power, conv", "Splitwise-AA", "Baseline-A100"),
     ("equal power, conv", "Splitwise-HA", "Baseline-H100"),
     ("equal power, conv", "Splitwise-HHcap", "Baseline-H100"),
-    ("equal power, code", "Splitwise-AA", "Baseline-A100"),
-    ("equal power, code", "Splitwise-HH", "Baseline-H100"),
     ("equal cost, conv", "Splitwise-AA", "Baseline-H100"),
 )
 """Study, and which design serves more than which, according to the paper."""
