@@ -35,19 +35,10 @@ from baton.core.held_leases import HeldLeases
 from baton.core.instructions import Ask, Instruction, Offer, Outcome, Release, Submit, Withdraw
 from baton.core.keys import ExtendKeys, extend_chain
 from baton.core.life import LEGS, Content, HandoffPolicy, Life, Phase, Timers
+from baton.core.members import Members
 from baton.core.router import Router, WorkerInfo
 from baton.errors import DeadlineExceeded, Internal, ServeError, Unavailable, WorkerLost, from_wire
-from baton.types import (
-    FinishReason,
-    Handoff,
-    Landed,
-    Lend,
-    Request,
-    Role,
-    Sealed,
-    StageTimes,
-    TokenDelta,
-)
+from baton.types import FinishReason, Handoff, Landed, Lend, Request, Sealed, StageTimes, TokenDelta
 
 COUNTERS = ("lenders_late", "stale_messages", "placed_again", "given_up")
 """Running totals, there from the start; `observe.metrics_docs` tells what they mean."""
@@ -67,12 +58,10 @@ class RequestTable:
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._router = router
         self._policy = policy
-        self._reference: tuple[Content, str] | None = None
         self._extend_keys = extend_keys
         self._lives: dict[tuple[str, int], Life] = {}
         self._waiting: dict[tuple[str, int], Life] = {}
-        self._workers: dict[str, WorkerInfo] = {}
-        self._contents: dict[str, Content] = {}
+        self._members = Members()
         self._held = HeldLeases(policy.lease_ttl_s, self._tell)
         self._timers = Timers()
         self._outcome = Outcome()
@@ -88,16 +77,14 @@ class RequestTable:
 
         All workers that are there have the same weights. Other ones end those that wait.
         """
-        if info.worker_id in self._workers:
+        if info.worker_id in self._members:
             self.lose(info.worker_id, now)
-        known = self._reference
+        known = self._members.reference
         if known is None or content.fingerprint != known[0].fingerprint:
             # What was emitted is another model's.
             for life in list(self._waiting.values()):
                 self._fail(life, life.loss or Internal("the model has changed"), now)
-        self._workers[info.worker_id] = info
-        self._contents[info.worker_id] = content
-        self._refer()
+        self._members.add(info, content)
         self._router.join(info)
         for life in list(self._waiting.values()):
             self._try_place(life, now)
@@ -112,9 +99,7 @@ class RequestTable:
         crashed: a step of its own failed, so any of its requests may be the cause.
         """
         self._router.leave(worker_id)
-        self._workers.pop(worker_id, None)
-        self._contents.pop(worker_id, None)
-        self._refer()
+        self._members.remove(worker_id)
         self._held.lose(worker_id)
         for life in list(self._lives.values()):
             borrowing = life.phase is Phase.BORROWING
@@ -135,7 +120,7 @@ class RequestTable:
         """
         life = Life(request, now)
         assert life.key not in self._lives, "ids are minted once"
-        if not self._workers:
+        if not self._members:
             raise Unavailable("no worker is there yet", stage="queue")
         self._place(life, now)
         self._lives[life.key] = life
@@ -175,7 +160,7 @@ class RequestTable:
             return
         elif life.phase is Phase.FIRST and worker_id == placement.prefill:
             self._held.hold(life, worker_id, grant_id, now)
-            if self._policy.fetch_early and self._are_alike(worker_id, placement.decode):
+            if self._policy.fetch_early and self._members.are_alike(worker_id, placement.decode):
                 self._tell(Offer(placement.decode, sealed))
             return
         self._tell(Release(worker_id, grant_id))  # a lender that was late, for one
@@ -231,7 +216,7 @@ class RequestTable:
             self._tell(Release(worker_id, handoff.grant.grant_id))
             return
         self._held.hold(life, worker_id, handoff.grant.grant_id, now)
-        if placement.decode not in self._workers:
+        if placement.decode not in self._members:
             self._lost(life, placement.decode, now)
             return
         life.worker_id = placement.decode
@@ -262,13 +247,13 @@ class RequestTable:
     # Placing --------------------------------------------------------------------------------
 
     def _place(self, life: Life, now: float) -> None:
-        request, reference = life.request, self._reference
+        request, reference = life.request, self._members.reference
         assert reference is not None, "somebody has joined"
         content, key_class = reference
         num_tokens = len(request.prompt) + len(life.tokens)
         keys = life.extend_keys(content, num_tokens, self._extend_keys)
         placement = self._router.place(request.id, request.choice, num_tokens, keys, key_class)
-        prefill = self._workers.get(placement.prefill or "")
+        prefill = self._members.info(placement.prefill)
         if life.tokens and prefill and num_tokens > prefill.num_frames * prefill.block_size:
             # The answer has outgrown the store it would be handed off from.
             placement = msgspec.structs.replace(placement, prefill=None, lender=None)
@@ -357,21 +342,14 @@ class RequestTable:
     def _fail(self, life: Life, error: ServeError, now: float) -> None:
         self._withdraw(life)
         life.error = error.to_wire()
-        self._outcome.deltas.append(
-            TokenDelta(
-                *life.key,
-                life.attempt,
-                len(life.tokens),
-                (),
-                finish=FinishReason.ERROR,
-                error=life.error,
-            )
-        )
+        position = (*life.key, life.attempt, len(life.tokens))
+        end = TokenDelta(*position, (), finish=FinishReason.ERROR, error=life.error)
+        self._outcome.deltas.append(end)
         self._end(life, FinishReason.ERROR, now)
 
     def _withdraw(self, life: Life) -> None:
         """Stop the present leg, if it was begun and its worker is there."""
-        if life.phase in LEGS and life.worker_id is not None and life.worker_id in self._workers:
+        if life.phase in LEGS and life.worker_id is not None and life.worker_id in self._members:
             self._tell(Withdraw(life.worker_id, *life.key, life.attempt))
 
     def _end(self, life: Life, finish: FinishReason, now: float) -> None:
@@ -385,11 +363,11 @@ class RequestTable:
 
     def _remember(self, life: Life, worker_id: str) -> None:
         """What the last worker has computed beyond the placed keys may serve the next turn."""
-        info = self._workers.get(worker_id)
+        info = self._members.info(worker_id)
         if info is None or not info.keeps_blocks or info.key_class != life.key_class:
             return  # of another class, it has other keys for these tokens
         num_tokens = len(life.request.prompt) + len(life.tokens) - 1  # the last one has no KV
-        keys = life.extend_keys(self._contents[worker_id], num_tokens, self._extend_keys)
+        keys = life.extend_keys(self._members.content(worker_id), num_tokens, self._extend_keys)
         self._router.kept(worker_id, keys[life.num_placed_keys if life.took_over else 0 :])
 
     # Inside ---------------------------------------------------------------------------------
@@ -403,17 +381,6 @@ class RequestTable:
             life.first_token_at = now
             life.num_cached = delta.num_cached or 0
             life.num_early_blocks = life.num_landed
-
-    def _refer(self) -> None:
-        """Requests are placed by the keys of a worker that computes prompts, if one is there."""
-        first = min(self._workers.values(), key=_reference_order, default=None)
-        if first is not None:
-            self._reference = self._contents[first.worker_id], first.key_class
-
-    def _are_alike(self, *worker_ids: str) -> bool:
-        """Whether blocks go from one to the other as they are, under the same keys."""
-        infos = [self._workers.get(worker_id) for worker_id in worker_ids]
-        return None not in infos and len({info.key_class for info in infos if info}) == 1
 
     def _tell(self, instruction: Instruction) -> None:
         self._outcome.instructions.append(instruction)
@@ -430,11 +397,3 @@ class RequestTable:
             self.counters["stale_messages"] += 1
             return None
         return life
-
-
-_ROLES = (Role.PREFILL, Role.UNIFIED, Role.DECODE)
-"""Those that compute prompts come first."""
-
-
-def _reference_order(info: WorkerInfo) -> tuple[int, str]:
-    return _ROLES.index(info.role), info.worker_id
