@@ -41,13 +41,15 @@ def test_most_of_a_long_prompt_arrives_before_its_last_chunk_is_computed(
     assert counters["prompt_tokens_computed"] == 0
 
 
+@pytest.mark.parametrize(("num_prompt", "num_answer"), [(200, 100), (1700, 300)])
 @pytest.mark.parametrize("layout", ["1P1D", "2P1D"])
 def test_the_next_turn_of_a_chat_computes_its_new_text_only(
-    model: Path, expected: Victim, layout: str
+    model: Path, expected: Victim, layout: str, num_prompt: int, num_answer: int
 ) -> None:
+    # Each in a deployment of its own: once a worker has fetched, its router knows what fetching
+    # takes, and may find it quicker to compute the turn anew with so small a model.
     with Victim.start(model, layout, *SMALL) as served:
-        for seed, (num_prompt, num_answer) in enumerate(((200, 100), (1700, 300)), 20):
-            check_next_turn(served, expected, prompt_of(num_prompt, seed), num_answer)
+        check_next_turn(served, expected, prompt_of(num_prompt, num_prompt), num_answer)
 
 
 def check_next_turn(served: Victim, expected: Victim, history: list[int], num_answer: int) -> None:
