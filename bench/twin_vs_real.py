@@ -49,7 +49,8 @@ from parts.twin_vs_real.simulated import simulate
 
 from baton.cli.endpoint import Endpoint
 from baton.core.cost import Profile
-from baton.core.replay import replay
+from baton.core.decision_log import BadLog
+from baton.core.replay import ReplayReport, replay
 from baton.errors import BatonError
 from baton.observe.results import RequestResult, percentile
 from baton.twin.workload import TraceRequest
@@ -178,7 +179,7 @@ class Comparison:
         print(f"{cell}: {len(trace)} at {run.rate:.3g}/s: {shown} ms, {late}{failed}", flush=True)
 
     def _replay(self, server: Server, done: Sequence[Cell], decisions: Path) -> None:
-        reports = tuple(replay(file.read_bytes()) for file in sorted(decisions.iterdir()))
+        reports = tuple(_replayed(file) for file in sorted(decisions.iterdir()))
         replayed = Replayed(server, tuple(done), reports)
         self.book.add(replayed)
         differing = report.num_differing([replayed])
@@ -233,6 +234,13 @@ def main() -> int:
     except BatonError as error:
         print(error)
         return 2
+
+
+def _replayed(file: Path) -> ReplayReport:
+    try:
+        return replay(file.read_bytes())
+    except BadLog as error:  # no log is no proof
+        return ReplayReport(file.stem, 0, 0, 1, parted=str(error))
 
 
 def _stamp() -> str:

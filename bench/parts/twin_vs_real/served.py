@@ -100,5 +100,3 @@ def median_ttft_s(results: Sequence[RequestResult]) -> float:
             raise Broken(f"a request to an idle server failed: {each.failure}: {each.detail}")
     times = [each.ttft_s for each in results[len(results) // 2 :]]
     return statistics.median(time for time in times if time is not None)
-
-
