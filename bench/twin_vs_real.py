@@ -143,7 +143,9 @@ class Comparison:
         settings, profile = self.setup(server).settings, self.profile(server)
         step_s = served.median_ttft_s(simulate(settings, profile, trace, 0.0))
         self.book.add(Hop(server, max(0.0, (took_s - step_s) / 2)))
-        print(f"{server}: one token {1000 * took_s:.3g} ms, its step {1000 * step_s:.3g}", flush=True)
+        print(
+            f"{server}: one token {1000 * took_s:.3g} ms, its step {1000 * step_s:.3g}", flush=True
+        )
 
     def _find_capacity(self, server: Server, workload: str, at: Endpoint) -> None:
         guess = capacity.of_twin(lambda trace: self.twin(server, trace), workload)

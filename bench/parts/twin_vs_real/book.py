@@ -1,8 +1,8 @@
 """What has been measured, a JSON line each, in a folder with the profiles: a run resumes from it.
 
-    runs.jsonl     Header, then Hop, Capacity, Run and Replayed in the order in which they came
-    profile-*.json what `baton profile` wrote
-    decisions/     logs of the server that runs, and those which did not replay
+runs.jsonl     Header, then Hop, Capacity, Run and Replayed in the order in which they came
+profile-*.json what `baton profile` wrote
+decisions/     logs of the server that runs, and those which did not replay
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """From the times of requests to a verdict: pure arithmetic.
 
-    figures       mean and p90 of TTFT, TPOT and E2E of one run
-    spread        |first - second| / their mean, of the two repeats of a cell
-    error         twin / mean of the repeats - 1
-    allowed       max(10 %, 1.5 × spread), never more than 20 %
-    noisy         1.5 × spread is above 20 %: the repeats tell too little, the cell is run again
+figures       mean and p90 of TTFT, TPOT and E2E of one run
+spread        |first - second| / their mean, of the two repeats of a cell
+error         twin / mean of the repeats - 1
+allowed       max(10 %, 1.5 × spread), never more than 20 %
+noisy         1.5 × spread is above 20 %: the repeats tell too little, the cell is run again
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from baton.twin.workload import TraceRequest
 from parts.twin_vs_real.cells import REPEATS, Cell
 
 LEAST_ALLOWED, MOST_ALLOWED, SPREADS = 0.10, 0.20, 1.5
-FIGURES = tuple(f"{metric} {what}" for metric in ("ttft", "tpot", "e2e") for what in ("mean", "p90"))
+METRICS = ("ttft", "tpot", "e2e")
+FIGURES = tuple(f"{metric} {what}" for metric in METRICS for what in ("mean", "p90"))
+    f"{metric} {what}" for metric in ("ttft", "tpot", "e2e") for what in ("mean", "p90")
+)
 KEPT_UP = 0.85
 """Of the arrivals in a window: a server that ends fewer has a growing queue."""
 

@@ -1,4 +1,4 @@
-"""How a server is configured: one mapping, from which flags and the twin's configuration are made."""
+"""How a server is configured: one mapping makes its flags and the configuration of the twin."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ class Setup(msgspec.Struct, frozen=True):
 
 def to_flags(settings: Mapping[str, str]) -> list[str]:
     return [
-        word
-        for path, value in settings.items()
-        for word in ("--" + path.replace("_", "-"), value)
+        word for path, value in settings.items() for word in ("--" + path.replace("_", "-"), value)
     ]
 
 
