@@ -22,8 +22,6 @@ from parts.twin_vs_real.cells import REPEATS, Cell
 LEAST_ALLOWED, MOST_ALLOWED, SPREADS = 0.10, 0.20, 1.5
 METRICS = ("ttft", "tpot", "e2e")
 FIGURES = tuple(f"{metric} {what}" for metric in METRICS for what in ("mean", "p90"))
-    f"{metric} {what}" for metric in ("ttft", "tpot", "e2e") for what in ("mean", "p90")
-)
 KEPT_UP = 0.85
 """Of the arrivals in a window: a server that ends fewer has a growing queue."""
 
