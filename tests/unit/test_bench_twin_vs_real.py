@@ -146,7 +146,7 @@ class TestJudge:
             (0.98, 1.02, 0.10, False),
             (0.95, 1.05, 0.15, False),
             (0.935, 1.065, 0.195, False),
-            (0.90, 1.10, 0.20, True),
+            (0.92, 1.08, 0.20, True),
         ],
     )
     def test_what_is_allowed(
@@ -218,6 +218,16 @@ class TestCapacity:
         assert capacity.find(queue(per_s), "chat", 0.5 * per_s, 1.25) == pytest.approx(
             per_s, rel=0.06
         )
+
+    def test_no_more_is_offered_than_makes_the_queue_grow(self) -> None:
+        offered = []
+
+        def serve(trace):
+            offered.append((len(trace) - 1) / trace[-1].arrival_s)
+            return queue(10.0)(trace)
+
+        capacity.find(serve, "chat", 5.0, 1.25)
+        assert len(offered) > 1 and max(offered) < 16.0
 
     def test_there_is_none_without_a_limit(self) -> None:
         assert capacity.find(queue(1e9), "code", 1.0, 1.5) is None

@@ -77,7 +77,9 @@ def send(
     arrivals = [
         Arrival(each.arrival_s, each.num_prompt_tokens, each.num_output_tokens) for each in trace
     ]
-    target = Target(endpoint, timeout_s=TIMEOUT_S, extra={"temperature": 1})
+    # With their ids, tokens that are not seen as text are events, too: special ones, half letters.
+    extra: dict[str, object] = {"temperature": 1, "return_token_ids": True}
+    target = Target(endpoint, timeout_s=TIMEOUT_S, extra=extra)
     results = http_engine.run(target, arrivals, seed, vocab_size)
     if len(results) < len(arrivals) or any(each.failure == INTERRUPTED for each in results):
         raise KeyboardInterrupt
