@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 WITH_NIXL := $(VENV)/.with-nixl
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels neon demo serve check test unit lint types clean sim exact overhead roofline ready memory peers compare goodput fabric fuzz docs nixl-test nixl-soak
+.PHONY: help install kernels neon demo serve check test unit lint types clean sim exact overhead roofline ready memory peers compare goodput twin-vs-real fabric fuzz docs nixl-test nixl-soak
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -103,6 +103,9 @@ compare: $(INSTALLED) ## Measure Baton beside transformers, llama.cpp and vLLM: 
 
 goodput: $(INSTALLED) ## Measure goodput of 1P1D, 2U, 1U and of other engines; an hour, resumes
 	$(BIN)/python bench/goodput.py --peers $(PEERS)
+
+twin-vs-real: $(INSTALLED) ## Compare the twin with the real server and replay its runs; 2.5 hours, an hour at a time
+	$(BIN)/python bench/twin_vs_real.py --models $(PEERS)/models
 
 fabric: $(INSTALLED) ## Measure how KV blocks travel, beside a plain copy of them; a quarter of an hour
 	$(BIN)/python bench/fabric.py --json results/fabric.json
