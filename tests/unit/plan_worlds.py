@@ -16,7 +16,8 @@ from baton.planner.plan.verdict import Wish
 from baton.twin.workload import TraceRequest
 from baton.types import Role
 
-MODEL = ModelShape("toy", 4, 1024, 16, 4, 64, 4096, 32000)
+# 15 heads: no tensor parallelism, which would blur what the tests look at.
+MODEL = ModelShape("toy", 4, 1024, 15, 5, 64, 4096, 32000)
 RATIOS = (0.9, 1.0, 1.1)
 
 
@@ -34,7 +35,7 @@ def device(name: str, **changes: Any) -> Device:
         "link_bytes_per_s": 1e10,
         "pcie_bytes_per_s": 1e10,
         "network_bytes_per_s": 1e9,
-        "devices_per_node": 2,
+        "devices_per_node": 4,
         "confidence": "made up",
         "source": "made up",
     }

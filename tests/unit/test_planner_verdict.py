@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -9,16 +10,16 @@ import pytest
 from unit import plan_worlds as worlds
 
 from baton.config import load_config
-from baton.core.cost import HeldOut, Link
+from baton.core.cost import HeldOut, Link, Parallel
 from baton.errors import ConfigError
-from baton.planner.plan.candidates import Style
+from baton.planner.plan.candidates import Candidate, Style
 from baton.planner.plan.certainty import certainty, draws
 from baton.planner.plan.flips import price_flips
 from baton.planner.plan.frontier import frontier, plot
 from baton.planner.plan.plan_file import needs, plan_yaml
 from baton.planner.plan.report import document, runners_up, sentences
-from baton.planner.plan.trials import Bench, Question, Scaled, Trial
-from baton.planner.plan.verdict import Plan, plan
+from baton.planner.plan.trials import Bench, Question, Ratios, Scaled, Trial
+from baton.planner.plan.verdict import Plan, Wish, plan
 
 FAST = {"flops": 8e12, "memory": 2e10}
 WIDE = {"flops": 5e11, "memory": 2e11}
@@ -40,7 +41,7 @@ def test_light_traffic_stays_unified(simple: Plan) -> None:
 def test_hardware_that_is_good_at_one_phase_each_is_split() -> None:
     """Prompts are slow on one device and answers on the other, and the link is fast."""
     space = worlds.space(worlds.offer("Fast", **FAST), worlds.offer("Wide", **WIDE))
-    wish = worlds.wish("ttft=300ms,tpot=8ms")
+    wish = worlds.wish("ttft=40ms,tpot=8ms")
     found = plan(worlds.trace(), space, wish)
     assert found.holds
     assert found.chosen.style is Style.SPLIT
@@ -131,8 +132,8 @@ def test_a_price_flips_where_costs_meet() -> None:
 
 def test_a_slower_link_flips_a_split() -> None:
     offered = (worlds.offer("Fast", **FAST), worlds.offer("Wide", **WIDE))
-    space = worlds.space(*offered, links=(Link(1e9),))
-    found = plan(worlds.trace(), space, worlds.wish("ttft=300ms,tpot=8ms"))
+    space = worlds.space(*offered, links=(Link(2e8),))
+    found = plan(worlds.trace(), space, worlds.wish("ttft=40ms,tpot=8ms"))
     assert found.chosen.style is Style.SPLIT
     assert found.flips is not None
     slower = [flip for flip in found.flips if flip.what == "link" and flip.factor < 1]
@@ -179,7 +180,7 @@ def test_the_file_is_the_configuration_that_ran(tmp_path: Path) -> None:
     config = load_config(file)
     assert config.launch.layout == "2P3D"
     assert config.launch.needs is not None
-    assert "5 devices where a machine has 2" in config.launch.needs
+    assert "5 devices where a machine has 4" in config.launch.needs
     assert config.engine.max_num_batched_tokens == 512
     assert config.model.path == "./model"
     assert "# why: because" in file.read_text()
@@ -187,8 +188,7 @@ def test_the_file_is_the_configuration_that_ran(tmp_path: Path) -> None:
 
 def test_what_baton_cannot_run_is_named() -> None:
     assert needs(worlds.unified(2)) is None
-    wide = worlds.space().kinds[-1]
-    assert wide.parallel.tensor == 2
+    wide = worlds.kind(parallel=Parallel(2))
     assert needs(worlds.unified(1, wide)) == "tensor parallelism"
     other = worlds.kind(worlds.offer("Other"))
     assert needs(worlds.split(1, 1, second=other)) == (
@@ -196,7 +196,7 @@ def test_what_baton_cannot_run_is_named() -> None:
     )
 
 
-def _ask(candidate, wish, drawn=({},)) -> list[Trial]:  # type: ignore[no-untyped-def]
+def _ask(candidate: Candidate, wish: Wish, drawn: Sequence[Ratios] = ({},)) -> list[Trial]:
     bench = Bench(wish.slo, wish.attainment, 1)
     bench.traces[""] = worlds.trace()
     return bench.ask([Question(candidate, ratios=ratios) for ratios in drawn])

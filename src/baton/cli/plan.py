@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     print(file=out)
     title = (
         f"{found.num_candidates:,} candidates, {found.num_survivors:,} of which may hold, "
-        f"{found.num_runs:,} runs of the twin (* Baton cannot run it yet)"
+        f"{found.num_runs:,} runs of the twin (latencies at the attained share; * Baton cannot run it yet)"
     )
     print_table(COLUMNS, runners_up(found), title=title, file=out)
     print(file=out)

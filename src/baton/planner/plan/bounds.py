@@ -151,7 +151,7 @@ class Arithmetic:
             )
         ttft_s = alone_s + chunks * step_s + wait_s
         return self._prediction(
-            max(busy, batch / self._most(kind)), ttft_s, tpot_s, alone_s, tpot_s, watts
+            max(busy, batch / (self._most(kind) + 1)), ttft_s, tpot_s, alone_s, tpot_s, watts
         )
 
     def _split(
@@ -183,7 +183,7 @@ class Arithmetic:
                 mean = kind.cost().watts(shaped, power)
                 watts[role] = Watts(power.idle_w * kind.num_devices, mean * kind.num_devices)
         return self._prediction(
-            max(busy, wire, batch / self._most(second)),
+            max(busy, wire, batch / (self._most(second) + 1)),
             alone_s + wait_s,
             step_s + gap_s,
             alone_s,

@@ -62,6 +62,8 @@ def thresholds(
         ways = (0.5, 2.0)
         if what == "link" and not space.links:
             space = msgspec.structs.replace(space, links=(_usual(space),))
+            if winner(Change("link", 1.0))[0] is not style:
+                continue
         for way in ways:
             flip = _threshold(what, way, reach, style, winner)
             if flip is not None:

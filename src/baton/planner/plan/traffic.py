@@ -90,8 +90,6 @@ def rate_of(requests: Sequence[TraceRequest]) -> float:
 
 def busiest(requests: Sequence[TraceRequest], size: int) -> list[TraceRequest]:
     """The `size` successive requests that come fastest, from 0 s on; all if there are no more."""
-    import msgspec
-
     start = 0
     if len(requests) > size:
         start = min(

@@ -148,7 +148,9 @@ def plan(
     rows = _run(asked, seen.survivors, tell)
     chosen, holds, best, rows = _choose(asked, rows, space, tell)
     others = [row.candidate for style, row in best.items() if style is not chosen.style]
-    dearer = [row.candidate for row in rows if _keeps(row, wish) and row.candidate.style is not chosen.style]
+    others += [
+        row.candidate for row in rows if _keeps(row, wish) and row.style is not chosen.style
+    ]
     return Plan(
         wish,
         traffic,
@@ -161,7 +163,7 @@ def plan(
         rows,
         _headroom(asked, chosen.candidate, window, tell),
         _flips(asked, space, chosen.style, window, tell),
-        list(price_flips(chosen.candidate, [*others, *dearer])),
+        list(price_flips(chosen.candidate, others)),
         None if today is None else asked.rows([today])[0],
     )
 
