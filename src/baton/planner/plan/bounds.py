@@ -69,7 +69,8 @@ class _Prompts:
     """Seconds that prompts take on one kind of worker that does nothing else."""
 
     def __init__(self, kind: Kind, traffic: Traffic) -> None:
-        cost, alone = kind.cost(), []
+        cost = kind.cost()
+        alone: list[float] = []
         for whole, new, _ in traffic.samples:
             seconds = 0.0
             for start in range(whole - new, whole, kind.budget):

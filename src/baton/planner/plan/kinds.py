@@ -121,7 +121,8 @@ def kinds(
     Raises:
         ConfigError: it fits on none of them; it says what each would need.
     """
-    found, lacking = [], []
+    found: list[Kind] = []
+    lacking: list[str] = []
     for offer in offered:
         mine = [
             Kind(offer, model, parallel, budget, tokens)

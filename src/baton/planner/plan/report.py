@@ -44,11 +44,12 @@ def sentences(plan: Plan) -> Iterator[str]:
     yield (
         f"In the twin {chosen.trial.attainment:.1%} of requests keep {wish.slo}; at "
         f"{wish.attainment:.0%} of them the worst latency is {chosen.trial.strain:.0%} of its "
-        f"limit. {_headroom(plan.headroom)}"
+        f"limit.{_headroom(plan.headroom)}"
     )
     yield _sureness(plan)
     yield from _comparison(plan)
-    yield from _flip_lines(plan)
+    if plan.holds:
+        yield from _flip_lines(plan)
     if plan.today is not None and plan.holds:
         yield _today(plan.today, plan)
     if (reason := needs(chosen.candidate)) is not None:
@@ -56,22 +57,27 @@ def sentences(plan: Plan) -> Iterator[str]:
 
 
 def _headroom(tried: Sequence[tuple[float, bool]]) -> str:
+    if not tried:
+        return ""
     held = 1.0
     for factor, holds in tried:
         if not holds:
-            return f"It still holds at {held:g} times the rate, not at {factor:g} times."
+            return f" It still holds at {held:g} times the rate, not at {factor:g} times."
         held = factor
-    return f"It still holds at {held:g} times the rate, the most that was tried."
+    return f" It still holds at {held:g} times the rate, the most that was tried."
 
 
 def _sureness(plan: Plan) -> str:
     sure = plan.chosen.certainty
     if sure is None:
         return "How sure that is cannot be told: no profile here knows its held-out error."
+    doubt = ""
+    if sure.probability < plan.wish.confidence:
+        doubt = f" That is less than the {plan.wish.confidence:.0%} asked for, and the most found."
     return (
         f"It holds with probability {sure.probability:.0%}: in so many of {sure.num_draws} runs of "
         "the twin with errors drawn from the profiles' held-out ones (attainment "
-        f"{sure.low:.0%} to {sure.high:.0%} in the middle 80 %)."
+        f"{sure.low:.0%} to {sure.high:.0%} in the middle 80 %)." + doubt
     )
 
 

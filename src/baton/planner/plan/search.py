@@ -16,7 +16,7 @@ from baton.planner.plan.candidates import Candidate, Style, mixed, split, unifie
 from baton.planner.plan.kinds import Kind
 from baton.types import Role
 
-MORE = 3
+MORE = 4
 """Counts that are tried of each role, from the least that keeps up."""
 SAME_COST = 1.03
 """Within so much of the price, the simpler style is taken."""

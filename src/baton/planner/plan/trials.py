@@ -11,6 +11,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 
 import msgspec
 
@@ -111,7 +112,8 @@ class Bench:
     @contextmanager
     def _forked(self, questions: Sequence[Question], count: int) -> Iterator[list[Connection]]:
         context = multiprocessing.get_context("fork")
-        pipes, processes = [], []
+        pipes: list[Connection] = []
+        processes: list[ForkProcess] = []
         try:
             for _ in range(count):
                 mine, theirs = context.Pipe()
@@ -170,7 +172,9 @@ def judge(
     results: Sequence[RequestResult], slo: Slo, attainment: float, utilisation: dict[str, float]
 ) -> Trial:
     """Reduce a run. A request that failed is late without end."""
-    strains, ttfts, tpots = [], [], []
+    strains: list[float] = []
+    ttfts: list[float] = []
+    tpots: list[float] = []
     tokens = num_failed = 0
     for each in results:
         if each.failure is not None:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -18,14 +18,17 @@ from baton.planner.plan.bounds import Arithmetic, Prediction
 from baton.planner.plan.candidates import Candidate, Style
 from baton.planner.plan.certainty import Certainty, certainty, draws
 from baton.planner.plan.flips import BEYOND, Flip, price_flips, thresholds
+from baton.planner.plan.kinds import Offer
 from baton.planner.plan.search import ORDER, Found, Space, batches, check, simplest, survey
 from baton.planner.plan.traffic import Traffic, busiest, rate_of
-from baton.planner.plan.trials import Bench, Question, Ratios, Trial
+from baton.planner.plan.trials import Bench, Question, Trial
 from baton.twin.workload import TraceRequest, check_trace, scale
 
 ENOUGH = 3
 """Candidates of a style that keep the promise, after which no dearer ones are run."""
 BATCH, MAX_BATCHES = 6, 5
+ROOMIER = 0.8
+"""Of the strain: what is run when nothing that keeps the promise is sure to."""
 HEADROOM = (1.1, 1.25, 1.5, 2.0, 3.0)
 Tell = Callable[[str, int, int], None]
 """Hears (stage, done, in all)."""
@@ -146,11 +149,14 @@ def plan(
     bench.traces[""] = window
     asked = Asked(bench, wish, traffic, arithmetic)
     rows = _run(asked, seen.survivors, tell)
-    chosen, holds, best, rows = _choose(asked, rows, space, tell)
+    chosen, holds, best, rows = _choose(asked, rows, seen.survivors, space, tell)
     others = [row.candidate for style, row in best.items() if style is not chosen.style]
     others += [
         row.candidate for row in rows if _keeps(row, wish) and row.style is not chosen.style
     ]
+    headroom = _headroom(asked, chosen.candidate, window, tell) if holds else []
+    flips = _flips(asked, space, chosen.style, window, tell) if holds else []
+    compared = None if today is None else asked.rows([today])[0]
     return Plan(
         wish,
         traffic,
@@ -161,16 +167,17 @@ def plan(
         holds,
         best,
         rows,
-        _headroom(asked, chosen.candidate, window, tell),
-        _flips(asked, space, chosen.style, window, tell),
-        list(price_flips(chosen.candidate, others)),
-        None if today is None else asked.rows([today])[0],
+        headroom,
+        flips,
+        list(price_flips(chosen.candidate, others)) if holds else [],
+        compared,
     )
 
 
 def _run(asked: Asked, survivors: Sequence[Found], tell: Tell) -> list[Row]:
     """The twin on the survivors of each style, the cheapest first, until enough keep it."""
-    wish, rows = asked.wish, []
+    wish = asked.wish
+    rows: list[Row] = []
     total = len(ORDER) * MAX_BATCHES
     for place, style in enumerate(ORDER):
         kept = 0
@@ -190,7 +197,7 @@ def _keeps(row: Row, wish: Wish) -> bool:
 
 
 def _choose(
-    asked: Asked, rows: list[Row], space: Space, tell: Tell
+    asked: Asked, rows: list[Row], survivors: Sequence[Found], space: Space, tell: Tell
 ) -> tuple[Row, bool, dict[Style, Row], list[Row]]:
     """(the choice, whether it keeps the promise, the best of each style, all rows)."""
     wish = asked.wish
@@ -199,29 +206,28 @@ def _choose(
         nearest = min(rows, key=lambda row: (-row.trial.attainment, row.usd_per_hour))
         return nearest, False, {}, rows
     offered = list({kind.offer.device.name: kind.offer for kind in space.kinds}.values())
-    drawn = draws(offered, wish.num_draws, wish.seed)
     best: dict[Style, Row] = {}
-    sure: dict[int, Row] = {}
-    for place, style in enumerate(ORDER):
-        tell("drawing errors", place, len(ORDER))
-        mine = sorted(
-            (row for row in keeping if row.style is style),
-            key=lambda row: (row.usd_per_hour, row.trial.strain),
-        )
-        weighed = [_weigh(asked, row, drawn) for row in mine[:ENOUGH]]
-        sure.update((id(old), new) for old, new in zip(mine, weighed, strict=False))
-        if weighed:
-            best[style] = _surest(weighed, wish.confidence)
-    tell("drawing errors", len(ORDER), len(ORDER))
-    rows = [sure.get(id(row), row) for row in rows]
+    drawing = _Drawing(asked, offered, tell)
+    for style in ORDER:
+        mine = drawing.weigh(row for row in keeping if row.style is style)
+        if mine and not drawing.is_sure(mine):
+            # The cheapest barely keep it: with more room they cost more and hold more surely.
+            more = _roomier(survivors, mine, rows, wish)
+            added = asked.rows([each.candidate for each in more])
+            rows += added
+            mine += drawing.weigh(row for row in added if _keeps(row, wish))
+            mine.sort(key=lambda row: row.usd_per_hour)
+        if mine:
+            best[style] = _surest(mine, wish.confidence)
+    rows = [drawing.weighed.get(row.candidate.name, row) for row in rows]
     reliable = {
         style: row for style, row in best.items()
         if row.probability is None or row.probability >= wish.confidence
     }  # fmt: skip
     if reliable:
-        style = simplest({style: row.usd_per_hour for style, row in reliable.items()})
-        assert style is not None  # there are some
-        return reliable[style], True, best, rows
+        winner = simplest({style: row.usd_per_hour for style, row in reliable.items()})
+        assert winner is not None  # there are some
+        return reliable[winner], True, best, rows
     chosen = max(best.values(), key=lambda row: (row.probability or 0.0, -row.usd_per_hour))
     return chosen, True, best, rows
 
@@ -234,9 +240,55 @@ def _surest(rows: Sequence[Row], confidence: float) -> Row:
     return max(rows, key=lambda row: (row.probability or 0.0, -row.usd_per_hour))
 
 
-def _weigh(asked: Asked, row: Row, drawn: Sequence[Ratios]) -> Row:
-    trials = asked.bench.ask([Question(row.candidate, ratios=ratios) for ratios in drawn])
-    return msgspec.structs.replace(row, certainty=certainty(trials, asked.wish.attainment))
+class _Drawing:
+    """Runs candidates again under the same drawn errors; keeps what they came to by name."""
+
+    def __init__(self, asked: Asked, offered: Sequence[Offer], tell: Tell) -> None:
+        self.weighed: dict[str, Row] = {}
+        self._asked, self._tell = asked, tell
+        self._drawn = draws(offered, asked.wish.num_draws, asked.wish.seed)
+        self._num_done = 0
+
+    def weigh(self, rows: Iterable[Row]) -> list[Row]:
+        """The best of each of the lowest prices, cheapest first, with their certainty."""
+        levels: dict[float, Row] = {}
+        for row in sorted(rows, key=lambda row: (row.usd_per_hour, row.trial.strain)):
+            levels.setdefault(row.usd_per_hour, row)
+        found = [self._weigh(row) for row in list(levels.values())[:ENOUGH]]
+        self.weighed.update((row.candidate.name, row) for row in found)
+        return found
+
+    def is_sure(self, rows: Sequence[Row]) -> bool:
+        confidence = self._asked.wish.confidence
+        return any(row.probability is None or row.probability >= confidence for row in rows)
+
+    def _weigh(self, row: Row) -> Row:
+        before, total = self._num_done, len(ORDER) * ENOUGH * len(self._drawn)
+
+        def told(done: int) -> None:
+            self._tell("drawing errors", before + done, max(total, before + done))
+
+        questions = [Question(row.candidate, ratios=ratios) for ratios in self._drawn]
+        trials = self._asked.bench.ask(questions, told)
+        self._num_done += len(questions)
+        sure = certainty(trials, self._asked.wish.attainment)
+        return msgspec.structs.replace(row, certainty=sure)
+
+
+def _roomier(
+    survivors: Sequence[Found], mine: Sequence[Row], rows: Sequence[Row], wish: Wish
+) -> list[Found]:
+    """Survivors of the same style, not run yet, that arithmetic gives clearly more room."""
+    known = {row.candidate.name for row in rows}
+    limit = ROOMIER * min(row.prediction.strain(wish.slo) for row in mine)
+    found = [
+        each
+        for each in survivors
+        if each.candidate.style is mine[0].style
+        and each.candidate.name not in known
+        and each.prediction.strain(wish.slo) <= limit
+    ]
+    return found[:BATCH]
 
 
 def _headroom(
@@ -265,7 +317,8 @@ def _flips(
     found = thresholds(space, asked.traffic, wish.slo, wish.attainment, style, told)
     if not found:
         return found
-    questions, asking = [], []
+    questions: list[Question] = []
+    asking: list[int] = []
     for number, flip in enumerate(found):
         if flip.candidate is not None:
             name = f"flip {number}"
