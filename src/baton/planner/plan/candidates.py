@@ -98,9 +98,10 @@ def split(
 
 
 def mixed(kind: Kind, way: Way, count: int) -> Iterator[Candidate]:
-    """Some of `count` like workers do both, the others are split."""
-    for both in range(1, count - 1):
-        for first in range(1, count - both):
+    """Some of `count` like workers do both, the others are split; in steps where they are many."""
+    step = max(1, count // 4)
+    for both in range(1, count - 1, step):
+        for first in range(1, count - both, step):
             workers = {
                 Role.PREFILL: (kind, first),
                 Role.DECODE: (kind, count - both - first),
