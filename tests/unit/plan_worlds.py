@@ -18,6 +18,7 @@ from baton.types import Role
 
 # 15 heads: no tensor parallelism, which would blur what the tests look at.
 MODEL = ModelShape("toy", 4, 1024, 15, 5, 64, 4096, 32000)
+LINK = Link(1e9)
 RATIOS = (0.9, 1.0, 1.1)
 
 
@@ -65,7 +66,9 @@ def space(*offered: Offer, **changes: Any) -> Space:
     return Space(tuple(found), **changes)
 
 
-def trace(num: int = 60, rate: float = 4.0, prompt: int = 400, output: int = 30) -> list[TraceRequest]:
+def trace(
+    num: int = 60, rate: float = 4.0, prompt: int = 400, output: int = 30
+) -> list[TraceRequest]:
     return [TraceRequest(i / rate, prompt, output) for i in range(num)]
 
 
@@ -80,7 +83,7 @@ def unified(count: int, each: Kind | None = None) -> Candidate:
 
 def split(
     prefill: int, decode: int, first: Kind | None = None, second: Kind | None = None,
-    link: Link = Link(1e9),
+    link: Link = LINK,
 ) -> Candidate:  # fmt: skip
     workers = {Role.PREFILL: (first or kind(), prefill), Role.DECODE: (second or kind(), decode)}
     return Candidate(workers, Way(link))

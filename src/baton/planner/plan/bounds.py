@@ -62,7 +62,9 @@ class Prediction(msgspec.Struct, frozen=True):
 
 def _worst(slo: Slo, ttft_s: float, tpot_s: float, e2e_s: float) -> float:
     values = {"ttft": ttft_s, "tpot": tpot_s, "e2e": e2e_s}
-    return max((values[name] / each for name, each in slo.limits.items() if name in values), default=0.0)
+    return max(
+        (values[name] / each for name, each in slo.limits.items() if name in values), default=0.0
+    )
 
 
 class _Prompts:
@@ -147,9 +149,7 @@ class Arithmetic:
             decoding = cost.watts(self._decode_shape(batch), power)
             computing = cost.watts(prompts.shape, power)
             mean = busy * computing + (1 - busy) * decoding
-            watts[Role.UNIFIED] = Watts(
-                power.idle_w * kind.num_devices, mean * kind.num_devices
-            )
+            watts[Role.UNIFIED] = Watts(power.idle_w * kind.num_devices, mean * kind.num_devices)
         ttft_s = alone_s + chunks * step_s + wait_s
         return self._prediction(
             max(busy, batch / (self._most(kind) + 1)), ttft_s, tpot_s, alone_s, tpot_s, watts

@@ -83,7 +83,6 @@ class Candidate(msgspec.Struct, frozen=True):
         return ", ".join(parts if self.way is None else [*parts, self.way.name])
 
 
-
 def unified(kind: Kind, counts: range) -> Iterator[Candidate]:
     for count in counts:
         yield Candidate({Role.UNIFIED: (kind, count)})

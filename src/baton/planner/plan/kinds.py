@@ -97,8 +97,8 @@ def offers(
             listed = find_price(device)
             if listed is None:
                 raise ConfigError(
-                    f"{name} has no price here: give --price {min((name, *device.aliases), key=len)}"
-                    "=USD, for one device and hour"
+                    f"{name} has no price here: give --price "
+                    f"{min((name, *device.aliases), key=len)}=USD, for one device and hour"
                 )
             usd = listed.usd_per_device_hour
         profile = given.get(name) or find_profile(device, model)

@@ -31,9 +31,11 @@ def needs(candidate: Candidate) -> str | None:
         reasons.append("mixture of experts" if model.is_moe else "latent attention")
     if model.weight_bytes < 2:
         reasons.append("quantised weights")
-    for kind in {each.offer.name: each for each in kinds}.values():
-        if kind.offer.device.kind not in ("gpu", "cpu"):
-            reasons.append(f"workers on {kind.offer.name}")
+    reasons += [
+        f"workers on {kind.offer.name}"
+        for kind in {each.offer.name: each for each in kinds}.values()
+        if kind.offer.device.kind not in ("gpu", "cpu")
+    ]
     devices = candidate.devices()
     if len(devices) > 1:
         reasons.append(f"unlike devices in one layout ({' and '.join(devices)})")
@@ -88,7 +90,9 @@ def _hardware(candidate: Candidate) -> list[str]:
     for role in (Role.PREFILL, Role.DECODE, Role.UNIFIED):
         if role in candidate.workers:
             kind, count = candidate.workers[role]
-            lines.append(f"{role.value}: {count} x {kind.name}, {kind.kv_tokens:,} tokens of KV each")
+            lines.append(
+                f"{role.value}: {count} x {kind.name}, {kind.kv_tokens:,} tokens of KV each"
+            )
     if candidate.way is not None:
         lines.append(f"between workers: {candidate.way.name}")
     return lines

@@ -96,12 +96,12 @@ class Bench:
             left = iter(range(len(questions)))
             busy: set[Connection] = set()
             for pipe in pipes:
-                if (number := next(left, None)) is not None:
-                    pipe.send_bytes(str(number).encode())
+                if (first := next(left, None)) is not None:
+                    pipe.send_bytes(str(first).encode())
                     busy.add(pipe)
             while busy:
-                for pipe in wait(list(busy)):
-                    assert isinstance(pipe, Connection)
+                ready = wait(list(busy))
+                for pipe in [each for each in busy if each in ready]:
                     number, trial = _received(pipe)
                     yield number, trial
                     if (following := next(left, None)) is None:
@@ -117,9 +117,7 @@ class Bench:
         try:
             for _ in range(count):
                 mine, theirs = context.Pipe()
-                process = context.Process(
-                    target=self._work, args=(questions, theirs), daemon=True
-                )
+                process = context.Process(target=self._work, args=(questions, theirs), daemon=True)
                 process.start()
                 theirs.close()
                 pipes.append(mine)
@@ -183,7 +181,9 @@ def judge(
             continue
         values = each.values() if _needs_gaps(slo) else _plain(each)
         shares = [
-            value / limit for name, limit in slo.limits.items() if (value := values[name]) is not None
+            value / limit
+            for name, limit in slo.limits.items()
+            if (value := values[name]) is not None
         ]
         strains.append(max(shares, default=0.0))
         ttfts.append(each.ttft_s or 0.0)

@@ -1,8 +1,8 @@
 """The verdict: arithmetic leaves out, the twin decides, and errors are drawn to see if it holds.
 
-    survey ─▶ the cheapest survivors of each style run in the twin until some keep the promise
-           ─▶ the best of each style run again under drawn errors ─▶ the choice
-           ─▶ head-room, flips, today's deployment
+survey ─▶ the cheapest survivors of each style run in the twin until some keep the promise
+       ─▶ the best of each style run again under drawn errors ─▶ the choice
+       ─▶ head-room, flips, today's deployment
 """
 
 from __future__ import annotations
@@ -151,9 +151,7 @@ def plan(
     rows = _run(asked, seen.survivors, tell)
     chosen, holds, best, rows = _choose(asked, rows, seen.survivors, space, tell)
     others = [row.candidate for style, row in best.items() if style is not chosen.style]
-    others += [
-        row.candidate for row in rows if _keeps(row, wish) and row.style is not chosen.style
-    ]
+    others += [row.candidate for row in rows if _keeps(row, wish) and row.style is not chosen.style]
     headroom = _headroom(asked, chosen.candidate, window, tell) if holds else []
     flips = _flips(asked, space, chosen.style, window, tell) if holds else []
     compared = None if today is None else asked.rows([today])[0]
