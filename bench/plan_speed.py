@@ -1,4 +1,4 @@
-"""How long a full plan takes: `baton plan` on the Azure conversation trace, on what cores there are.
+"""How long a full plan takes: `baton plan` on the Azure conversation trace.
 
     python bench/plan_speed.py [--data DIR] [--rate R] [--hardware LIST] [--processes N]
 

@@ -34,8 +34,8 @@ from baton.twin.workload import TraceRequest, scale
 
 SUMMARY = (
     "Find the deployment that serves a trace within its limits for the least money: unified or\n"
-    "split, on which hardware, how many workers. Arithmetic leaves out what cannot do it, the twin\n"
-    "decides, and errors drawn from the cost models' own say how sure that is."
+    "split, on which hardware, how many workers. Arithmetic leaves out what cannot do it, the\n"
+    "twin decides, and errors drawn from the cost models' own say how sure that is."
 )
 EXAMPLES = """\
   baton plan --model Llama-3.1-8B --trace requests.jsonl --slo ttft=2s,tpot=50ms
@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
     print(file=out)
     title = (
         f"{found.num_candidates:,} candidates, {found.num_survivors:,} of which may hold, "
-        f"{found.num_runs:,} runs of the twin (latencies at the attained share; * Baton cannot run it yet)"
+        f"{found.num_runs:,} runs of the twin "
+        "(latencies at the attained share; * Baton cannot run it yet)"
     )
     print_table(COLUMNS, runners_up(found), title=title, file=out)
     print(file=out)
