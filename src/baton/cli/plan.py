@@ -69,8 +69,8 @@ def add_arguments(parser: Parser) -> None:
     add("--codecs", default="raw", metavar="LIST", help=f"Of {', '.join(CODECS)}. [raw]")
     add("--transfer-price", type=float, default=0.0, metavar="USD", help="Per GB of KV. [0]")
     add = parser.add_argument_group("Search").add_argument
-    add("--num-requests", type=_count, default=500, metavar="N", help="That the twin runs. [500]")
-    add("--draws", type=_whole, default=30, metavar="N", help="Of errors, a candidate. [30]")
+    add("--num-requests", type=_count, default=300, metavar="N", help="That the twin runs. [300]")
+    add("--draws", type=_whole, default=24, metavar="N", help="Of errors, a candidate. [24]")
     add("--processes", type=_count, metavar="N", help="By default one a core.")
     add("--seed", type=int, default=0, help="Same seed, same plan. [0]")
     add = parser.add_argument_group("Result").add_argument

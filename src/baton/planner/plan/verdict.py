@@ -42,8 +42,8 @@ class Wish(msgspec.Struct, frozen=True):
     slo: Slo
     attainment: float = 0.9
     confidence: float = 0.8
-    num_draws: int = 30
-    num_requests: int = 500
+    num_draws: int = 24
+    num_requests: int = 300
     usd_per_gb: float = 0.0
     seed: int = 0
 
@@ -252,7 +252,10 @@ class _Drawing:
         levels: dict[float, Row] = {}
         for row in sorted(rows, key=lambda row: (row.usd_per_hour, row.trial.strain)):
             levels.setdefault(row.usd_per_hour, row)
-        found = [self._weigh(row) for row in list(levels.values())[:ENOUGH]]
+        found: list[Row] = []
+        for row in list(levels.values())[:ENOUGH]:
+            if not self.is_sure(found):  # a dearer one would not be chosen
+                found.append(self._weigh(row))
         self.weighed.update((row.candidate.name, row) for row in found)
         return found
 
