@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "analyze": ("Measure", "what a trace says about its traffic; prefill against decode"),
     "profile": ("Measure", "how long a model's steps take on this machine, to plan with"),
     "simulate": ("Predict", "what a deployment would do with a trace, on a virtual clock"),
+    "plan": ("Predict", "whether to split, on what hardware, what it costs, how sure that is"),
     "serve": ("Run", "start gateway and workers on this machine, and keep them running"),
     "chat": ("Run", "talk to a served model in the terminal"),
     "bench": ("Compare", "load any OpenAI-compatible server; latency, goodput, frontier"),
@@ -37,6 +38,7 @@ EXAMPLES = """\
   baton serve --model ./my-model --layout 2P3D       two prefill, three decode workers
   baton chat                                         ask it something
   baton analyze requests.jsonl --html traffic.html   what is the traffic like?
+  baton plan --model Llama-3.1-8B --trace requests.jsonl --slo ttft=2s,tpot=50ms
   baton bench --rate 4 --slo ttft=2s,tpot=40ms       does it keep its promises at 4 requests/s?
   baton bench --sweep auto --plot frontier.png       and how far does it go?
 """

@@ -27,6 +27,11 @@ def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     if not config.model.path:
         raise ConfigError("no model to serve: give --model DIR, or model.path in --config FILE")
+    if config.launch.needs:
+        raise ConfigError(
+            f"this configuration needs what Baton cannot run yet: {config.launch.needs}; choose "
+            "another layout, or take launch.needs out if that is no longer so"
+        )
     from baton.launch.local import serve
 
     return serve(config)

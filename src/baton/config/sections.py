@@ -290,6 +290,13 @@ class LaunchConfig(Section, frozen=True):
     layout: Annotated[
         str, Meta(description="Workers by role: 1P1D, 2P3D, 1U (prefill, decode, unified).")
     ] = "1P1D"
+    needs: Annotated[
+        str | None,
+        Meta(
+            description="What this configuration needs that Baton cannot run yet; serve refuses "
+            "it with that reason. baton plan writes it."
+        ),
+    ] = None
     prefill_cpus: Annotated[
         str | None, Meta(description="Cores of the prefill workers, instead of engine.cpus.")
     ] = None

@@ -1,0 +1,279 @@
+"""What arithmetic says of a candidate: enough to leave out what cannot do it, not to choose.
+
+A steady state: prompts take their share of a worker's time, and as many sequences decode as come in
+while one lasts. Queues are those of random arrivals. `least_*` have no queue in them: no run of the
+trace is faster, so a candidate whose least is over a limit needs no run. A plan is chosen by the
+twin; this model also finds where choices would flip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import msgspec
+
+from baton.core.cost import ChunkShape, StepShape
+from baton.observe.slo import Slo
+from baton.planner.plan.candidates import Candidate, Way
+from baton.planner.plan.kinds import Kind
+from baton.planner.plan.traffic import Traffic
+from baton.planner.steady import joined
+from baton.types import Role
+
+MAX_SEQS = 256
+"""Sequences in a step, as `engine.max_num_seqs` has it."""
+MAX_LOAD = 1.0
+SLACK = 1.05
+"""A bound has to be missed by so much: the twin does not see means alone."""
+
+
+class Watts(msgspec.Struct, frozen=True):
+    """Of one worker with all its devices."""
+
+    idle: float
+    busy: float
+
+
+class Prediction(msgspec.Struct, frozen=True):
+    """load: the busiest resource's share of its time; 1 or more never catches up. TTFT is that at
+    the quantile that is to be attained, TPOT the mean."""
+
+    load: float
+    ttft_s: float
+    tpot_s: float
+    least_ttft_s: float
+    least_tpot_s: float
+    e2e_s: float
+    least_e2e_s: float
+    watts: Mapping[Role, Watts] = {}
+
+    def strain(self, slo: Slo) -> float:
+        """The worst of latency / limit and load; 1 is just kept."""
+        if self.load >= MAX_LOAD:
+            return math.inf
+        return _worst(slo, self.ttft_s, self.tpot_s, self.e2e_s)
+
+    def may_hold(self, slo: Slo) -> bool:
+        """Whether it is worth a run."""
+        least = _worst(slo, self.least_ttft_s, self.least_tpot_s, self.least_e2e_s)
+        return self.load < MAX_LOAD * SLACK and least <= SLACK
+
+
+def _worst(slo: Slo, ttft_s: float, tpot_s: float, e2e_s: float) -> float:
+    values = {"ttft": ttft_s, "tpot": tpot_s, "e2e": e2e_s}
+    return max(
+        (values[name] / each for name, each in slo.limits.items() if name in values), default=0.0
+    )
+
+
+class _Prompts:
+    """Seconds that prompts take on one kind of worker that does nothing else."""
+
+    def __init__(self, kind: Kind, traffic: Traffic) -> None:
+        cost = kind.cost()
+        alone: list[float] = []
+        for whole, new, _ in traffic.samples:
+            seconds = 0.0
+            for start in range(whole - new, whole, kind.budget):
+                size = min(kind.budget, whole - start)
+                chunk = ChunkShape(size, start, start + size == whole)
+                seconds += cost.step_s(StepShape.of([chunk]))
+            alone.append(seconds)
+        self.alone_s = sorted(alone)
+        self.mean_s = sum(alone) / len(alone)
+        self.mean_square = sum(each * each for each in alone) / len(alone)
+        size = max(1, round(sum(new for _, new, _ in traffic.samples) / len(alone)))
+        self.shape = StepShape.of([ChunkShape(min(size, kind.budget), 0, True)])
+
+    def at(self, quantile: float) -> float:
+        return self.alone_s[min(len(self.alone_s) - 1, int(quantile * len(self.alone_s)))]
+
+
+class Arithmetic:
+    """Predictions for one traffic. Keeps what it has worked out of each kind."""
+
+    def __init__(self, traffic: Traffic, attainment: float) -> None:
+        self.traffic = traffic
+        self._quantile = attainment
+        self._prompts: dict[object, _Prompts] = {}
+
+    def predict(self, candidate: Candidate) -> Prediction:
+        workers, way = candidate.workers, candidate.way
+        if Role.PREFILL not in workers:
+            return self._unified(*workers[Role.UNIFIED], share=1.0)
+        assert way is not None  # `candidates` gives every split one its way
+        if Role.UNIFIED not in workers:
+            return self._split(workers, way, share=1.0)
+        found = []
+        for tenth in range(1, 10):  # the router balances; nobody tells it the share
+            both = self._unified(*workers[Role.UNIFIED], share=tenth / 10)
+            apart = self._split(workers, way, share=1 - tenth / 10)
+            found.append(_worse(both, apart))
+        return min(found, key=lambda each: each.load)
+
+    def least_workers(self, kind: Kind, role: Role) -> int:
+        """The least number of workers of one role that keep up; 0 if no number does."""
+        rate, prompts = self.traffic.rate, self._of(kind)
+        if role is Role.PREFILL:
+            return max(1, math.ceil(rate * prompts.mean_s / MAX_LOAD))
+        count = 1
+        while count <= 1024:
+            if role is Role.DECODE:
+                held = self._batch(kind, rate / count, 0.0) is not None
+            else:
+                held = self._unified(kind, count, 1.0).load < MAX_LOAD
+            if held:
+                return count
+            count += max(1, count // 8)
+        return 0
+
+    # The two styles --------------------------------------------------------------------------
+
+    def _unified(self, kind: Kind, count: int, share: float) -> Prediction:
+        traffic, prompts, cost = self.traffic, self._of(kind), kind.cost()
+        rate = traffic.rate * share / count
+        ride = self._ride(kind, prompts)
+        busy = rate * prompts.mean_s * ride
+        batch = self._batch(kind, rate, busy)
+        if batch is None:
+            return _saturated(max(busy, MAX_LOAD * SLACK))
+        step_s = cost.stage_s(self._decode_shape(batch))
+        tpot_s = step_s / (1 - busy)
+        chunks = math.ceil(traffic.mean_prompt / kind.budget)
+        alone_s = prompts.at(self._quantile)
+        wait_s = _wait_s(rate, prompts.mean_square * ride**2, busy, count, self._quantile)
+        power = kind.power
+        watts = {}
+        if power is not None:
+            decoding = cost.watts(self._decode_shape(batch), power)
+            computing = cost.watts(prompts.shape, power)
+            mean = busy * computing + (1 - busy) * decoding
+            watts[Role.UNIFIED] = Watts(power.idle_w * kind.num_devices, mean * kind.num_devices)
+        ttft_s = alone_s + chunks * step_s + wait_s
+        return self._prediction(
+            max(busy, batch / (self._most(kind) + 1)), ttft_s, tpot_s, alone_s, tpot_s, watts
+        )
+
+    def _split(
+        self, workers: Mapping[Role, tuple[Kind, int]], way: Way, share: float
+    ) -> Prediction:
+        traffic = self.traffic
+        (first, num_first), (second, num_second) = workers[Role.PREFILL], workers[Role.DECODE]
+        rate = traffic.rate * share
+        prompts, decode = self._of(first), second.cost()
+        busy = rate / num_first * prompts.mean_s
+        num_bytes = traffic.mean_prompt * first.model.kv_bytes_per_token * way.wire_share
+        wire = rate * num_bytes / way.link.bytes_per_s / min(num_first, num_second)
+        batch = self._batch(second, rate / num_second, 0.0)
+        if batch is None or max(busy, wire) >= MAX_LOAD * SLACK:
+            return _saturated(max(busy, wire, MAX_LOAD * SLACK))
+        shape = self._decode_shape(batch)
+        step_s = decode.stage_s(shape)
+        alone_s = prompts.at(self._quantile)
+        below = min(busy, 0.999)
+        wait_s = _wait_s(rate / num_first, prompts.mean_square, below, num_first, self._quantile)
+        pass_s = way.link.latency_s + num_bytes / way.link.bytes_per_s / max(1 - wire, 1e-3)
+        gap_s = pass_s / max(1.0, traffic.mean_output - 1)
+        watts = {}
+        for role, (kind, _), shaped in (
+            (Role.PREFILL, workers[Role.PREFILL], prompts.shape),
+            (Role.DECODE, workers[Role.DECODE], shape),
+        ):
+            if (power := kind.power) is not None:
+                mean = kind.cost().watts(shaped, power)
+                watts[role] = Watts(power.idle_w * kind.num_devices, mean * kind.num_devices)
+        return self._prediction(
+            max(busy, wire, batch / (self._most(second) + 1)),
+            alone_s + wait_s,
+            step_s + gap_s,
+            alone_s,
+            step_s,
+            watts,
+        )
+
+    def _prediction(
+        self,
+        load: float,
+        ttft_s: float,
+        tpot_s: float,
+        least_ttft_s: float,
+        least_tpot_s: float,
+        watts: Mapping[Role, Watts],
+    ) -> Prediction:
+        outputs = sorted(out for _, _, out in self.traffic.samples)
+        tokens = outputs[min(len(outputs) - 1, int(self._quantile * len(outputs)))] - 1
+        return Prediction(
+            load,
+            ttft_s,
+            tpot_s,
+            least_ttft_s,
+            least_tpot_s,
+            ttft_s + tokens * tpot_s,
+            tokens * least_tpot_s,
+            watts,
+        )
+
+    # What they share -------------------------------------------------------------------------
+
+    def _of(self, kind: Kind) -> _Prompts:
+        found = self._prompts.get(kind.key)
+        if found is None:
+            found = self._prompts[kind.key] = _Prompts(kind, self.traffic)
+        return found
+
+    def _most(self, kind: Kind) -> int:
+        """Sequences that a worker can decode at a time."""
+        return max(1, min(MAX_SEQS, int(kind.kv_tokens / self.traffic.context)))
+
+    def _decode_shape(self, batch: int) -> StepShape:
+        context = round(batch * self.traffic.context)
+        return StepShape(batch, batch, batch, context, float(context))
+
+    def _batch(self, kind: Kind, rate: float, busy: float) -> int | None:
+        """Sequences that decode at a time on one worker; None if they grow without end.
+
+        The iteration rises to the least fixed point and so ends at once or at the most.
+        """
+        if busy >= 1:
+            return None
+        cost, most, batch = kind.cost(), self._most(kind), 1
+        while True:
+            step_s = cost.stage_s(self._decode_shape(batch)) / (1 - busy)
+            needed = math.ceil(rate * self.traffic.mean_output * step_s)
+            if needed > most:
+                return None
+            if needed <= batch:
+                return batch
+            batch = needed
+
+    def _ride(self, kind: Kind, prompts: _Prompts) -> float:
+        """What a prompt costs beside running answers, as a share of what it costs alone."""
+        cost, beside = kind.cost(), self._decode_shape(max(1, self._most(kind) // 2))
+        alone = cost.stage_s(prompts.shape)
+        added = cost.stage_s(joined(beside, prompts.shape)) - cost.stage_s(beside)
+        return min(1.0, max(added / alone, 0.0))
+
+
+def _wait_s(rate: float, mean_square: float, busy: float, count: int, quantile: float) -> float:
+    """In a queue of random arrivals that `count` workers share, at that quantile of requests."""
+    mean = rate * mean_square / (2 * (1 - busy)) / count
+    return mean * max(1.0, -math.log(max(1 - quantile, 1e-6)))
+
+
+def _saturated(load: float) -> Prediction:
+    return Prediction(load, math.inf, math.inf, 0.0, 0.0, math.inf, 0.0)
+
+
+def _worse(one: Prediction, other: Prediction) -> Prediction:
+    """Of both halves of a mixed layout, what holds for all requests."""
+    return Prediction(
+        max(one.load, other.load),
+        max(one.ttft_s, other.ttft_s),
+        max(one.tpot_s, other.tpot_s),
+        min(one.least_ttft_s, other.least_ttft_s),
+        min(one.least_tpot_s, other.least_tpot_s),
+        max(one.e2e_s, other.e2e_s),
+        min(one.least_e2e_s, other.least_e2e_s),
+        {**one.watts, **other.watts},
+    )
