@@ -68,7 +68,7 @@ class Prefill:
         self._transport = ShmTransport(runtime_dir, kv_format)
         self._fabric = Fabric(self._arena, lambda *_: self._transport, self._done)
         self.engine.fabric = self._fabric
-        ident = self._fabric._thread.ident
+        ident = self._fabric._copier._thread.ident
         assert ident is not None
         self._fabric_clock = time.pthread_getcpuclockid(ident)
         self._deltas: list[TokenDelta] = []
