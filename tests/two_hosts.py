@@ -103,6 +103,11 @@ class Network:
             self._run(host, "ip link set lo up")
             self._run(host, f"ip addr add {address}/24 dev {host}")
             self._run(host, f"ip link set {host} up")
+        # The kernel says so up to a second later, and UCX finds no device until then.
+        wait_for(lambda: all(map(self._is_running, ADDRESSES)), 10.0, "wire")
+
+    def _is_running(self, host: str) -> bool:
+        return self._run(host, f"cat /sys/class/net/{host}/operstate") == b"up\n"
 
     def _hold(self, host: str, prefix: tuple[str, ...]) -> None:
         """A process that does nothing but be there, and ends with us."""
@@ -115,8 +120,9 @@ class Network:
         if holder.stdout.readline() != b"ready\n":
             raise RuntimeError(holder.stderr.read().decode().strip())
 
-    def _run(self, host: str, command: str) -> None:
-        subprocess.run([*self.enter(host), *command.split()], check=True, capture_output=True)
+    def _run(self, host: str, command: str) -> bytes:
+        command_line = [*self.enter(host), *command.split()]
+        return subprocess.run(command_line, check=True, capture_output=True).stdout
 
 
 def _end(holder: subprocess.Popen[bytes]) -> None:

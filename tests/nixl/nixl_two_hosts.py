@@ -43,6 +43,11 @@ def run(command: str, prefix: tuple[str, ...] = ()) -> None:
     subprocess.run([*prefix, *command.split()], check=True)
 
 
+def is_running(device: str, prefix: tuple[str, ...] = ()) -> bool:
+    command = [*prefix, "cat", f"/sys/class/net/{device}/operstate"]
+    return subprocess.run(command, check=True, capture_output=True).stdout == b"up\n"
+
+
 def tell(transport: NixlTransport, fetched: Fetched) -> Told:
     counts: dict[str, int] = {}
     for result in fetched.results:
@@ -74,6 +79,8 @@ def tell_story(directory: Path, tls: str, there_pid: int) -> Story:
     run("ip link set lo up", other)
     run(f"ip addr add {THERE}/24 dev there", other)
     run("ip link set there up", other)
+    # The kernel says so up to a second later, and UCX finds no device until then.
+    wait_until(lambda: is_running("here") and is_running("there", other))
 
     os.environ |= {"UCX_TLS": tls, "UCX_NET_DEVICES": "here"}
     environment = {"UCX_TLS": tls, "UCX_NET_DEVICES": "there"}
