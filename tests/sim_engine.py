@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from baton.core import alone
 from baton.core.in_flight import may_run_ahead
 from baton.core.lease import LeaseTable, verify_mac
 from baton.core.limits import SchedulerConfig
@@ -141,6 +142,7 @@ class FakeRunner:
     def __init__(self, kv: FakeKv, limits: SchedulerConfig, depth: int = 1) -> None:
         self.kv = kv
         self.depth = depth
+        self.progress = 0
         self.num_computed = 0
         self.num_unknown = 0
         self._limits = limits
@@ -192,6 +194,7 @@ class FakeRunner:
                 before = self.kv.read(table, position - 1) if position else first
                 self.kv.write(table, position, write_slot(token, position, before))
             self.num_computed += chunk.num_tokens
+            self.progress += 1
             drawn.append([])
             if chunk.samples:
                 context = [self.kv.read(table, position) for position in range(chunk.end)]
@@ -275,6 +278,7 @@ class Before:
     """What a scheduler had before it planned a step; `ranks` are those of prompts."""
 
     def __init__(self, scheduler: Scheduler) -> None:
+        self.suspect = alone.running(scheduler)
         self.running = list(scheduler._running.values())
         self.waiting = list(scheduler._waiting)
         self.arriving = list(scheduler.fetches.arriving.values())
@@ -339,6 +343,15 @@ class SimWorker:
     def _check_plan(self, before: Before, plan: StepPlan) -> None:
         scheduler = self.scheduler
         planned = {chunk.seq.id for chunk in plan.chunks}
+        for seq_id in planned & scheduler._suspects.keys():
+            beside = {chunk.seq.id for before, _ in self.runner._work for chunk in before.chunks}
+            assert planned | beside == {seq_id}, "a suspect is not alone"
+        active = (Status.RUNNING, Status.IMPORTING)
+        assert sum(s.status in active for s in scheduler._suspects.values()) <= 1
+        if before.suspect is not None and before.suspect.status is Status.RUNNING:
+            assert planned <= {before.suspect.id}
+            assert planned or self.runner.pending, "it has the step, and does not use it"
+            return
         returning = scheduler._in_flight.num_returning()
         for seq in before.decodes:
             known = seq.id not in before.awaited or may_run_ahead(seq, self.config)

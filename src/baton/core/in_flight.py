@@ -58,6 +58,10 @@ class InFlight:
             self._pool.acquire(seq.blocks)
             self._held.setdefault(last, []).extend(seq.blocks)
 
+    def has_only(self, seq_id: SequenceId) -> bool:
+        """Whether no other sequence than this has a chunk in flight."""
+        return all(chunks.keys() <= {seq_id} for chunks in self._steps.values())
+
     def held_blocks(self) -> list[int]:
         """The references that steps in flight hold, one entry each."""
         return [block for blocks in self._held.values() for block in blocks]
