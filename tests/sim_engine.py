@@ -135,6 +135,14 @@ class FakeKv:
         self.blocks[block] = [POISON] * self.block_size
 
 
+class Crashed(Exception):
+    """A step has taken its worker along; `batch` is what was under way."""
+
+    def __init__(self, batch: tuple[SequenceId, ...]) -> None:
+        super().__init__()
+        self.batch = batch
+
+
 class FakeRunner:
     """Implements `core.plan.Runner`, as a device would: what a plan needs is taken over when it is
     submitted, but it is carried out as late as can be. With depth 1 that is no difference."""
@@ -145,6 +153,7 @@ class FakeRunner:
         self.progress = 0
         self.num_computed = 0
         self.num_unknown = 0
+        self.poison: dict[str, int] = {}  # by request id, from which position on it takes it along
         self._limits = limits
         self._work: list[tuple[StepPlan, list[tuple[list[int], list[int]]]]] = []
         self._drawn: dict[int, int] = {}  # by id of the sequence, of the step before
@@ -182,7 +191,14 @@ class FakeRunner:
         size = self.kv.block_size
         return chunk.seq.blocks[chunk.start // size : -(-chunk.end // size)]
 
+    def batch(self) -> tuple[SequenceId, ...]:
+        """What is under way."""
+        return tuple({chunk.seq.id: None for plan, _ in self._work for chunk in plan.chunks})
+
     def collect(self) -> StepOutput:
+        for chunk in self._work[0][0].chunks:
+            if chunk.end > self.poison.get(chunk.seq.request.id, chunk.end):
+                raise Crashed(self.batch())
         plan, taken = self._work.pop(0)
         drawn: list[list[int]] = []
         for chunk, (table, tokens) in zip(plan.chunks, taken, strict=True):
