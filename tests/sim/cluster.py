@@ -327,12 +327,13 @@ class Cluster:
         """The process is gone and a new one takes its place; the gateway notices a moment later."""
         for seq_id in suspects:
             self.num_crashes[seq_id[0]] += 1
+        node.last_words[node.epoch] = suspects
         node.start()
 
         def noticed() -> None:
             if node.known_epoch != node.epoch:
                 self.liveness.left(node.name)
-                self.table.lose(node.name, self.now, suspects)
+                self.table.lose(node.name, self.now, node.last_words[node.known_epoch])
                 self._carry_out()
                 self._join(node)
 

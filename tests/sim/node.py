@@ -29,6 +29,7 @@ class Node:
         self.config = config
         self.epoch = 0
         self.known_epoch = 0  # of the start that the gateway's stream goes to
+        self.last_words: dict[int, tuple[SequenceId, ...]] = {}  # suspects, by epoch
         self.start()
 
     def start(self) -> None:
