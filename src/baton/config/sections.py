@@ -283,8 +283,10 @@ class GatewayConfig(Section, frozen=True):
         Seconds, Meta(description="Deadline of a request, in seconds.")
     ] = 600.0
     frozen_after_s: Annotated[
-        Seconds,
+        float,
         Meta(
+            ge=1,
+            le=1e6,
             description="A worker of which nothing is heard for so long, or whose step does not "
             "get on for that and for 5 times what it was predicted to take, stands still: its "
             "requests go to others."
