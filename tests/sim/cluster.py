@@ -213,7 +213,8 @@ class Cluster:
             self._tell(self.nodes[instruction.worker_id], message)
 
         match instruction:
-            case Submit(_, leg):
+            case Submit(worker_id, leg):
+                assert worker_id not in self.liveness.frozen(), "placed where nothing moves"
                 self._check_leg(leg)
                 tell(lambda worker: worker.scheduler.add(leg, self.now))
             case Withdraw(_, request_id, choice, attempt):
