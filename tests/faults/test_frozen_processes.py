@@ -38,7 +38,9 @@ class Hurt(Victim):
     def events(self) -> dict[str, float]:
         """What befell requests and workers at the gateway so far."""
         name = "baton_gateway_events_total"
-        return {dict(lab)["event"]: total for (n, lab), total in self.metrics().items() if n == name}
+        return {
+            dict(lab)["event"]: total for (n, lab), total in self.metrics().items() if n == name
+        }
 
     def send(self, name: str, number: signal.Signals) -> float:
         """A signal to a worker; returns when."""

@@ -9,8 +9,10 @@ tells lies apart (`sim_engine`). One seed decides everything: sizes, arrivals, h
 copy, message and fetch takes, and the faults. Time is that of an event heap. A stream between the
 gateway and a worker belongs to one start of the worker: what one start said, or was told, does not
 reach another one. Workers tell that they are alive, and who stands still is found out by
-`core.liveness`: the whole process (`freeze`), or its engine alone (`hang`); a step that is merely
-long is no fault. A poisoned request takes its worker along at some token, and may do so twice.
+`core.liveness`: the whole process (`freeze`), its engine alone (`hang`), or seemingly, since nothing
+passes between it and the gateway (`part`); a step that is merely long is no fault. A poisoned
+request takes its worker along at some token, and may do so twice; but a worker's last words may
+come too late if nothing passes.
 
 `Client` holds every stream to the expected tokens; `Cluster.run` ends when every request has, and
 then verifies that nothing is left and that nothing fell back unless a fault was injected.
@@ -46,8 +48,8 @@ END_S = 600.0
 PATIENT = HandoffPolicy(LEASE_TTL_S, max_retries=1 << 30, max_wait_s=END_S)
 CONTENT = Content(b"weights", "exact", BLOCK_SIZE)
 FAULTS = (
-    "kill", "freeze", "hang", "poison", "rot", "cut", "slow", "lapse", "copy_fails", "truncate",
-    "abort",
+    "kill", "freeze", "hang", "part", "poison", "rot", "cut", "slow", "lapse", "copy_fails",
+    "truncate", "abort",
 )  # fmt: skip
 
 
@@ -90,7 +92,7 @@ class Cluster:
         self._make_requests()
         self.lapsed_until = 0.0
         self.at(BEAT_S, self._look)
-        for kind in ("kill", "freeze", "hang", "rot", "lapse", "abort"):
+        for kind in ("kill", "freeze", "hang", "part", "rot", "lapse", "abort"):
             if self.chances.get(kind):
                 self.at(rng.uniform(0, 1.0), lambda kind=kind: self._mishap(kind))
 
@@ -174,7 +176,9 @@ class Cluster:
 
     def send(self, source: str, target: str, action: Callable[[], None]) -> None:
         """A message of a stream: it arrives after those that were sent before it."""
+        node = self.nodes[source if target == "gateway" else target]
         arrives = max(self.now + self.seconds(0.001), self._last_arrival.get((source, target), 0.0))
+        arrives = max(arrives, node.parted_until)
         self._last_arrival[source, target] = arrives
         self.at(arrives, action)
 
@@ -257,8 +261,8 @@ class Cluster:
         """Whoever stands still loses its requests to others."""
         if not self.is_over:
             self.at(self.now + BEAT_S, self._look)
-        for name, is_stuck, _, batch in self.liveness.check(self.now):
-            self.table.freeze(name, self.now, stuck=is_stuck, suspects=batch)
+        for name, _, stuck_at in self.liveness.check(self.now):
+            self.table.freeze(name, self.now, stuck_at)
             self._carry_out()
 
     def hear(self, node: Node, pulse: Pulse) -> None:
@@ -305,7 +309,7 @@ class Cluster:
             if delta.error.code == "worker_lost":
                 # Whoever is stuck twice may be the cause; only a poisoned one takes workers along.
                 guilty = delta.request_id in self.poison or self.hits["hang"] > 1
-                assert guilty, "an innocent request ended for another"
+                assert guilty or self.hits["part"], "an innocent request ended for another"
                 return
             assert delta.error.code == "transfer_failed", delta.error
             assert self.hits["copy_fails"], "an error without a reason"
@@ -338,7 +342,8 @@ class Cluster:
                 self._carry_out()
                 self._join(node)
 
-        self.at(self.now + DETECT_S, noticed)
+        # Its stream ends with what it had said.
+        self.at(self.now + DETECT_S, lambda: self.send(node.name, "gateway", noticed))
 
     def _freeze(self, node: Node) -> None:
         node.frozen_until = self.now + self.rng.choice((0.5, 5.0))
@@ -346,6 +351,10 @@ class Cluster:
     def _hang(self, node: Node) -> None:
         """The engine's thread alone."""
         node.hung_until = self.now + self.rng.choice((0.3, 3.0))
+
+    def _part(self, node: Node) -> None:
+        """Nothing passes between it and the gateway; it goes on, and all arrives in the end."""
+        node.parted_until = self.now + self.rng.choice((0.5, 5.0))
 
     def _rot(self, node: Node) -> None:
         """A stored block goes bad in place."""
@@ -403,7 +412,7 @@ class Cluster:
             totals.update(worker.scheduler.counters)
         totals.update(self.table.counters)
         assert not len(self.table), "a request was not forgotten"
-        for request_id in self.poison:
+        for request_id in self.poison if not self.hits["part"] else ():
             assert self.num_crashes[request_id] <= 2, "a poisoned request took a third worker along"
         if not sum(self.hits.values()):
             kinds = ("fallback_", "leases_expired", "late_renewals", "placed_again", "workers_")

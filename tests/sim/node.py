@@ -42,6 +42,7 @@ class Node:
         self.frozen_until = 0.0
         self.hung_until = 0.0
         self.long_until = 0.0
+        self.parted_until = 0.0
         self.busy = False
         self.num_moves = 0
         self.told_moves = -1

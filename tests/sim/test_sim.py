@@ -223,7 +223,7 @@ def a_frozen_worker_never_comes_back(patch: Patch) -> None:
 def a_frozen_worker_is_given_more(patch: Patch) -> None:
     """It is known to stand still, and requests are placed on it all the same."""
 
-    def freeze(self: RequestTable, worker_id: str, now: float, **_: object) -> None:
+    def freeze(self: RequestTable, worker_id: str, now: float, stuck_at: object) -> None:
         self._lose_legs(worker_id, now, ())
 
     patch.setattr(RequestTable, "freeze", freeze)

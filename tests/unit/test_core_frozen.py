@@ -174,13 +174,23 @@ def test_its_second_crash_is_its_end() -> None:
     assert set(legs(gateway.join("u0"))) == {"x"}
 
 
-def test_a_suspect_of_an_earlier_attempt_is_none() -> None:
+def test_what_is_said_twice_of_an_attempt_counts_once() -> None:
+    """Stuck first, and then its step fails after all."""
     gateway = Gateway("u0", "u1")
     life, _ = gateway.add()
-    gateway.freeze("u0")
-    gateway.lose("u0", 1.0, [SUSPECT])
-    gateway.lose("u1", 1.0, [SUSPECT])
-    assert life.num_crashes == 0
+    gateway.freeze("u0", 1.0, [SUSPECT])
+    gateway.lose("u0", 2.0, [SUSPECT])
+    assert (life.num_crashes, life.worker_id) == (1, "u1")
+
+
+def test_last_words_that_come_late_count_all_the_same() -> None:
+    """It was silent first, so the request is with another worker by then."""
+    gateway = Gateway("u0", "u1")
+    life, _ = gateway.add()
+    assert not submitted(gateway.freeze("u0"))[1].alone
+    gateway.lose("u0", 2.0, [SUSPECT, ("of another gateway", 0, 0)])
+    assert (life.num_crashes, life.worker_id) == (1, "u1")
+    assert ended(gateway.lose("u1", 3.0, [("r", 0, 1)])) == "worker_lost"
 
 
 def test_one_that_gets_on_alone_is_a_suspect_no_more() -> None:

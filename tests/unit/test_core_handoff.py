@@ -73,10 +73,9 @@ class Gateway:
         return self.table.take()
 
     def freeze(
-        self, name: str, now: float = 1.0, suspects: Sequence[SequenceId] | None = None
+        self, name: str, now: float = 1.0, stuck_at: Sequence[SequenceId] | None = None
     ) -> Outcome:
-        """With `suspects` it is stuck, else silent."""
-        self.table.freeze(name, now, stuck=suspects is not None, suspects=suspects or ())
+        self.table.freeze(name, now, stuck_at)
         return self.table.take()
 
     def thaw(self, name: str, now: float = 2.0) -> Outcome:

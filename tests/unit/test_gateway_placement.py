@@ -275,9 +275,7 @@ def test_a_worker_that_falls_silent_and_is_heard_again(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("draining", [False, True])
-def test_a_worker_whose_step_is_stuck(
-    monkeypatch: pytest.MonkeyPatch, draining: bool
-) -> None:
+def test_a_worker_whose_step_is_stuck(monkeypatch: pytest.MonkeyPatch, draining: bool) -> None:
     """What was in the step is to run alone. One that drains is given nothing when it goes on."""
 
     async def run() -> None:

@@ -289,7 +289,7 @@ class GatewayConfig(Section, frozen=True):
             le=1e6,
             description="A worker of which nothing is heard for so long, or whose step does not "
             "get on for that and for 5 times what it was predicted to take, stands still: its "
-            "requests go to others."
+            "requests go to others.",
         ),
     ] = 3.0
 

@@ -104,19 +104,17 @@ class RequestTable:
         self._held.lose(worker_id)
         self._lose_legs(worker_id, now, suspects)
 
-    def freeze(
-        self, worker_id: str, now: float, *, stuck: bool, suspects: Seq[SequenceId] = ()
-    ) -> None:
+    def freeze(self, worker_id: str, now: float, stuck_at: Seq[SequenceId] | None) -> None:
         """A worker stands still: as if it were lost, but it will hear what to forget.
 
-        stuck: in a step, with these `suspects`; else it says nothing at all.
+        stuck_at: what is in its step, so suspects; None: it says nothing at all.
         """
         if worker_id in self._members:
-            self.counters["workers_stuck"] += stuck
-            self.counters["workers_silent"] += not stuck
+            self.counters["workers_stuck"] += stuck_at is not None
+            self.counters["workers_silent"] += stuck_at is None
             self._router.leave(worker_id)
             self._members.freeze(worker_id)
-            self._lose_legs(worker_id, now, suspects)
+            self._lose_legs(worker_id, now, stuck_at or ())
 
     def thaw(self, worker_id: str, now: float) -> None:
         """A worker that stood still goes on."""
@@ -261,8 +259,8 @@ class RequestTable:
         content, key_class = reference
         num_tokens = len(request.prompt) + len(life.tokens)
         keys = life.extend_keys(content, num_tokens, self._extend_keys)
-        wanted = () if life.num_crashes else keys  # a suspect goes where there is the least work
-        placement = self._router.place(request.id, request.choice, num_tokens, wanted, key_class)
+        sought = [] if life.num_crashes else keys  # a suspect goes where there is the least work
+        placement = self._router.place(request.id, request.choice, num_tokens, sought, key_class)
         prefill = self._members.info(placement.prefill)
         if life.tokens and prefill and num_tokens > prefill.num_frames * prefill.block_size:
             # The answer has outgrown the store it would be handed off from.
@@ -300,13 +298,14 @@ class RequestTable:
     # Losing ---------------------------------------------------------------------------------
 
     def _lose_legs(self, worker_id: str, now: float, suspects: Seq[SequenceId]) -> None:
+        for request_id, choice, attempt in suspects:  # also of attempts that were given up before
+            if (suspect := self._lives.get((request_id, choice))) is not None:
+                suspect.blame(attempt)
         for life in list(self._lives.values()):
             if life.worker_id == worker_id:
-                life.num_crashes += (*life.key, life.attempt) in suspects
                 self._lost(life, worker_id, now)
-            elif life.placement and life.placement.lender == worker_id:
-                if life.phase is Phase.BORROWING:
-                    self._begin_without(life, now)
+            elif life.borrows_from(worker_id):
+                self._begin_without(life, now)
 
     def _lost(self, life: Life, worker_id: str, now: float) -> None:
         stage = "decode" if life.tokens else "prefill"

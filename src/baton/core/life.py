@@ -73,6 +73,7 @@ class Life:
 
     __slots__ = (
         "attempt",
+        "blamed",
         "content",
         "drew",
         "ended_at",
@@ -117,6 +118,7 @@ class Life:
         self.drew = False  # the present attempt has brought a token
         self.num_landed = 0
         self.num_crashes = 0  # steps that took their worker with them, since it got on alone
+        self.blamed: set[int] = set()  # attempts that were in such steps
         self.leg_start = 0  # tokens that there were when the present leg began
         self.loss: ServeError | None = None  # why it waits to be placed again
         self.num_cached = 0
@@ -146,6 +148,12 @@ class Life:
         self.drew = False
         self.num_landed = 0
 
+    def borrows_from(self, worker_id: str) -> bool:
+        """Whether it waits for this worker's answer."""
+        placement = self.placement
+        is_lender = placement is not None and placement.lender == worker_id
+        return is_lender and self.phase is Phase.BORROWING
+
     def begin_leg(self, now: float, prefix: Sealed | None, handoff: Handoff | None) -> Request:
         """What the placed worker is to do next, reading what `prefix` or `handoff` name."""
         placement, deadline = self.placement, self.deadline
@@ -169,6 +177,11 @@ class Life:
             self.first_token_at = now
             self.num_cached = num_cached
             self.num_early_blocks = self.num_landed
+
+    def blame(self, attempt: int) -> None:
+        """This attempt was in a step that took its worker along. Said twice, it counts once."""
+        self.num_crashes += attempt not in self.blamed
+        self.blamed.add(attempt)
 
     def take(self, token_ids: Sequence[int]) -> None:
         """Tokens of the present leg. A suspect that gets on alone is none any more."""

@@ -36,13 +36,12 @@ PATIENCE_STEPS = 5
 
 
 class Frozen(NamedTuple):
-    """A worker stands still, for `for_s` already. If it is stuck, `batch` is what it is stuck at,
-    as far as it has said so."""
+    """A worker stands still, for `for_s` already. If it is stuck, `stuck_at` is what is in its step,
+    as far as it has said so; None: it is silent."""
 
     worker_id: str
-    is_stuck: bool
     for_s: float
-    batch: tuple[SequenceId, ...]
+    stuck_at: tuple[SequenceId, ...] | None
 
 
 class _Watched:
@@ -91,7 +90,7 @@ class Liveness:
         return goes_on
 
     def check(self, now: float) -> list[Frozen]:
-        """Those that stand still and did not at the last check; to be called every `HEARTBEAT_S`."""
+        """Those that have come to stand still since the last check, `HEARTBEAT_S` ago."""
         self._advance(now)
         found = []
         for worker_id, worker in self._workers.items():
@@ -112,13 +111,11 @@ class Liveness:
         pulse = worker.pulse
         silent_s = self._time - worker.heard_at
         if silent_s > self._patience_s:
-            return Frozen(worker_id, False, silent_s, ())
+            return Frozen(worker_id, silent_s, None)
         # By what it has said: while it is silent nobody knows whether its counter moves.
         still_s = worker.heard_at - worker.moved_at
-        if pulse.is_working and still_s > max(
-            self._patience_s, PATIENCE_STEPS * pulse.predicted_s
-        ):
-            return Frozen(worker_id, True, still_s, pulse.batch)
+        if pulse.is_working and still_s > max(self._patience_s, PATIENCE_STEPS * pulse.predicted_s):
+            return Frozen(worker_id, still_s, pulse.batch)
         return None
 
     def _advance(self, now: float) -> None:

@@ -9,8 +9,8 @@
 With a runner of depth 2, what is collected is the step before the one that was just submitted.
 
 One thread calls `step`; it alone owns the scheduler, the pool and the running step. Others only
-put messages into `inbox`, and ask for `pulse` and `batch`. The fabric thread touches no block but those it was given, and these
-are freed only after its answer.
+put messages into `inbox`, and ask for `pulse` and `batch`. The fabric thread touches no block but
+those it was given, and these are freed only after its answer.
 """
 
 from __future__ import annotations

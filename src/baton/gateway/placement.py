@@ -146,9 +146,8 @@ class PlacingDispatcher:
         self._carry_out()
 
     def _froze(self, frozen: Frozen) -> None:
-        worker_id, is_stuck, _, batch = frozen
-        self.registry.set_frozen(worker_id, True)
-        self._table.freeze(worker_id, time.monotonic(), stuck=is_stuck, suspects=batch)
+        self.registry.set_frozen(frozen.worker_id, True)
+        self._table.freeze(frozen.worker_id, time.monotonic(), frozen.stuck_at)
         self._carry_out()
 
     def _reported(self, worker_id: str, report: StepReport) -> None:

@@ -58,7 +58,7 @@ class Watch:
             logger.warning(
                 "worker id=%s stands still: %s for %.1f s",
                 frozen.worker_id,
-                "stuck in a step" if frozen.is_stuck else "silent",
+                "silent" if frozen.stuck_at is None else "stuck in a step",
                 frozen.for_s,
             )
             self._on_frozen(frozen)

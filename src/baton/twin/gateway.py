@@ -123,7 +123,7 @@ class Gateway:
 
     def freezes(self, node: Node) -> None:
         """A worker is found to stand still."""
-        self.table.freeze(node.setup.worker_id, self._clock.now, stuck=False)
+        self.table.freeze(node.setup.worker_id, self._clock.now, None)
         self._carry_out()
 
     def thaws(self, node: Node) -> None:
