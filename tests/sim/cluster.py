@@ -9,10 +9,10 @@ tells lies apart (`sim_engine`). One seed decides everything: sizes, arrivals, h
 copy, message and fetch takes, and the faults. Time is that of an event heap. A stream between the
 gateway and a worker belongs to one start of the worker: what one start said, or was told, does not
 reach another one. Workers tell that they are alive, and who stands still is found out by
-`core.liveness`: the whole process (`freeze`), its engine alone (`hang`), or seemingly, since nothing
-passes between it and the gateway (`part`); a step that is merely long is no fault. A poisoned
-request takes its worker along at some token, and may do so twice; but a worker's last words may
-come too late if nothing passes.
+`core.liveness`: the whole process (`freeze`), its engine alone (`hang`), or only seemingly, as no
+message passes between it and the gateway (`part`); a step that is merely long is no fault. A
+poisoned request takes its worker along at some token, and may do so twice; but where nothing
+passes, a worker's last words may come too late.
 
 `Client` holds every stream to the expected tokens; `Cluster.run` ends when every request has, and
 then verifies that nothing is left and that nothing fell back unless a fault was injected.

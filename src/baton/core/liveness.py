@@ -36,8 +36,8 @@ PATIENCE_STEPS = 5
 
 
 class Frozen(NamedTuple):
-    """A worker stands still, for `for_s` already. If it is stuck, `stuck_at` is what is in its step,
-    as far as it has said so; None: it is silent."""
+    """A worker stands still, for `for_s` already; `stuck_at` is what is in its step, as far as it
+    has said so, or None: it is silent."""
 
     worker_id: str
     for_s: float
