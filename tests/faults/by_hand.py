@@ -51,8 +51,6 @@ class ByHand:
         self._listen = ("--port", str(port), "--admin-port", str(admin_port))
         self._common = ("--runtime-dir", str(folder), "--model", str(model))
         self._common += ("--store.lease-ttl-s", f"{LEASE_TTL_S:g}", "--fabric.transport", "tcp")
-        # Workers are stopped here for what others do meanwhile, and shall keep their requests.
-        self._common += ("--gateway.frozen-after-s", "600")
         self._common += ("--fabric.max-kl", "0", *SMALL, *flags)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.proxy = FaultProxy(("127.0.0.1", self._tcp_port), records=True)
@@ -200,7 +198,8 @@ class ByHand:
 
     def _arguments(self, name: str) -> list[str]:
         if name == "gateway":
-            return ["gateway", *self._listen]
+            # Workers are stopped here for what others do meanwhile, and shall keep their requests.
+            return ["gateway", *self._listen, "--gateway.frozen-after-s", "600"]
         role = name.partition("-")[0]
         arguments = ["worker", "--role", role, "--id", name]
         arguments += ["--gateway", f"unix:{self._folder / 'gateway.sock'}"]
