@@ -326,7 +326,10 @@ class ServingMachine(RuleBasedStateMachine):
             self.absorb(old, old.settle())
         handoff = client.request.handoff if on_decode else None
         request = client.next_leg(
-            hand_off=False, handoff=handoff, attempt=client.request.attempt + 1
+            hand_off=False,
+            handoff=handoff,
+            attempt=client.request.attempt + 1,
+            alone=pick % 2 == 1,
         )
         client.handoff = None
         if handoff is None:

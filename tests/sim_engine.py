@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from baton.core import alone
 from baton.core.in_flight import may_run_ahead
 from baton.core.lease import LeaseTable, verify_mac
 from baton.core.limits import SchedulerConfig
@@ -134,6 +135,14 @@ class FakeKv:
         self.blocks[block] = [POISON] * self.block_size
 
 
+class Crashed(Exception):
+    """A step has taken its worker along; `batch` is what was under way."""
+
+    def __init__(self, batch: tuple[SequenceId, ...]) -> None:
+        super().__init__()
+        self.batch = batch
+
+
 class FakeRunner:
     """Implements `core.plan.Runner`, as a device would: what a plan needs is taken over when it is
     submitted, but it is carried out as late as can be. With depth 1 that is no difference."""
@@ -141,8 +150,10 @@ class FakeRunner:
     def __init__(self, kv: FakeKv, limits: SchedulerConfig, depth: int = 1) -> None:
         self.kv = kv
         self.depth = depth
+        self.progress = 0
         self.num_computed = 0
         self.num_unknown = 0
+        self.poison: dict[str, int] = {}  # by request id, from which position on it takes it along
         self._limits = limits
         self._work: list[tuple[StepPlan, list[tuple[list[int], list[int]]]]] = []
         self._drawn: dict[int, int] = {}  # by id of the sequence, of the step before
@@ -180,7 +191,14 @@ class FakeRunner:
         size = self.kv.block_size
         return chunk.seq.blocks[chunk.start // size : -(-chunk.end // size)]
 
+    def batch(self) -> tuple[SequenceId, ...]:
+        """What is under way."""
+        return tuple({chunk.seq.id: None for plan, _ in self._work for chunk in plan.chunks})
+
     def collect(self) -> StepOutput:
+        for chunk in self._work[0][0].chunks:
+            if chunk.end > self.poison.get(chunk.seq.request.id, chunk.end):
+                raise Crashed(self.batch())
         plan, taken = self._work.pop(0)
         drawn: list[list[int]] = []
         for chunk, (table, tokens) in zip(plan.chunks, taken, strict=True):
@@ -192,6 +210,7 @@ class FakeRunner:
                 before = self.kv.read(table, position - 1) if position else first
                 self.kv.write(table, position, write_slot(token, position, before))
             self.num_computed += chunk.num_tokens
+            self.progress += 1
             drawn.append([])
             if chunk.samples:
                 context = [self.kv.read(table, position) for position in range(chunk.end)]
@@ -275,6 +294,7 @@ class Before:
     """What a scheduler had before it planned a step; `ranks` are those of prompts."""
 
     def __init__(self, scheduler: Scheduler) -> None:
+        self.suspect = alone.running(scheduler)
         self.running = list(scheduler._running.values())
         self.waiting = list(scheduler._waiting)
         self.arriving = list(scheduler.fetches.arriving.values())
@@ -339,6 +359,15 @@ class SimWorker:
     def _check_plan(self, before: Before, plan: StepPlan) -> None:
         scheduler = self.scheduler
         planned = {chunk.seq.id for chunk in plan.chunks}
+        for seq_id in planned & scheduler._suspects.keys():
+            beside = {chunk.seq.id for before, _ in self.runner._work for chunk in before.chunks}
+            assert planned | beside == {seq_id}, "a suspect is not alone"
+        active = (Status.RUNNING, Status.IMPORTING)
+        assert sum(s.status in active for s in scheduler._suspects.values()) <= 1
+        if before.suspect is not None and before.suspect.status is Status.RUNNING:
+            assert planned <= {before.suspect.id}
+            assert planned or self.runner.pending, "it has the step, and does not use it"
+            return
         returning = scheduler._in_flight.num_returning()
         for seq in before.decodes:
             known = seq.id not in before.awaited or may_run_ahead(seq, self.config)

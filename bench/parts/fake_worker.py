@@ -13,11 +13,12 @@ from pathlib import Path
 
 import uvloop
 
+from baton.core.liveness import HEARTBEAT_S
 from baton.rpc.auth import read_secret
 from baton.rpc.client import announce
 from baton.rpc.messages import Announce, Hello, Instructions
 from baton.rpc.server import WorkerServer
-from baton.types import FinishReason, KvFormat, Request, Role, TokenDelta, WorkerLoad
+from baton.types import FinishReason, KvFormat, Pulse, Request, Role, TokenDelta, WorkerLoad
 from parts.tokenizer_dir import LETTERS
 
 WORKER_ID = "unified-0"
@@ -87,6 +88,13 @@ class FakeWorker:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(announce(gateway, announced, read_secret(runtime_dir)))
             tasks.create_task(self._tick())
+            tasks.create_task(self._beat())
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            for gateway_id in self.server.gateways():
+                self.server.report(gateway_id, load=WorkerLoad(), pulse=Pulse())
 
     async def _tick(self) -> None:
         while True:

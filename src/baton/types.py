@@ -241,7 +241,8 @@ class Request(msgspec.Struct, frozen=True):
     `min_tokens` and penalties, and the next position drawn is `len(prompt) + len(emitted)`.
     `hand_off` asks this worker to stop after one token and export the KV. `handoff` says whose
     KV to import; `prefix` are blocks of the prompt's beginning that a peer lends. `salt`
-    separates tenants' cached blocks. `deadline_s` is what is left, from receipt.
+    separates tenants' cached blocks. `deadline_s` is what is left, from receipt. `alone`: it was in
+    a step that took its worker along, so its first steps are made without others (`core.alone`).
     """
 
     id: str
@@ -256,6 +257,7 @@ class Request(msgspec.Struct, frozen=True):
     deadline_s: float | None = None
     tenant: str = ""
     salt: bytes = b""
+    alone: bool = False
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -330,4 +332,18 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     num_reserved_frames: int = 0
     num_leases: int = 0
     num_transfers: int = 0
+
+
+class Pulse(msgspec.Struct, frozen=True):
+    """A worker's sign of life, which no step holds up; see `core.liveness`.
+
+    `progress` moves while anything is done at all, within a step layer by layer; `is_working`:
+    something is being done, and not only waited for; `predicted_s` is what the steps under way are
+    expected to take in all. `batch` names the sequences in them, as (request id, choice, attempt),
+    if the counter has not moved since the pulse before.
+    """
+
     progress: int = 0
+    is_working: bool = False
+    predicted_s: float = 0.0
+    batch: tuple[tuple[str, int, int], ...] = ()

@@ -198,7 +198,8 @@ class ByHand:
 
     def _arguments(self, name: str) -> list[str]:
         if name == "gateway":
-            return ["gateway", *self._listen]
+            # Workers are stopped here for what others do meanwhile, and shall keep their requests.
+            return ["gateway", *self._listen, "--gateway.frozen-after-s", "600"]
         role = name.partition("-")[0]
         arguments = ["worker", "--role", role, "--id", name]
         arguments += ["--gateway", f"unix:{self._folder / 'gateway.sock'}"]

@@ -61,6 +61,9 @@ class Deployment:
     standard output and error together.
     """
 
+    program = "baton"
+    """The module that is run."""
+
     def __init__(
         self, model: Path, layout: str, flags: tuple[str, ...], *, faults_expected: bool
     ) -> None:
@@ -73,7 +76,7 @@ class Deployment:
         (self._home / "run").mkdir()
         port, admin_port = _free_ports(2)
         self.url, self.admin_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}"
-        command = [sys.executable, "-m", "baton", "serve", "--model", str(model)]
+        command = [sys.executable, "-m", self.program, "serve", "--model", str(model)]
         command += ["--layout", layout, "--port", str(port), "--admin-port", str(admin_port)]
         command += ["--store.lease-ttl-s", f"{LEASE_TTL_S:g}", *flags]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

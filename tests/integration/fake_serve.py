@@ -65,7 +65,11 @@ def main() -> int:
     async def probe() -> str | None:
         return None if (directory / "up-gateway").exists() else "the gateway is starting"
 
-    return serve(load_config(None, overrides), command=command, probe=probe)
+    async def frozen() -> dict[str, float]:
+        path = directory / "frozen"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    return serve(load_config(None, overrides), command=command, probe=probe, frozen=frozen)
 
 
 if __name__ == "__main__":

@@ -168,6 +168,35 @@ def test_killed_child_comes_back(start: Start) -> None:
     assert (code, "signal SIGKILL" in errors) == (0, True)
 
 
+def test_one_that_stays_frozen_is_killed_and_comes_back(start: Start) -> None:
+    """Only when it was frozen for so long; and only those that are there."""
+    deployment = start(kill_frozen_after_s=5)
+    deployment.until_ready()
+    deployment.until_up(*ALL)
+    frozen = deployment.directory / "frozen"
+    frozen.write_text('{"decode-0": 4.9, "prefill-9": 60}')
+    time.sleep(2.5)
+    assert len(deployment.named("start")) == 3
+    (deployment.directory / "up-decode-0").unlink()
+    frozen.write_text('{"decode-0": 5.1, "prefill-9": 60}')
+    deployment.until(lambda: deployment.named("start").count("decode-0 start") == 2)
+    frozen.unlink()
+    deployment.until_up("decode-0")
+    deployment.process.send_signal(signal.SIGTERM)
+    code, errors = deployment.end()
+    assert (code, "signal SIGKILL" in errors) == (0, True)
+    assert "decode-0 has stood still for 5 s: killing it" in errors
+    assert deployment.named("start").count("prefill-0 start") == 1
+
+
+def test_by_default_nobody_is_killed_for_it(start: Start) -> None:
+    deployment = start()
+    deployment.until_ready()
+    (deployment.directory / "frozen").write_text('{"decode-0": 999}')
+    time.sleep(2.5)
+    assert len(deployment.named("start")) == 3
+
+
 def test_gives_up_after_max_restarts(start: Start) -> None:
     deployment = start({"prefill-0": "crash-later:1"}, max_restarts=2)
     deployment.until_ready()

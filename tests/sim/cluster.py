@@ -8,8 +8,11 @@ Schedulers, pools, stores, leases, router and the gateway's request table are th
 tells lies apart (`sim_engine`). One seed decides everything: sizes, arrivals, how long each step,
 copy, message and fetch takes, and the faults. Time is that of an event heap. A stream between the
 gateway and a worker belongs to one start of the worker: what one start said, or was told, does not
-reach another one. A request of which nothing is heard for long is taken to be with a frozen worker
-and placed again.
+reach another one. Workers tell that they are alive, and who stands still is found out by
+`core.liveness`: the whole process (`freeze`), its engine alone (`hang`), or only seemingly, as no
+message passes between it and the gateway (`part`); a step that is merely long is no fault. A
+poisoned request takes its worker along at some token, and may do so twice; but where nothing
+passes, a worker's last words may come too late.
 
 `Client` holds every stream to the expected tokens; `Cluster.run` ends when every request has, and
 then verifies that nothing is left and that nothing fell back unless a fault was injected.
@@ -23,148 +26,41 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from sim_engine import Client, Frame, SimWorker, expected_tokens, fetch, make_config, make_request
+from sim.node import BEAT_S, Node
+from sim_engine import Client, Frame, SimWorker, expected_tokens, make_config, make_request
 
 from baton.core.handoff import RequestTable
 from baton.core.instructions import Ask, Instruction, Offer, Release, Renew, Submit, Withdraw
 from baton.core.life import Content, HandoffPolicy, Life
-from baton.core.limits import SchedulerConfig
-from baton.core.plan import ExportOrder, ImportOrder, Update
+from baton.core.liveness import Liveness
+from baton.core.plan import Update
 from baton.core.router import Router, WorkerInfo
+from baton.core.sequence import SequenceId
 from baton.errors import Unavailable
-from baton.types import FinishReason, Request, Role, TokenDelta
+from baton.types import FinishReason, Pulse, Request, Role, TokenDelta
 
 BLOCK_SIZE = 2
 LEASE_TTL_S = 2.0
 DETECT_S = 0.4
-GIVE_UP_S = 3.0
+PATIENCE_S = 0.6
+LONG_STEP_S = 1.0
 END_S = 600.0
 PATIENT = HandoffPolicy(LEASE_TTL_S, max_retries=1 << 30, max_wait_s=END_S)
 CONTENT = Content(b"weights", "exact", BLOCK_SIZE)
-FAULTS = ("kill", "freeze", "rot", "cut", "slow", "lapse", "copy_fails", "truncate", "abort")
-
-
-class Node:
-    """One worker process: its engine turns, its copies and its fetches."""
-
-    def __init__(self, cluster: Cluster, name: str, role: Role, config: SchedulerConfig) -> None:
-        self.cluster = cluster
-        self.name = name
-        self.role = role
-        self.config = config
-        self.epoch = 0
-        self.known_epoch = 0  # of the start that the gateway's stream goes to
-        self.start()
-
-    def start(self) -> None:
-        """A new process: a new epoch, nothing in its memory."""
-        self.epoch += 1
-        depth = 1 + (self.cluster.seed + self.epoch) % 2
-        self.worker = SimWorker(self.config, self.name, self.epoch, check=False, depth=depth)
-        self.inbox: list[Callable[[], None]] = []
-        self.frozen_until = 0.0
-        self.busy = False
-
-    def put(self, message: Callable[[], None]) -> None:
-        """Something for the engine: it is looked at between two steps."""
-        self.inbox.append(message)
-        self.turn()
-
-    def later(self, seconds: float, action: Callable[[], None]) -> None:
-        """`action` on this process, if it still lives by then; a frozen one does it afterwards."""
-        epoch = self.epoch
-
-        def act() -> None:
-            if epoch != self.epoch:
-                return
-            if self.frozen_until > self.cluster.now:
-                self.cluster.at(self.frozen_until, act)
-            else:
-                action()
-
-        self.cluster.at(self.cluster.now + seconds, act)
-
-    def turn(self) -> None:
-        if not self.busy:
-            self.busy = True
-            self.later(0.0, self._turn)
-
-    def _turn(self) -> None:
-        inbox, self.inbox = self.inbox, []
-        for message in inbox:
-            message()
-            self._pass_on(self.worker.settle())
-        before = self.worker.runner.num_computed
-        self._pass_on(self.worker.step(self.cluster.now))
-        stepped = self.worker.runner.num_computed > before or self.worker.runner.pending > 0
-        self.busy = False
-        if stepped or self.inbox:
-            self.busy = True
-            self.later(self.cluster.seconds(0.01), self._turn)
-        else:
-            deadline = self.worker.scheduler.next_deadline()
-            if deadline is not None:
-                self.later(max(0.0, deadline - self.cluster.now) + 1e-6, self.turn)
-
-    def _pass_on(self, update: Update) -> None:
-        orders, self.worker.exports = self.worker.exports, []
-        for export in orders:
-            self.later(self.cluster.seconds(0.003), lambda export=export: self._copied(export))
-        fetches, self.worker.imports = self.worker.imports, []
-        for order in fetches:
-            self._fetch(order)
-        if update.deltas or update.sealed or update.landed or update.handoffs:
-            self.cluster.to_gateway(self, update)
-
-    def _copied(self, order: ExportOrder) -> None:
-        ok = not self.cluster.strikes("copy_fails")
-        digest = self.worker.store.copy(order, self.worker.kv) if ok else None
-        if not ok:
-            self.worker.store.frames[order.frame] = Frame()
-        self.put(lambda: self.worker.scheduler.exported(order.key, digest, self.cluster.now))
-
-    def _fetch(self, order: ImportOrder) -> None:
-        """The blocks are read at one moment and have arrived at another."""
-        cluster = self.cluster
-        source = self if order.grant is None else cluster.nodes[order.grant.source]
-        seconds = cluster.seconds(0.002)
-        if source is not self:
-            seconds += cluster.link_s(source, self, len(order.wanted))
-        seconds = min(seconds, max(0.0, order.deadline - cluster.now))
-        read_at = seconds * cluster.rng.random()
-
-        def arrive(results: tuple[str, ...]) -> None:
-            for want, result in zip(order.wanted, results, strict=True):
-                if result not in ("ok", "corrupt"):
-                    self.worker.kv.poison(want.block)
-            self.put(
-                lambda: self.worker.scheduler.imported(order.number, results, cluster.now, seconds)
-            )
-
-        def read() -> None:
-            late = cluster.now + seconds - read_at >= order.deadline
-            results = ("timed_out",) * len(order.wanted)
-            if not late:
-                results = fetch(order, source.worker.store, self.worker.kv)
-                if source is not self and cluster.strikes("cut"):
-                    results = ("unreachable",) * len(results)
-                elif source is not self and cluster.strikes("truncate"):
-                    cut = cluster.rng.randrange(len(results))
-                    results = results[:cut] + ("unreachable",) * (len(results) - cut)
-            self.later(seconds - read_at, lambda: arrive(results))
-
-        self.later(read_at, read)
+FAULTS = (
+    "kill", "freeze", "hang", "part", "poison", "rot", "cut", "slow", "lapse", "copy_fails",
+    "truncate", "abort",
+)  # fmt: skip
 
 
 class Live:
-    """One request, as the client and the watch over stuck ones see it."""
+    """One request, as its client sees it."""
 
     def __init__(self, client: Client, arrives: float) -> None:
         self.client = client
         self.arrives = arrives
         self.is_placed = False
         self.life: Life | None = None
-        self.touched = arrives
 
 
 class Cluster:
@@ -178,21 +74,25 @@ class Cluster:
         self.rng = random.Random(seed)
         self.now = 0.0
         self.hits: Counter[str] = Counter()
+        self.num_crashes: Counter[str] = Counter()  # steps that a request was in
         self.num_early = 0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
         self._last_arrival: dict[tuple[str, str], float] = {}
         rng = self.rng
         self.chances = {kind: rng.choice((0.0, 0.02, 0.1)) for kind in faults}
+        self.long_chance = rng.choice((0.0, 0.0, 0.01))
+        self.poison: dict[str, int] = {}
         self.table = RequestTable(Router(), PATIENT)
+        self.liveness = Liveness(PATIENCE_S)
         self._wake_at = END_S * 1000
         self.nodes: dict[str, Node] = {}
         self._make_nodes()
         self.lives: dict[str, Live] = {}
         self._make_requests()
         self.lapsed_until = 0.0
-        self.at(LEASE_TTL_S / 3, self._watch)
-        for kind in ("kill", "freeze", "rot", "lapse", "abort"):
+        self.at(BEAT_S, self._look)
+        for kind in ("kill", "freeze", "hang", "part", "rot", "lapse", "abort"):
             if self.chances.get(kind):
                 self.at(rng.uniform(0, 1.0), lambda kind=kind: self._mishap(kind))
 
@@ -231,6 +131,7 @@ class Cluster:
             config.num_frames,
             config.keep_blocks,
         )
+        self.liveness.joined(node.name, self.now)
         self.table.join(info, CONTENT, self.now)
         self._carry_out()
 
@@ -244,6 +145,8 @@ class Cluster:
             chats.append((*prompt, *expected_tokens(prompt, max_tokens)))
             request = make_request(f"r{number}", prompt, max_tokens)
             live = Live(Client(request), rng.uniform(0, rng.choice((0.1, 1.0))))
+            if rng.random() < self.chances.get("poison", 0.0):
+                self.poison[request.id] = rng.randrange(len(prompt) + max_tokens - 1)
             self.lives[request.id] = live
             self.at(live.arrives, lambda live=live: self._place(live))
 
@@ -262,6 +165,10 @@ class Cluster:
         self.hits[kind] += struck
         return struck
 
+    def step_s(self) -> float:
+        """Some steps are long, and that is no fault."""
+        return LONG_STEP_S if self.rng.random() < self.long_chance else self.seconds(0.01)
+
     def link_s(self, source: Node, reader: Node, num_blocks: int) -> float:
         """Seconds for blocks over a link; a slow one takes for ever."""
         per_block = 2.0 if self.strikes("slow") else 0.002
@@ -269,7 +176,9 @@ class Cluster:
 
     def send(self, source: str, target: str, action: Callable[[], None]) -> None:
         """A message of a stream: it arrives after those that were sent before it."""
+        node = self.nodes[source if target == "gateway" else target]
         arrives = max(self.now + self.seconds(0.001), self._last_arrival.get((source, target), 0.0))
+        arrives = max(arrives, node.parted_until)
         self._last_arrival[source, target] = arrives
         self.at(arrives, action)
 
@@ -284,7 +193,6 @@ class Cluster:
         except Unavailable:
             self.at(self.now + 0.1, lambda: self._place(live))
             return
-        live.touched = self.now
         self._carry_out()
 
     def _carry_out(self) -> None:
@@ -309,7 +217,8 @@ class Cluster:
             self._tell(self.nodes[instruction.worker_id], message)
 
         match instruction:
-            case Submit(_, leg):
+            case Submit(worker_id, leg):
+                assert worker_id not in self.liveness.frozen(), "placed where nothing moves"
                 self._check_leg(leg)
                 tell(lambda worker: worker.scheduler.add(leg, self.now))
             case Withdraw(_, request_id, choice, attempt):
@@ -347,17 +256,24 @@ class Cluster:
             assert leg.attempt > before.attempt, "placed again under the same attempt"
         live.is_placed = True
         client.request, client.leg_ended = leg, False
-        live.touched = self.now
 
-    def _watch(self) -> None:
-        """Whoever is stuck is placed again."""
-        self.at(self.now + LEASE_TTL_S / 3, self._watch)
-        for live in self.lives.values():
-            stuck = live.life is not None and self.now - live.touched > GIVE_UP_S
-            if stuck and not live.client.ended:
-                live.touched = self.now
-                self.table.give_up(live.client.request.id, 0, self.now)
+    def _look(self) -> None:
+        """Whoever stands still loses its requests to others."""
+        if not self.is_over:
+            self.at(self.now + BEAT_S, self._look)
+        for name, _, stuck_at in self.liveness.check(self.now):
+            self.table.freeze(name, self.now, stuck_at)
+            self._carry_out()
+
+    def hear(self, node: Node, pulse: Pulse) -> None:
+        epoch = node.epoch
+
+        def deliver() -> None:
+            if epoch == node.known_epoch and self.liveness.heard(node.name, pulse, self.now):
+                self.table.thaw(node.name, self.now)
                 self._carry_out()
+
+        self.send(node.name, "gateway", deliver)
 
     def to_gateway(self, node: Node, update: Update) -> None:
         epoch, table = node.epoch, self.table
@@ -367,9 +283,6 @@ class Cluster:
                 return
             for sealed in update.sealed:
                 table.sealed(node.name, sealed, self.now)
-                live = self.lives[sealed.request_id]
-                if live.client.request.attempt == sealed.attempt:
-                    live.touched = self.now
             for landed in update.landed:
                 table.landed(landed)
             for times in update.times:
@@ -387,20 +300,24 @@ class Cluster:
         client = live.client
         assert live.life is not None
         assert delta.attempt == client.request.attempt, "another attempt's"
-        live.touched = self.now
         first = not client.received
         client.take(delta)
         if delta.token_ids and first:
             self.num_early += live.life.num_early_blocks
         if delta.finish is FinishReason.ERROR:
             assert delta.error is not None
+            if delta.error.code == "worker_lost":
+                # Whoever is stuck twice may be the cause; only a poisoned one takes workers along.
+                guilty = delta.request_id in self.poison or self.hits["hang"] > 1
+                assert guilty or self.hits["part"], "an innocent request ended for another"
+                return
             assert delta.error.code == "transfer_failed", delta.error
             assert self.hits["copy_fails"], "an error without a reason"
 
     # Mishaps -------------------------------------------------------------------------------
 
     def _mishap(self, kind: str) -> None:
-        if all(live.client.ended for live in self.lives.values()):
+        if self.is_over:
             return
         if self.rng.random() < 5 * self.chances[kind]:
             self.hits[kind] += 1
@@ -409,19 +326,35 @@ class Cluster:
             self.at(self.now + self.rng.uniform(0.1, 1.5), lambda: self._mishap(kind))
 
     def _kill(self, node: Node) -> None:
+        self.starts_anew(node)
+
+    def starts_anew(self, node: Node, suspects: tuple[SequenceId, ...] = ()) -> None:
         """The process is gone and a new one takes its place; the gateway notices a moment later."""
+        for seq_id in suspects:
+            self.num_crashes[seq_id[0]] += 1
+        node.last_words[node.epoch] = suspects
         node.start()
 
         def noticed() -> None:
             if node.known_epoch != node.epoch:
-                self.table.lose(node.name, self.now)
+                self.liveness.left(node.name)
+                self.table.lose(node.name, self.now, node.last_words[node.known_epoch])
                 self._carry_out()
                 self._join(node)
 
-        self.at(self.now + DETECT_S, noticed)
+        # Its stream ends with what it had said.
+        self.at(self.now + DETECT_S, lambda: self.send(node.name, "gateway", noticed))
 
     def _freeze(self, node: Node) -> None:
         node.frozen_until = self.now + self.rng.choice((0.5, 5.0))
+
+    def _hang(self, node: Node) -> None:
+        """The engine's thread alone."""
+        node.hung_until = self.now + self.rng.choice((0.3, 3.0))
+
+    def _part(self, node: Node) -> None:
+        """Nothing passes between it and the gateway; it goes on, and all arrives in the end."""
+        node.parted_until = self.now + self.rng.choice((0.5, 5.0))
 
     def _rot(self, node: Node) -> None:
         """A stored block goes bad in place."""
@@ -446,13 +379,17 @@ class Cluster:
 
     # Running it ----------------------------------------------------------------------------
 
+    @property
+    def is_over(self) -> bool:
+        return all(live.client.ended for live in self.lives.values())
+
     def run(self) -> Counter[str]:
         """Carry the history out; returns the counters of all workers and the faults that hit.
 
         Raises:
             AssertionError: an invariant does not hold.
         """
-        while not all(live.client.ended for live in self.lives.values()):
+        while not self.is_over:
             assert self.now < END_S, "a request never ended"
             self._advance()
         quiet = self.now + 20 * LEASE_TTL_S  # leases that a fault orphaned run out
@@ -475,8 +412,10 @@ class Cluster:
             totals.update(worker.scheduler.counters)
         totals.update(self.table.counters)
         assert not len(self.table), "a request was not forgotten"
+        for request_id in self.poison if not self.hits["part"] else ():
+            assert self.num_crashes[request_id] <= 2, "a poisoned request took a third worker along"
         if not sum(self.hits.values()):
-            kinds = ("fallback_", "leases_expired", "late_renewals", "placed_again")
+            kinds = ("fallback_", "leases_expired", "late_renewals", "placed_again", "workers_")
             bad = {name: n for name, n in totals.items() if name.startswith(kinds) and n}
             assert not bad, f"without a fault: {bad}"
         return totals

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 import sim_engine
 from sim.cluster import FAULTS, simulate
@@ -19,8 +20,10 @@ from baton.core.held_leases import HeldLeases
 from baton.core.imports import ImportTable
 from baton.core.lease import LeaseTable
 from baton.core.life import Life
+from baton.core.liveness import Liveness
 from baton.core.scheduler import Scheduler
 from baton.core.store_index import StoreIndex
+from baton.types import Pulse
 
 Patch = pytest.MonkeyPatch
 NUM_SEEDS = 1000
@@ -40,6 +43,10 @@ def test_a_thousand_histories() -> None:
         "lent_blocks",
         "preemptions",
         "placed_again",
+        "given_up",
+        "workers_silent",
+        "workers_stuck",
+        "workers_thawed",
         "stale_messages",
         "store_full_waits",
         "leases_expired",
@@ -170,7 +177,7 @@ def old_epoch_is_read(patch: Patch) -> None:
             kv.blocks[want.block] = list(slots) or [sim_engine.POISON] * 2  # type: ignore[attr-defined]
         return ("ok",) * len(order.wanted)  # type: ignore[attr-defined]
 
-    patch.setattr("sim.cluster.fetch", fetch)
+    patch.setattr("sim.node.fetch", fetch)
 
 
 def full_store_evicts_what_is_held(patch: Patch) -> None:
@@ -187,6 +194,56 @@ def full_store_evicts_what_is_held(patch: Patch) -> None:
     patch.setattr(StoreIndex, "hold", hold)
 
 
+def suspects_have_company(patch: Patch) -> None:
+    """What may have crashed a worker is run again beside others, which then end with it."""
+    original = Life.begin_leg
+
+    def begin_leg(self: Life, *args: object) -> object:
+        return msgspec.structs.replace(original(self, *args), alone=False)  # type: ignore[arg-type]
+
+    patch.setattr(Life, "begin_leg", begin_leg)
+
+
+def whoever_is_there_is_a_suspect(patch: Patch) -> None:
+    """Also those that wait behind the one that is run alone."""
+    original = RequestTable._lose_legs
+
+    def lose_legs(self: RequestTable, worker_id: str, now: float, suspects: object) -> None:
+        everyone = [(*life.key, life.attempt) for life in self._lives.values()]
+        original(self, worker_id, now, everyone if suspects else ())
+
+    patch.setattr(RequestTable, "_lose_legs", lose_legs)
+
+
+def a_frozen_worker_never_comes_back(patch: Patch) -> None:
+    """What waits for it waits for ever."""
+    patch.setattr(RequestTable, "thaw", lambda self, worker_id, now: None)
+
+
+def a_frozen_worker_is_given_more(patch: Patch) -> None:
+    """It is known to stand still, and requests are placed on it all the same."""
+
+    def freeze(self: RequestTable, worker_id: str, now: float, stuck_at: object) -> None:
+        self._lose_legs(worker_id, now, ())
+
+    patch.setattr(RequestTable, "freeze", freeze)
+
+
+def a_long_step_is_mistaken(patch: Patch) -> None:
+    """Whoever works is taken to stand still, though its counter moves (dynamo#13675, reversed)."""
+    original = Liveness.heard
+
+    def heard(self: Liveness, worker_id: str, pulse: Pulse, now: float) -> bool:
+        return original(self, worker_id, msgspec.structs.replace(pulse, progress=0), now)
+
+    patch.setattr(Liveness, "heard", heard)
+
+
+def a_frozen_worker_stays_healthy(patch: Patch) -> None:
+    """Nobody looks (dynamo#13675)."""
+    patch.setattr(Liveness, "check", lambda self, now: [])
+
+
 BUGS: tuple[Callable[[Patch], None], ...] = (
     blocks_freed_while_they_are_read,
     digest_not_compared,
@@ -199,6 +256,11 @@ BUGS: tuple[Callable[[Patch], None], ...] = (
     half_a_prompt_is_decoded,
     old_epoch_is_read,
     full_store_evicts_what_is_held,
+    suspects_have_company,
+    whoever_is_there_is_a_suspect,
+    a_frozen_worker_never_comes_back,
+    a_frozen_worker_is_given_more,
+    a_long_step_is_mistaken,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from baton.core.keys import chain, root_key
 from baton.core.life import Content, HandoffPolicy, Life, Phase
 from baton.core.replay import replay
 from baton.core.router import Router, WorkerInfo
+from baton.core.sequence import SequenceId
 from baton.errors import InvalidRequest, TransferFailed, Unavailable, WireError
 from baton.types import (
     FinishReason,
@@ -66,8 +68,18 @@ class Gateway:
         request = Request(name, fields.pop("prompt", PROMPT), SamplingParams(50), **fields)
         return self.table.add(request, now), self.table.take()
 
-    def lose(self, name: str, now: float = 1.0, *, crashed: bool = False) -> Outcome:
-        self.table.lose(name, now, crashed=crashed)
+    def lose(self, name: str, now: float = 1.0, suspects: Sequence[SequenceId] = ()) -> Outcome:
+        self.table.lose(name, now, suspects)
+        return self.table.take()
+
+    def freeze(
+        self, name: str, now: float = 1.0, stuck_at: Sequence[SequenceId] | None = None
+    ) -> Outcome:
+        self.table.freeze(name, now, stuck_at)
+        return self.table.take()
+
+    def thaw(self, name: str, now: float = 2.0) -> Outcome:
+        self.table.thaw(name, now)
         return self.table.take()
 
     def says(
@@ -398,9 +410,8 @@ def test_a_borrower_that_is_lost() -> None:
     life = lending(gateway)
     borrower = life.worker_id
     assert borrower is not None
-    outcome = gateway.lose(borrower, crashed=True)
+    outcome = gateway.lose(borrower)
     assert life.attempt == 1
-    assert life.num_crashes == 0, "it was not in any step"
     assert not any(isinstance(one, Withdraw) for one in outcome.instructions)
     late = gateway.says("p0", sealed("p0", "loan"))
     assert late.instructions == [Release("p0", "loan")]
@@ -603,8 +614,7 @@ def test_a_zombie_adds_nothing() -> None:
     gateway = Gateway("u0", "u1")
     life, _ = gateway.add()
     gateway.says("u0", tokens(0, 7))
-    gateway.table.give_up("r", 0, 5.0)
-    outcome = gateway.table.take()
+    outcome = gateway.freeze("u0")
     assert told(outcome) == [Withdraw("u0", "r", 0, 0)]
     worker, leg = submitted(outcome)
     assert (leg.attempt, leg.emitted) == (1, (7,))
@@ -618,8 +628,7 @@ def test_a_handoff_of_an_attempt_that_was_given_up() -> None:
     gateway = Gateway("p0", "d0")
     gateway.add()
     gateway.says("p0", tokens(0, 7))
-    gateway.table.give_up("r", 0, 5.0)
-    gateway.table.take()
+    gateway.freeze("p0")
     assert gateway.says("p0", handoff()).instructions == [Release("p0", "g")]
 
 
@@ -680,11 +689,11 @@ def test_the_retry_budget() -> None:
 def test_a_request_that_may_have_crashed_two_workers() -> None:
     gateway = Gateway("u0")
     gateway.add()
-    assert not gateway.lose("u0", crashed=True).deltas
+    assert not gateway.lose("u0", 1.0, [("r", 0, 0)]).deltas
     gateway.join("u0")
     assert not gateway.lose("u0").deltas, "not its fault"
     gateway.join("u0")
-    assert ended(gateway.lose("u0", crashed=True)) == "worker_lost"
+    assert ended(gateway.lose("u0", 3.0, [("r", 0, 2)])) == "worker_lost"
 
 
 def test_a_worker_that_drains_refuses() -> None:

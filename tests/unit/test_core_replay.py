@@ -37,6 +37,7 @@ def _traffic(worker: SimWorker, source: SimWorker | None, seed: int, num_steps: 
                 hand_off=rng.random() < 0.4,
                 deadline_s=rng.choice([None, 3.0]),
                 salt=rng.choice([b"", b"t"]),
+                alone=step % 10 == 7,
             )
             if source is not None and rng.random() < 0.7:
                 split = make_request(f"r{step}", prompt, 6, hand_off=True)

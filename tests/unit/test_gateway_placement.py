@@ -20,6 +20,7 @@ from baton.types import (
     FinishReason,
     Grant,
     KvFormat,
+    Pulse,
     Request,
     Role,
     SamplingParams,
@@ -55,7 +56,13 @@ class FakeLink:
 class Harness:
     """A dispatcher whose workers are fake links."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *workers: str, **policy: Any) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *workers: str,
+        patience_s: float = 60.0,
+        **policy: Any,
+    ) -> None:
         self.dispatcher = PlacingDispatcher(
             "g",
             1,
@@ -64,6 +71,7 @@ class Harness:
             {},
             router=Router(),
             policy=HandoffPolicy(policy.pop("lease_ttl_s", 10.0), **policy),
+            patience_s=patience_s,
         )
         self.links: dict[str, FakeLink] = {}
         monkeypatch.setattr(self.dispatcher.registry, "link", self.links.get)
@@ -213,7 +221,11 @@ def test_a_worker_that_says_that_its_step_failed_is_not_given_it_a_third_time(
         for attempt, crashed in enumerate(crashes):
             assert [leg.attempt for leg in here.links["u0"].legs()] == [attempt]
             if crashed:
-                here.report("u0", fatal=WorkerLost("engine failed").to_wire())
+                here.report(
+                    "u0",
+                    fatal=WorkerLost("engine failed").to_wire(),
+                    suspects=(("r", 0, attempt),),
+                )
             here.lose("u0")
             here.join("u0")
         await asyncio.sleep(0)
@@ -224,5 +236,65 @@ def test_a_worker_that_says_that_its_step_failed_is_not_given_it_a_third_time(
             assert error.code == "worker_lost"
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_falls_silent_and_is_heard_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its request goes to the other one, it is told to forget it, and it is given work again."""
+
+    async def run() -> None:
+        here = Harness(monkeypatch, "u0", "u1", patience_s=0.2)
+        frozen: list[tuple[str, bool]] = []
+        registry = here.dispatcher.registry
+        monkeypatch.setattr(registry, "set_frozen", lambda *what: frozen.append(what))
+        asked = await begin(here.read())
+        here.report("u0", deltas=(delta(0),))
+        await asked
+
+        def is_placed_again() -> bool:
+            here.report("u1", pulse=Pulse())
+            return bool(here.links["u1"].legs())
+
+        await until(is_placed_again)
+        (leg,) = here.links["u1"].legs()
+        assert (leg.attempt, leg.emitted) == (1, (7,))
+        assert here.links["u0"].told[-1] == ("abort", "r", 0, 0)
+        assert frozen == [("u0", True)]
+        assert list(here.dispatcher.watch.frozen()) == ["u0"]
+        here.report("u0", pulse=Pulse())
+        assert frozen[1:] == [("u0", False)]
+        assert here.dispatcher.counters["workers_thawed"] == 1
+        other = await begin(here.read("x"))
+        assert [leg.id for leg in here.links["u0"].legs()] == ["r", "x"]
+        await here.dispatcher.close()
+        other.cancel()
+        await asyncio.gather(other, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_worker_whose_step_is_stuck(monkeypatch: pytest.MonkeyPatch, draining: bool) -> None:
+    """What was in the step is to run alone. One that drains is given nothing when it goes on."""
+
+    async def run() -> None:
+        here = Harness(monkeypatch, "u0", patience_s=0.2)
+        asked = await begin(here.read())
+        stuck = Pulse(5, True, 0.01, (("r", 0, 0),))
+
+        def is_known() -> bool:
+            here.report("u0", pulse=stuck, draining=draining)
+            return here.dispatcher.counters["workers_stuck"] > 0
+
+        await until(is_known)
+        assert here.links["u0"].told[-1] == ("abort", "r", 0, 0)
+        assert len(here.links["u0"].legs()) == 1
+        here.report("u0", pulse=Pulse(6, True), draining=draining)
+        legs = here.links["u0"].legs()
+        assert [(leg.attempt, leg.alone) for leg in legs[1:]] == ([] if draining else [(1, True)])
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        await here.dispatcher.close()
 
     asyncio.run(run())

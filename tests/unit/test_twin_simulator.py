@@ -217,8 +217,11 @@ def test_a_frozen_worker_is_late_or_given_up() -> None:
     assert late.e2e_s - calm.e2e_s == pytest.approx(1.0, abs=0.02)
     assert max(late.itl_s) == pytest.approx(1.0, abs=0.02)
     moved = run(deployment(unified=2), trace, failures=[Failure("freeze", "unified-0", 0.2, 30.0)])
-    assert moved.gateway["placed_again"] == 1
+    assert moved.gateway["placed_again"] == moved.gateway["workers_silent"] == 1
     assert 3.0 < moved.requests[0].e2e_s < 5.0
+    alone = run(deployment(unified=1), trace, failures=[Failure("freeze", "unified-0", 0.2, 9.0)])
+    assert alone.gateway["workers_thawed"] == 1
+    assert 9.0 < alone.requests[0].e2e_s - calm.e2e_s < 9.2, "it goes on where it was"
 
 
 def test_a_slow_link_delays_what_crosses_it() -> None:

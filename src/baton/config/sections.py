@@ -282,6 +282,16 @@ class GatewayConfig(Section, frozen=True):
     request_timeout_s: Annotated[
         Seconds, Meta(description="Deadline of a request, in seconds.")
     ] = 600.0
+    frozen_after_s: Annotated[
+        float,
+        Meta(
+            ge=1,
+            le=1e6,
+            description="A worker of which nothing is heard for so long, or whose step does not "
+            "get on for that and for 5 times what it was predicted to take, stands still: its "
+            "requests go to others.",
+        ),
+    ] = 3.0
 
 
 class LaunchConfig(Section, frozen=True):
@@ -312,6 +322,13 @@ class LaunchConfig(Section, frozen=True):
     max_restarts: Annotated[
         Annotated[int, Meta(ge=0)] | None,
         Meta(description="Give up after so many restarts of one worker in a row."),
+    ] = None
+    kill_frozen_after_s: Annotated[
+        Seconds | None,
+        Meta(
+            description="Kill a worker that has been known to stand still for so long, and start "
+            "it again; by default never: it may go on, and until then its blocks can be read."
+        ),
     ] = None
     start_timeout_s: Annotated[
         Seconds, Meta(description="Seconds until every process must be ready.")

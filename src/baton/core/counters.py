@@ -1,4 +1,4 @@
-"""The running totals of one worker."""
+"""The running totals of one worker, and those of one gateway."""
 
 from __future__ import annotations
 
@@ -24,6 +24,23 @@ COUNTERS = (
     "fallback_export_failed",
 )
 """There from the start; `fallback_import_<reason>`, `early_lost_<reason>` come as they happen."""
+
+
+REQUEST_COUNTERS = (
+    "lenders_late",
+    "stale_messages",
+    "placed_again",
+    "given_up",
+    "workers_silent",
+    "workers_stuck",
+    "workers_thawed",
+)
+"""Of a gateway, there from the start; `observe.metrics_docs` tells what they mean."""
+
+
+def new_request_counters() -> Counter[str]:
+    """All at zero."""
+    return Counter(dict.fromkeys(REQUEST_COUNTERS, 0))
 
 
 def new_counters() -> Counter[str]:

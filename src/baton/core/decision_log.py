@@ -24,7 +24,7 @@ from baton.core.store_index import StoreIndex
 from baton.errors import BatonError
 from baton.types import Lend, Request, Sealed, StageTimes
 
-VERSION = 3
+VERSION = 4
 MAX_RECORD_BYTES = 64 << 20
 
 Sink = Callable[[bytes], object]

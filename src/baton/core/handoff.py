@@ -5,9 +5,10 @@
     add ──────────▶ placed ──▶ BORROWING ──lent, late──▶ FIRST ──Handoff──▶ SECOND
                         │                                ▲   │                 │
                         └──────── no lender ─────────────┘   └──── finish ─────┴──▶ ENDED
-    its worker is lost, or refuses because it drains: placed again, with a higher attempt and what
-    was emitted; nobody can take it: WAITING for a worker to join, for `max_wait_s` at most;
-    budget or deadline used up: ENDED with a typed error. `abandon` ends it from anywhere.
+    its worker is lost, stands still, or refuses because it drains: placed again, with a higher
+    attempt and what was emitted; nobody can take it: WAITING for a worker to join, for `max_wait_s`
+    at most; budget or deadline used up: ENDED with a typed error. `abandon` ends it from anywhere.
+    What was in a step that took its worker along is a suspect: its next legs are to run alone.
 
 FIRST is a prompt to be handed off, or a whole request on one worker; blocks that are sealed in the
 first case are offered to the decode worker, which may fetch them early. Handoffs are passed on when
@@ -28,20 +29,20 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Sequence as Seq
 
 import msgspec
 
+from baton.core.counters import new_request_counters
 from baton.core.held_leases import HeldLeases
 from baton.core.instructions import Ask, Instruction, Offer, Outcome, Release, Submit, Withdraw
 from baton.core.keys import ExtendKeys, extend_chain
 from baton.core.life import LEGS, Content, HandoffPolicy, Life, Phase, Timers
 from baton.core.members import Members
 from baton.core.router import Router, WorkerInfo
+from baton.core.sequence import SequenceId
 from baton.errors import DeadlineExceeded, Internal, ServeError, Unavailable, WorkerLost, from_wire
 from baton.types import FinishReason, Handoff, Landed, Lend, Request, Sealed, StageTimes, TokenDelta
-
-COUNTERS = ("lenders_late", "stale_messages", "placed_again", "given_up")
-"""Running totals, there from the start; `observe.metrics_docs` tells what they mean."""
 
 
 class RequestTable:
@@ -55,7 +56,7 @@ class RequestTable:
     def __init__(
         self, router: Router, policy: HandoffPolicy, extend_keys: ExtendKeys = extend_chain
     ) -> None:
-        self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self.counters: Counter[str] = new_request_counters()
         self._router = router
         self._policy = policy
         self._extend_keys = extend_keys
@@ -93,22 +94,34 @@ class RequestTable:
         """Nothing more is placed on this worker; its legs go on."""
         self._router.leave(worker_id)
 
-    def lose(self, worker_id: str, now: float, *, crashed: bool = False) -> None:
+    def lose(self, worker_id: str, now: float, suspects: Seq[SequenceId] = ()) -> None:
         """A worker is gone, and its leases with it: its legs are placed again, or end.
 
-        crashed: a step of its own failed, so any of its requests may be the cause.
+        suspects: what was in a step of its own that failed.
         """
         self._router.leave(worker_id)
         self._members.remove(worker_id)
         self._held.lose(worker_id)
-        for life in list(self._lives.values()):
-            borrowing = life.phase is Phase.BORROWING
-            if life.worker_id == worker_id:
-                if crashed and not borrowing:
-                    life.num_crashes += 1
-                self._lost(life, worker_id, now)
-            elif borrowing and life.placement and life.placement.lender == worker_id:
-                self._begin_without(life, now)
+        self._lose_legs(worker_id, now, suspects)
+
+    def freeze(self, worker_id: str, now: float, stuck_at: Seq[SequenceId] | None) -> None:
+        """A worker stands still: as if it were lost, but it will hear what to forget.
+
+        stuck_at: what is in its step, so suspects; None: it says nothing at all.
+        """
+        if worker_id in self._members:
+            self.counters["workers_stuck"] += stuck_at is not None
+            self.counters["workers_silent"] += stuck_at is None
+            self._router.leave(worker_id)
+            self._members.freeze(worker_id)
+            self._lose_legs(worker_id, now, stuck_at or ())
+
+    def thaw(self, worker_id: str, now: float) -> None:
+        """A worker that stood still goes on."""
+        frozen = self._members.frozen(worker_id)
+        if frozen is not None:
+            self.counters["workers_thawed"] += 1
+            self.join(*frozen, now)
 
     # Requests -------------------------------------------------------------------------------
 
@@ -138,12 +151,6 @@ class RequestTable:
         life = self._lives.get((request_id, choice))
         if life is not None:
             self._fail(life, error, now)
-
-    def give_up(self, request_id: str, choice: int, now: float) -> None:
-        """The present leg is believed to be stuck: place the request again, as if it were lost."""
-        life = self._lives.get((request_id, choice))
-        if life is not None and life.worker_id is not None:
-            self._lost(life, life.worker_id, now)
 
     # What workers say -----------------------------------------------------------------------
 
@@ -199,7 +206,7 @@ class RequestTable:
         if delta.num_cached is not None and life.tokens:
             # The hit that the client is told of is that of the leg which drew the first token.
             delta = msgspec.structs.replace(delta, num_cached=None)
-        life.tokens += delta.token_ids
+        life.take(delta.token_ids)
         self._outcome.deltas.append(delta)
         if delta.finish is not None:
             life.error = error
@@ -252,7 +259,8 @@ class RequestTable:
         content, key_class = reference
         num_tokens = len(request.prompt) + len(life.tokens)
         keys = life.extend_keys(content, num_tokens, self._extend_keys)
-        placement = self._router.place(request.id, request.choice, num_tokens, keys, key_class)
+        sought = [] if life.num_crashes else keys  # a suspect goes where there is the least work
+        placement = self._router.place(request.id, request.choice, num_tokens, sought, key_class)
         prefill = self._members.info(placement.prefill)
         if life.tokens and prefill and num_tokens > prefill.num_frames * prefill.block_size:
             # The answer has outgrown the store it would be handed off from.
@@ -284,22 +292,20 @@ class RequestTable:
         prefix: Sealed | None = None,
         handoff: Handoff | None = None,
     ) -> None:
-        request, deadline = life.request, life.deadline
-        placement = life.placement
-        assert placement is not None
         assert life.worker_id is not None
-        leg = msgspec.structs.replace(
-            request,
-            attempt=life.attempt,
-            emitted=tuple(life.tokens),
-            hand_off=handoff is None and placement.prefill is not None,
-            handoff=handoff,
-            prefix=prefix,
-            deadline_s=None if deadline is None else max(0.0, deadline - now),
-        )
-        self._tell(Submit(life.worker_id, leg))
+        self._tell(Submit(life.worker_id, life.begin_leg(now, prefix, handoff)))
 
     # Losing ---------------------------------------------------------------------------------
+
+    def _lose_legs(self, worker_id: str, now: float, suspects: Seq[SequenceId]) -> None:
+        for request_id, choice, attempt in suspects:  # also of attempts that were given up before
+            if (suspect := self._lives.get((request_id, choice))) is not None:
+                suspect.blame(attempt)
+        for life in list(self._lives.values()):
+            if life.worker_id == worker_id:
+                self._lost(life, worker_id, now)
+            elif life.borrows_from(worker_id):
+                self._begin_without(life, now)
 
     def _lost(self, life: Life, worker_id: str, now: float) -> None:
         stage = "decode" if life.tokens else "prefill"
@@ -349,14 +355,12 @@ class RequestTable:
 
     def _withdraw(self, life: Life) -> None:
         """Stop the present leg, if it was begun and its worker is there."""
-        if life.phase in LEGS and life.worker_id is not None and life.worker_id in self._members:
+        if life.phase in LEGS and life.worker_id and self._members.hears(life.worker_id):
             self._tell(Withdraw(life.worker_id, *life.key, life.attempt))
 
     def _end(self, life: Life, finish: FinishReason, now: float) -> None:
         self._held.release_all(life)
-        life.phase = Phase.ENDED
-        life.finish = finish
-        life.ended_at = now
+        life.end(finish, now)
         self._waiting.pop(life.key, None)
         del self._lives[life.key]
         self._router.finished(*life.key)
@@ -374,13 +378,9 @@ class RequestTable:
 
     def _drew_first(self, life: Life, delta: TokenDelta, now: float) -> None:
         """The present attempt has computed its prompt."""
-        life.drew = True
         self._held.return_loan(life)
         self._router.prefilled(*life.key)
-        if life.first_token_at is None:
-            life.first_token_at = now
-            life.num_cached = delta.num_cached or 0
-            life.num_early_blocks = life.num_landed
+        life.drew_first(delta.num_cached or 0, now)
 
     def _tell(self, instruction: Instruction) -> None:
         self._outcome.instructions.append(instruction)

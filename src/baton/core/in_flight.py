@@ -34,6 +34,7 @@ class InFlight:
         self._pool = pool
         self._steps: dict[int, dict[SequenceId, Chunk]] = {}
         self._held: dict[int, list[int]] = {}
+        self._dropped: set[int] = set()  # steps that compute a chunk which counts no more
 
     def __len__(self) -> int:
         """Steps in flight."""
@@ -46,6 +47,7 @@ class InFlight:
         """A step was collected: lets go of its blocks, returns the chunks that still count."""
         assert step == next(iter(self._steps)), "steps are collected in the order of submission"
         self._pool.release(self._held.pop(step, ()))
+        self._dropped.discard(step)
         return self._steps.pop(step)
 
     def drop(self, seq: Sequence) -> None:
@@ -54,9 +56,14 @@ class InFlight:
         for step, chunks in self._steps.items():
             if chunks.pop(seq.id, None) is not None:
                 last = step
+                self._dropped.add(step)
         if last is not None:
             self._pool.acquire(seq.blocks)
             self._held.setdefault(last, []).extend(seq.blocks)
+
+    def has_only(self, seq_id: SequenceId) -> bool:
+        """Whether no chunk is in flight but of this sequence; those that were dropped are."""
+        return not self._dropped and all(c.keys() <= {seq_id} for c in self._steps.values())
 
     def held_blocks(self) -> list[int]:
         """The references that steps in flight hold, one entry each."""

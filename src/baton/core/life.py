@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import enum
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from baton.core.alone import has_got_on
 from baton.core.keys import ExtendKeys, extend_chain, root_key
 from baton.core.router import Placement
 from baton.errors import ServeError, WireError
-from baton.types import FinishReason, Request
+from baton.types import FinishReason, Handoff, Request, Sealed
 
 
 class Phase(enum.Enum):
@@ -38,7 +39,8 @@ class HandoffPolicy(msgspec.Struct, frozen=True):
     lease_ttl_s: of every lease; each is renewed every third of it. borrow_wait_s: for how long a
     request waits for a lender's answer; a busy one answers between two steps. max_retries: how
     often a request that was lost is placed again. max_crashes: how many steps that failed, and
-    took their worker with them, it may have been in. max_wait_s: for how long one that was lost
+    took their worker with them, it may have been in; one that then gets on alone begins to count
+    anew (`core.alone`). max_wait_s: for how long one that was lost
     waits for a worker that can take it; its deadline may come before.
     """
 
@@ -71,6 +73,7 @@ class Life:
 
     __slots__ = (
         "attempt",
+        "blamed",
         "content",
         "drew",
         "ended_at",
@@ -81,6 +84,7 @@ class Life:
         "key",
         "key_class",
         "keys",
+        "leg_start",
         "loan",
         "loss",
         "num_cached",
@@ -113,7 +117,9 @@ class Life:
         self.loan: tuple[str, str] | None = None  # to read what a lender has of them
         self.drew = False  # the present attempt has brought a token
         self.num_landed = 0
-        self.num_crashes = 0
+        self.num_crashes = 0  # steps that took their worker with them, since it got on alone
+        self.blamed: set[int] = set()  # attempts that were in such steps
+        self.leg_start = 0  # tokens that there were when the present leg began
         self.loss: ServeError | None = None  # why it waits to be placed again
         self.num_cached = 0
         self.num_early_blocks = 0
@@ -141,6 +147,52 @@ class Life:
         self.key_class = key_class
         self.drew = False
         self.num_landed = 0
+
+    def borrows_from(self, worker_id: str) -> bool:
+        """Whether it waits for this worker's answer."""
+        placement = self.placement
+        is_lender = placement is not None and placement.lender == worker_id
+        return is_lender and self.phase is Phase.BORROWING
+
+    def begin_leg(self, now: float, prefix: Sealed | None, handoff: Handoff | None) -> Request:
+        """What the placed worker is to do next, reading what `prefix` or `handoff` name."""
+        placement, deadline = self.placement, self.deadline
+        assert placement is not None
+        self.leg_start = len(self.tokens)
+        return msgspec.structs.replace(
+            self.request,
+            attempt=self.attempt,
+            emitted=tuple(self.tokens),
+            hand_off=handoff is None and placement.prefill is not None,
+            handoff=handoff,
+            prefix=prefix,
+            deadline_s=None if deadline is None else max(0.0, deadline - now),
+            alone=self.num_crashes > 0,
+        )
+
+    def drew_first(self, num_cached: int, now: float) -> None:
+        """The present attempt has its first token; `num_cached` is its prefix hit, in tokens."""
+        self.drew = True
+        if self.first_token_at is None:
+            self.first_token_at = now
+            self.num_cached = num_cached
+            self.num_early_blocks = self.num_landed
+
+    def blame(self, attempt: int) -> None:
+        """This attempt was in a step that took its worker along. Said twice, it counts once."""
+        self.num_crashes += attempt not in self.blamed
+        self.blamed.add(attempt)
+
+    def take(self, token_ids: Sequence[int]) -> None:
+        """Tokens of the present leg. A suspect that gets on alone is none any more."""
+        self.tokens += token_ids
+        if self.num_crashes and has_got_on(len(self.tokens) - self.leg_start):
+            self.num_crashes = 0
+
+    def end(self, finish: FinishReason, now: float) -> None:
+        self.phase = Phase.ENDED
+        self.finish = finish
+        self.ended_at = now
 
     def extend_keys(
         self, content: Content, num_tokens: int, extend: ExtendKeys = extend_chain

@@ -2,6 +2,8 @@
 
 Workers of one key class have the same keys, and the same blocks, for the same tokens. Where there
 are several classes, prompts are told apart by the keys of a worker that computes prompts.
+
+One that stands still takes none and is not among them, but it will hear what it is told.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ class Members:
         self.reference: tuple[Content, str] | None = None
         self._infos: dict[str, WorkerInfo] = {}
         self._contents: dict[str, Content] = {}
+        self._frozen: dict[str, tuple[WorkerInfo, Content]] = {}
 
     def __len__(self) -> int:
         return len(self._infos)
@@ -33,15 +36,31 @@ class Members:
         return worker_id in self._infos
 
     def add(self, info: WorkerInfo, content: Content) -> None:
+        self._frozen.pop(info.worker_id, None)
         self._infos[info.worker_id] = info
         self._contents[info.worker_id] = content
         self._refer()
 
     def remove(self, worker_id: str) -> None:
         """Idempotent."""
+        self._frozen.pop(worker_id, None)
         self._infos.pop(worker_id, None)
         self._contents.pop(worker_id, None)
         self._refer()
+
+    def freeze(self, worker_id: str) -> None:
+        """One that is there stands still."""
+        frozen = self._infos[worker_id], self._contents[worker_id]
+        self.remove(worker_id)
+        self._frozen[worker_id] = frozen
+
+    def frozen(self, worker_id: str) -> tuple[WorkerInfo, Content] | None:
+        """What it was added with; None if it does not stand still."""
+        return self._frozen.get(worker_id)
+
+    def hears(self, worker_id: str | None) -> bool:
+        """Whether it is there, or stands still."""
+        return worker_id in self._infos or worker_id in self._frozen
 
     def info(self, worker_id: str | None) -> WorkerInfo | None:
         """None if it is not there."""

@@ -1,4 +1,4 @@
-"""What the outcome of a step means for the sequences that were in it."""
+"""What the outcome of a step, or of a fetch, means for the sequences that were in it."""
 
 from __future__ import annotations
 
@@ -40,6 +40,20 @@ def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float
             _append(scheduler, seq, token, logprobs, now)
     scheduler.counters["tokens_computed"] += plan.num_tokens
     scheduler.counters["tokens_generated"] += num_generated
+
+
+def take_over(scheduler: Scheduler, seq: Sequence, num_verified: int, now: float) -> None:
+    """The fetch that `seq` waited for has ended: it runs, `num_verified` blocks further on."""
+    if num_verified:
+        computed = seq.num_computed + num_verified * seq.block_size
+        # The last token is always computed, and the last block may be a partial one.
+        seq.num_computed = seq.num_scheduled = min(computed, seq.num_tokens - 1)
+        seq.num_imported_blocks = num_verified
+        seq.num_kept = seq.num_computed // seq.block_size
+        scheduler._publish(seq)
+    seq.import_done = now
+    seq.status = Status.RUNNING
+    scheduler._running[seq.id] = seq
 
 
 def finish_of(seq: Sequence, config: SchedulerConfig) -> FinishReason | None:

@@ -163,6 +163,10 @@ class Runner(Protocol):
     def pending(self) -> int:
         """Plans submitted and not yet collected."""
 
+    @property
+    def progress(self) -> int:
+        """Moves while plans are carried out, within a step too where the body can tell."""
+
     def submit(self, plan: StepPlan) -> None:
         """Begin to carry out `plan`. Its sequences are read now, and not later."""
 

@@ -6,8 +6,9 @@ in the order of `prompt_order`: those already begun, and new ones, which are adm
 while blocks last. When blocks run out the newest sequence is preempted: it keeps its tokens, gives
 back its blocks and comes back through admission, where the prefix cache may spare it most of the
 work. The oldest one is never preempted by another, so something always progresses. What changes
-when a step is planned while another one runs is told in `in_flight`, what a prompt needs to be
-admitted in `admission`, how blocks come from elsewhere in `fetches`.
+when a step is planned while another one runs is told in `in_flight`, who has steps to itself in
+`alone`, what a prompt needs to be admitted in `admission`, how blocks come from elsewhere in
+`fetches`.
 
 `Scheduler` owns the sequences, the block pool, the exports and the fetches. Methods take the
 time as an argument; what they bring for the outside is collected by `take`.
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as Seq
 
-from baton.core import advance, books
+from baton.core import advance, alone, books
 from baton.core.admission import Admission
 from baton.core.attempts import AttemptMemory
 from baton.core.block_pool import BlockPool
@@ -30,7 +31,7 @@ from baton.core.in_flight import MAX_DEPTH, InFlight, may_run_ahead
 from baton.core.keys import ExtendKeys, extend_chain, root_key
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
-from baton.core.outcome import take_in, tell, try_commit
+from baton.core.outcome import take_in, take_over, tell, try_commit
 from baton.core.plan import Chunk, StepOutput, StepPlan, Update, error_delta
 from baton.core.prompt_order import PromptQueue, rank
 from baton.core.sequence import Sequence, SequenceId, Status
@@ -69,6 +70,7 @@ class Scheduler:
         self._attempts = AttemptMemory()
         self._waiting = PromptQueue()
         self._running: dict[SequenceId, Sequence] = {}
+        self._suspects: dict[SequenceId, Sequence] = {}  # see `alone`
         self._chunks: dict[SequenceId, Chunk] = {}
         self._budget = 0
         self._deadlines = Deadlines()
@@ -104,6 +106,8 @@ class Scheduler:
         seq.order = self._num_added
         seq.admitted_before = self.admission.num_admitted_tokens
         self._sequences[seq.id] = seq
+        if request.alone:
+            self._suspects[seq.id] = seq
         if not self.fetches.detain(seq):
             self._waiting.add(seq)
         self._deadlines.add(seq)
@@ -160,19 +164,8 @@ class Scheduler:
         for seq in ended.arrived:
             seq.status = Status.WAITING
             self._waiting.add(seq)
-        if ended.importer is None:
-            return
-        seq, num_verified = ended.importer, ended.num_verified
-        if num_verified:
-            computed = seq.num_computed + num_verified * seq.block_size
-            # The last token is always computed, and the last block may be a partial one.
-            seq.num_computed = seq.num_scheduled = min(computed, seq.num_tokens - 1)
-            seq.num_imported_blocks = num_verified
-            seq.num_kept = seq.num_computed // seq.block_size
-            self._publish(seq)
-        seq.import_done = now
-        seq.status = Status.RUNNING
-        self._running[seq.id] = seq
+        if ended.importer is not None:
+            take_over(self, ended.importer, ended.num_verified, now)
 
     def renew(self, grant_ids: tuple[str, ...], now: float) -> None:
         for grant_id in grant_ids:
@@ -193,6 +186,8 @@ class Scheduler:
         self._chunks = {}
         self._budget = self.config.max_num_batched_tokens
         num_preempted = self.counters["preemptions"]
+        if self._suspects and alone.plan(self):
+            return self._planned()
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
         for seq in self._running.values():
@@ -207,9 +202,9 @@ class Scheduler:
         # Whoever was preempted in this step must not take the blocks back in the same step.
         admits = self.counters["preemptions"] == num_preempted
         self._plan_prompts(prompts, admits, now)
-        if self._chunks:
-            self._in_flight.begin(self._step, self._chunks)
-        return StepPlan(self._step, tuple(self._chunks.values()), self.fetches.start())
+        if self._suspects and not self._chunks:
+            alone.plan(self)  # it has just been admitted
+        return self._planned()
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> None:
         """Take in what a step computed. Steps end in the order in which they were planned."""
@@ -270,6 +265,11 @@ class Scheduler:
 
     # Inside ----------------------------------------------------------------------------------
 
+    def _planned(self) -> StepPlan:
+        if self._chunks:
+            self._in_flight.begin(self._step, self._chunks)
+        return StepPlan(self._step, tuple(self._chunks.values()), self.fetches.start())
+
     def _num_active(self) -> int:
         return len(self._running) + len(self.fetches.imports)
 
@@ -287,7 +287,7 @@ class Scheduler:
                 admits = self._admit(seq, promised, now)
                 if admits:
                     promised += self.admission.growth(seq)
-                    if seq.status is _RUNNING:
+                    if seq.status is _RUNNING and seq.id not in self._suspects:
                         self._plan(seq)
             elif begun:
                 self._plan(begun.pop())  # it has had room for all its tokens since admission
@@ -347,6 +347,8 @@ class Scheduler:
 
         `promised` blocks are free now and will be wanted by those that run already.
         """
+        if self._suspects and not alone.may_enter(self, seq):
+            return False
         if not self.admission.admit(seq, promised, now, alone=not self._num_active()):
             return False
         self._waiting.discard(seq.id)
@@ -387,6 +389,7 @@ class Scheduler:
         del self._sequences[seq.id]
         self._attempts.end(seq.id)
         self._waiting.discard(seq.id)
+        self._suspects.pop(seq.id, None)
         self.fetches.forget(seq.id)
         self._running.pop(seq.id, None)
         self.exports.abandon(seq.id)

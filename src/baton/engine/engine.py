@@ -9,8 +9,8 @@
 With a runner of depth 2, what is collected is the step before the one that was just submitted.
 
 One thread calls `step`; it alone owns the scheduler, the pool and the running step. Others only
-put messages into `inbox`. The fabric thread touches no block but those it was given, and these
-are freed only after its answer.
+put messages into `inbox`, and ask for `pulse` and `batch`. The fabric thread touches no block but
+those it was given, and these are freed only after its answer.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import msgspec
 from baton.core.pacing import SEAL_WAIT_SHARE, STEP_TIME_WEIGHT
 from baton.core.plan import ExportOrder, ImportOrder, Runner, StepPlan, Update
 from baton.core.scheduler import Scheduler
+from baton.core.sequence import SequenceId
+from baton.core.step_times import StepTimes
 from baton.engine import inbox as messages
 from baton.engine.inbox import Inbox, Message
 from baton.errors import Internal
@@ -38,7 +40,7 @@ from baton.fabric.thread import (
 )
 from baton.fabric.transport import Wanted
 from baton.model.kv_cache import KvCache
-from baton.types import WorkerLoad
+from baton.types import Pulse, WorkerLoad
 
 
 class Emitted(msgspec.Struct, frozen=True):
@@ -72,13 +74,16 @@ class Engine:
         self.inbox: Inbox = SimpleQueue()
         self.fabric: Fabric | None = None
         self.stopping = False
-        self.progress = 0
         self._runner = runner
         self._kv = kv
         self._emit = emit
         self._clock = clock
         self._step_s = 0.0
-        self._submitted: deque[StepPlan] = deque()
+        self._step_times = StepTimes()
+        self._predicted_s = 0.0
+        self._num_moves = 0
+        self._rests = True
+        self._submitted: deque[tuple[StepPlan, int]] = deque()  # with their numbers of tokens
         self._told: WorkerLoad | None = None
 
     def step(self) -> bool:
@@ -88,8 +93,10 @@ class Engine:
         for order in plan.imports:
             self._start_import(order)
         if plan.chunks:
+            # First of all it is known: submitting may be all of the step, and may fail.
+            self._submitted.append((plan, plan.num_tokens))
+            self._predicted_s = sum(self._step_times.predict(num) for _, num in self._submitted)
             self._runner.submit(plan)
-            self._submitted.append(plan)
         pending = self._runner.pending
         if pending and (pending == self._runner.depth or not plan.chunks):
             self._collect()
@@ -100,18 +107,39 @@ class Engine:
 
     def _collect(self) -> None:
         output = self._runner.collect()
+        plan, num_tokens = self._submitted[0]
         self._step_s += STEP_TIME_WEIGHT * (output.elapsed_s - self._step_s)
-        self.progress += 1
-        self.scheduler.update(self._submitted.popleft(), output, self._clock())
+        self._step_times.observe(num_tokens, output.elapsed_s)
+        self._num_moves += 1
+        self.scheduler.update(plan, output, self._clock())
+        self._submitted.popleft()
 
     def wait(self) -> None:
         """Sleep until there is a message, or until a deadline or lease runs out."""
         deadline = self.scheduler.next_deadline()
         timeout = None if deadline is None else max(0.0, deadline - self._clock())
+        self._rests = True
         try:
-            self._receive(self.inbox.get(timeout=timeout))
+            message = self.inbox.get(timeout=timeout)
         except Empty:
             return
+        finally:
+            self._rests = False
+        self._receive(message)
+
+    @property
+    def progress(self) -> int:
+        """Moves while anything is done. Any thread may read it."""
+        return self._num_moves + self._runner.progress
+
+    def pulse(self) -> Pulse:
+        """The engine's part of the sign of life. Any thread may ask, also within a step."""
+        return Pulse(self.progress, not self._rests, self._predicted_s)
+
+    def batch(self) -> tuple[SequenceId, ...]:
+        """What is in the steps under way. Any thread may ask, also after a step has failed."""
+        under_way = tuple(self._submitted)
+        return tuple(dict.fromkeys(chunk.seq.id for plan, _ in under_way for chunk in plan.chunks))
 
     def load(self) -> WorkerLoad:
         exports = self.scheduler.exports
@@ -126,7 +154,6 @@ class Engine:
             num_reserved_frames=index.num_reserved,
             num_leases=len(exports.leases),
             num_transfers=self.scheduler.num_transfers,
-            progress=self.progress,
         )
 
     def _pass_on(self, stepped: bool) -> None:
@@ -164,6 +191,7 @@ class Engine:
             self._receive(message)
 
     def _receive(self, message: Message) -> None:
+        self._num_moves += 1
         scheduler = self.scheduler
         match message:
             case messages.Submit(request):

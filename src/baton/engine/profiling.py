@@ -231,6 +231,10 @@ class _Timed:
     def pending(self) -> int:
         return self._runner.pending
 
+    @property
+    def progress(self) -> int:
+        return self._runner.progress
+
     def submit(self, plan: StepPlan) -> None:
         begin = time.perf_counter()
         self._runner.submit(plan)

@@ -66,6 +66,10 @@ class TorchRunner:
     def pending(self) -> int:
         return len(self._steps)
 
+    @property
+    def progress(self) -> int:
+        return self._model.progress
+
     def submit(self, plan: StepPlan) -> None:
         started = time.monotonic()
         batch = self._inputs.batch(plan, self._drawn if self._steps else None)

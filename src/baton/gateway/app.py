@@ -97,11 +97,13 @@ def create_admin_app(
     refresh: Callable[[], None] = lambda: None,
     recent: RecentRequests | None = None,
     readiness: Callable[[], Readiness] = lambda: Readiness(True),
+    frozen: Callable[[], dict[str, float]] = dict,
     check_fabric: Callable[[], Awaitable[msgspec.Struct]] | None = None,
 ) -> FastAPI:
-    """For operators: `/metrics` (Prometheus), `/requests` (waterfalls, newest first), `/health`
-    and `/ready`, which the supervisor asks: it has no key for the public one; and a POST to
-    `/fabric/check`, which measures the ways between workers.
+    """For operators: `/metrics` (Prometheus), `/requests` (waterfalls, newest first), `/frozen`
+    (seconds, by id, for which workers have been known to stand still), `/health` and `/ready`,
+    which the supervisor asks: it has no key for the public one; and a POST to `/fabric/check`,
+    which measures the ways between workers.
 
     It asks for no key: keep it on loopback. `refresh` brings the metrics up to date first.
     """
@@ -118,6 +120,9 @@ def create_admin_app(
         body = msgspec.json.encode(recent.newest_first() if recent else [])
         return Response(body, media_type="application/json")
 
+    async def stands_still() -> Response:
+        return Response(msgspec.json.encode(frozen()), media_type="application/json")
+
     if check_fabric is not None:
 
         async def fabric() -> Response:
@@ -127,6 +132,7 @@ def create_admin_app(
         app.add_api_route("/fabric/check", fabric, methods=["POST"])
     app.add_api_route("/metrics", exposition, methods=["GET"])
     app.add_api_route("/requests", requests, methods=["GET"])
+    app.add_api_route("/frozen", stands_still, methods=["GET"])
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/ready", ready, methods=["GET"])
     return app

@@ -24,6 +24,7 @@ F = TypeVar("F", bound=Fields)
 
 INTERNAL_FIELDS = frozenset(
     {
+        "alone",
         "attempt",
         "bootstrap_host",
         "bootstrap_port",

@@ -77,6 +77,7 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
             policy=HandoffPolicy(
                 lease_ttl_s=config.store.lease_ttl_s, fetch_early=config.fabric.fetch_early
             ),
+            patience_s=gateway.frozen_after_s,
         )
         metrics = Metrics()
         app = create_app(
@@ -98,6 +99,7 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
             refresh=lambda: export(dispatcher, metrics),
             recent=dispatcher.recent,
             readiness=dispatcher.readiness,
+            frozen=dispatcher.watch.frozen,
             check_fabric=dispatcher.fabric_check.run,
         )
         servers = [

@@ -17,11 +17,14 @@ from pathlib import Path
 from baton.core.handoff import RequestTable
 from baton.core.instructions import Ask, Instruction, Offer, Release, Renew, Submit, Withdraw
 from baton.core.life import Content, HandoffPolicy, Life
+from baton.core.liveness import PATIENCE_S, Frozen
 from baton.core.router import Router, WorkerInfo
+from baton.core.sequence import SequenceId
 from baton.errors import ServeError, WorkerLost
 from baton.gateway.dispatch import Readiness, ServedModel
 from baton.gateway.fabric_check import FabricCheck
 from baton.gateway.registry import Registry
+from baton.gateway.watch import Watch
 from baton.observe.events import RecentRequests, Waterfall
 from baton.rpc.client import WorkerLink
 from baton.rpc.messages import Hello, StepReport
@@ -58,6 +61,7 @@ class PlacingDispatcher:
         *,
         router: Router,
         policy: HandoffPolicy,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.registry = Registry(
             gateway_id,
@@ -71,9 +75,10 @@ class PlacingDispatcher:
         )
         self.fabric_check = FabricCheck(self.registry, router)
         self.recent = RecentRequests()
+        self.watch = Watch(patience_s, self._froze)
         self._table = RequestTable(router, policy)
         self._readers: dict[tuple[str, int], _Reader] = {}
-        self._crashed: set[str] = set()
+        self._suspects: dict[str, tuple[SequenceId, ...]] = {}  # of workers about to exit
         self._timer: asyncio.TimerHandle | None = None
         self._wake_at = 0.0
 
@@ -105,13 +110,14 @@ class PlacingDispatcher:
 
     @property
     def counters(self) -> Counter[str]:
-        """Running totals of what befell requests (`core.handoff.COUNTERS`)."""
+        """Running totals of what befell requests (`core.counters.REQUEST_COUNTERS`)."""
         return self._table.counters
 
     async def close(self) -> None:
         """Leave the workers. Nobody may read any more."""
         if self._timer is not None:
             self._timer.cancel()
+        self.watch.close()
         await self.registry.close()
 
     # What workers say ---------------------------------------------------------------------------
@@ -129,14 +135,19 @@ class PlacingDispatcher:
             key_class=f"{hello.numerics}/{fmt.dtype}/{fmt.block_size}",
         )
         content = Content(hello.fingerprint, hello.numerics, fmt.block_size)
+        self.watch.joined(hello.worker_id)
         self._table.join(info, content, time.monotonic())
         self._carry_out()
 
     def _lost(self, worker_id: str, reason: str) -> None:
         # The reason holds addresses: it is for the log, where the registry has put it.
-        crashed = worker_id in self._crashed
-        self._crashed.discard(worker_id)
-        self._table.lose(worker_id, time.monotonic(), crashed=crashed)
+        self.watch.left(worker_id)
+        self._table.lose(worker_id, time.monotonic(), self._suspects.pop(worker_id, ()))
+        self._carry_out()
+
+    def _froze(self, frozen: Frozen) -> None:
+        self.registry.set_frozen(frozen.worker_id, True)
+        self._table.freeze(frozen.worker_id, time.monotonic(), frozen.stuck_at)
         self._carry_out()
 
     def _reported(self, worker_id: str, report: StepReport) -> None:
@@ -144,7 +155,7 @@ class PlacingDispatcher:
         if report.draining:
             table.drain(worker_id)
         if report.fatal is not None:
-            self._crashed.add(worker_id)
+            self._suspects[worker_id] = report.suspects
         if report.measured:
             self.fabric_check.measured(report.measured)
         for sealed in report.sealed:
@@ -160,6 +171,10 @@ class PlacingDispatcher:
             table.delivered(worker_id, delta, now)
         for handoff in report.handoffs:
             table.handed_off(worker_id, handoff, now)
+        if self.watch.heard(worker_id, report.pulse):
+            self.registry.set_frozen(worker_id, False)
+            if not report.draining:
+                table.thaw(worker_id, now)
         self._carry_out()
 
     # What follows -------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ _MAX_REFUSED = 64
 class Member:
     """One worker: its link, and from its Hello on what it last said of itself."""
 
-    __slots__ = ("announced", "counters", "draining", "hello", "link", "load")
+    __slots__ = ("announced", "counters", "draining", "frozen", "hello", "link", "load")
 
     def __init__(self, announced: Announce, link: WorkerLink) -> None:
         self.announced = announced
@@ -45,6 +45,7 @@ class Member:
         self.load = WorkerLoad()
         self.counters: dict[str, int] = {}
         self.draining = False
+        self.frozen = False  # it stands still; see `gateway.watch`
 
 
 class Registry:
@@ -137,6 +138,12 @@ class Registry:
         """Members that have said a fitting Hello, by worker id."""
         return [self._members[i] for i in sorted(self._members) if self._members[i].hello]
 
+    def set_frozen(self, worker_id: str, frozen: bool) -> None:
+        """A worker stands still, or goes on."""
+        member = self._members.get(worker_id)
+        if member is not None:
+            member.frozen = frozen
+
     def hello(self) -> Hello | None:
         """Of a worker that computes prompts, if one is there: requests are placed by its keys."""
         hellos = [member.hello for member in self.joined() if member.hello is not None]
@@ -151,7 +158,7 @@ class Registry:
         """Ready when the layout has been complete once and no worker pool is empty now."""
         have = dict.fromkeys(self._expected, 0)
         for member in self.joined():
-            if not member.draining:
+            if not member.draining and not member.frozen:
                 role = member.announced.role
                 have[role] = have.get(role, 0) + 1
         wanted = dict.fromkeys(self._expected, 1) if self._was_complete else self._expected

@@ -20,9 +20,11 @@ def export(dispatcher: PlacingDispatcher, metrics: Metrics) -> None:
 def export_workers(members: Iterable[Member], metrics: Metrics) -> None:
     """Bring the workers' series up to their last reports. One that is gone shows as not up."""
     metrics.clear(table.WORKER_UP)
+    metrics.clear(table.WORKER_FROZEN)
     for member in members:
         worker, load = member.announced.worker_id, member.load
         metrics.set(table.WORKER_UP, 1, worker=worker, role=member.announced.role.value)
+        metrics.set(table.WORKER_FROZEN, int(member.frozen), worker=worker)
         metrics.set(table.WORKER_RUNNING, load.num_running, worker=worker)
         metrics.set(table.WORKER_WAITING, load.num_waiting, worker=worker)
         metrics.set(table.STORE_FRAMES_HELD, load.num_held_frames, worker=worker)

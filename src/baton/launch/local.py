@@ -20,9 +20,9 @@ from baton.errors import ConfigError
 from baton.launch.console import Console
 from baton.launch.cores import share_out, usable_cores, waiting
 from baton.launch.process import Child
-from baton.launch.ready import ReadyProbe, base_url
+from baton.launch.ready import FrozenProbe, ReadyProbe, base_url
 from baton.launch.runtime_dir import runtime_dir
-from baton.launch.supervisor import Probe, Supervisor
+from baton.launch.supervisor import Frozen, Probe, Supervisor
 from baton.model.region import create_memfd, reserve
 from baton.rpc.auth import create_secret, read_secret
 from baton.types import Role
@@ -64,7 +64,13 @@ def resolve(config: Config) -> Config:
     return msgspec.structs.replace(config, gateway=gateway)
 
 
-def serve(config: Config, *, command: Command = baton_command, probe: Probe | None = None) -> int:
+def serve(
+    config: Config,
+    *,
+    command: Command = baton_command,
+    probe: Probe | None = None,
+    frozen: Frozen | None = None,
+) -> int:
     """Run the deployment until SIGINT or SIGTERM.
 
     Returns 0 after a clean drain; 1 if it could not start, kept failing or had to be killed.
@@ -104,6 +110,7 @@ def serve(config: Config, *, command: Command = baton_command, probe: Probe | No
                 probe or ReadyProbe(config.gateway),
                 lambda seconds: _announce(config, seconds),
                 console,
+                frozen or FrozenProbe(config.gateway),
             )
             return await supervisor.run()
 

@@ -1,8 +1,9 @@
-"""Asking the gateway whether it can serve."""
+"""Asking the gateway whether it can serve, and which of its workers stand still."""
 
 from __future__ import annotations
 
 import httpx
+import msgspec
 
 from baton.config import GatewayConfig
 
@@ -41,6 +42,22 @@ class ReadyProbe:
         if response.status_code == 200:
             return None
         return _reason(response)
+
+
+class FrozenProbe:
+    """`await probe()`: workers that stand still, and the seconds for which that has been known."""
+
+    def __init__(self, gateway: GatewayConfig) -> None:
+        self._url = f"{_url('http', gateway.admin_host, gateway.admin_port)}/frozen"
+
+    async def __call__(self) -> dict[str, float]:
+        """A gateway that does not answer knows of none."""
+        try:
+            async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False) as client:
+                response = await client.get(self._url)
+            return msgspec.json.decode(response.content, type=dict[str, float])
+        except (httpx.HTTPError, msgspec.DecodeError):
+            return {}
 
 
 def _reason(response: httpx.Response) -> str:

@@ -5,6 +5,10 @@
                                        second signal, or drain time over: everything is killed
 
 Draining: the gateway first (it takes nothing new and finishes what is open), then the workers.
+
+A worker that stands still is left alone, unless `launch.kill_frozen_after_s` says for how long: it
+may be stopped in a debugger, or on a machine that swaps, and go on; meanwhile it is given nothing,
+and what its store holds can be read. Killed, it starts again like any that has died.
 """
 
 from __future__ import annotations
@@ -23,11 +27,16 @@ from baton.launch.process import Child, describe_exit
 MAX_START_FAILURES: Final = 2
 USAGE_EXIT_CODE: Final = 2  # wrong usage or configuration: another try cannot help
 PROBE_EVERY_S: Final = 0.2
+LOOK_EVERY_S: Final = 1.0  # for workers that stand still
 WORKER_EXIT_S: Final = 2.0  # at least so long for workers to exit, once the gateway is gone
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Probe = Callable[[], Awaitable[str | None]]
 """Asks whether the deployment can serve: None if so, otherwise why not."""
+
+
+Frozen = Callable[[], Awaitable[dict[str, float]]]
+"""Asks which workers stand still, and for how many seconds that has been known."""
 
 
 class GaveUp(BatonError):
@@ -45,7 +54,9 @@ class Supervisor:
         probe: Probe,
         on_ready: Callable[[float], None],
         console: Console,
+        frozen: Frozen,
     ) -> None:
+        self._frozen = frozen
         self._gateway = gateway
         self._workers = workers
         self._config = config
@@ -65,8 +76,9 @@ class Supervisor:
         children = (self._gateway, *self._workers)
         self._keepers = {child: asyncio.create_task(self._keep(child)) for child in children}
         ready = asyncio.create_task(self._wait_until_ready())
+        killing = asyncio.create_task(self._kill_frozen())
         stop = asyncio.create_task(self._stopping.wait())
-        pending: set[asyncio.Task[None]] = {ready, *self._keepers.values()}
+        pending: set[asyncio.Task[None]] = {ready, killing, *self._keepers.values()}
         failure: BaseException | None = None
         try:
             while not stop.done() and failure is None:
@@ -87,6 +99,7 @@ class Supervisor:
         finally:
             self._console.status("")
             ready.cancel()
+            killing.cancel()
             stop.cancel()
             await self._end_all()
             for number in _SIGNALS:
@@ -140,6 +153,17 @@ class Supervisor:
                     await self._stopping.wait()
             except TimeoutError:
                 continue
+
+    async def _kill_frozen(self) -> None:
+        """End workers that have stood still for as long as they may; `_keep` starts them again."""
+        limit = self._config.kill_frozen_after_s
+        while limit is not None and not self._stopping.is_set():
+            await asyncio.sleep(LOOK_EVERY_S)
+            for name, for_s in (await self._frozen()).items():
+                for child in self._workers:
+                    if child.name == name and for_s > limit:
+                        self._console.line(f"{name} has stood still for {for_s:.0f} s: killing it")
+                        child.kill()
 
     def _should_give_up(self, code: int, num_failures: int) -> bool:
         if not self._was_ready:

@@ -54,6 +54,7 @@ class CudaLayers:
     def __init__(
         self, spec: ModelSpec, weights: Weights, exact: bool, capture: Capture | None = None
     ) -> None:
+        self.progress = 0  # see `Transformer.progress`; a recorded step moves it once
         self._spec = spec
         self._weights = weights
         self._device = weights.embed.device
@@ -68,6 +69,7 @@ class CudaLayers:
     def forward(self, batch: Batch, kv: KvCache) -> Tensor:
         """As `Transformer.forward`."""
         graphs = self._graphs(kv)
+        self.progress += 1
         if (bucket := graphs.bucket(batch)) is not None:
             logits = graphs.run(batch, bucket)
             # Rows are in order and wanted once each, so as many as there are means all of them.
@@ -116,6 +118,7 @@ class CudaLayers:
         )
         delta: Tensor | None = None  # what is still to be added to x
         for index, layer in enumerate(weights.layers):
+            self.progress += 1
             k, v = kv.data[:, index, 0], kv.data[:, index, 1]
             normed = add_rms_norm(x, delta, layer.input_norm, eps)
             qkv = self._linear(normed, layer.qkv, layer.qkv_bias).view(len(x), -1, spec.head_dim)

@@ -25,6 +25,7 @@ class NativeLayers:
     """The layers of `spec` on packed `weights`, which are only read."""
 
     def __init__(self, spec: ModelSpec, weights: PackedWeights) -> None:
+        self.progress = 0  # see `Transformer.progress`
         self._spec = spec
         self._weights = weights  # the layers point into them
         self._kernels = weights.kernels
@@ -78,6 +79,7 @@ class NativeLayers:
             **{name: tensor.data_ptr() for name, tensor in room.items()},
         )
         for index, layer in enumerate(self._layers):
+            self.progress += 1
             kernels.table.layer(layer, step, index)
         last = kernels.rms_norm(x.index_select(0, batch.sample_rows), self._norm, spec.rms_norm_eps)
         return kernels.linear(last, self._lm_head, wide=True)

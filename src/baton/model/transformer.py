@@ -38,6 +38,7 @@ class Transformer:
         self.spec = spec
         self._attend = BACKENDS[attention]
         self._scale = spec.head_dim**-0.5
+        self._num_begun = 0
         self._layers: NativeLayers | CudaLayers | None = None
         if isinstance(weights, PackedWeights):
             self._layers = NativeLayers(spec, weights)
@@ -48,6 +49,11 @@ class Transformer:
             return
         frequencies = inverse_frequencies(spec.rope, spec.head_dim)
         self._frequencies = frequencies.to(weights.embed.device)
+
+    @property
+    def progress(self) -> int:
+        """Layers begun so far, in all steps; any thread may read it while a step runs."""
+        return self._num_begun if self._layers is None else self._layers.progress
 
     @torch.inference_mode()
     def prepare(self, kv: KvCache, max_num_seqs: int) -> None:
@@ -74,6 +80,7 @@ class Transformer:
             self._frequencies, batch.positions, self.spec.rope.attention_factor, x.dtype
         )
         for index, layer in enumerate(weights.layers):
+            self._num_begun += 1
             normed = rms_norm(x, layer.input_norm, eps)
             x = x + self._attention(normed, layer, index, batch, kv, cos, sin)
             normed = rms_norm(x, layer.post_norm, eps)

@@ -99,6 +99,12 @@ REQUEST_GENERATION_TOKENS = Metric(
 WORKER_UP = Metric(
     "baton_worker_up", "gauge", "1 while the worker's stream is open.", ("worker", "role")
 )
+WORKER_FROZEN = Metric(
+    "baton_worker_frozen",
+    "gauge",
+    "1 while the worker's stream is open and it stands still: it is given no requests.",
+    ("worker",),
+)
 WORKER_RUNNING = Metric(
     "baton_worker_num_requests_running", "gauge", "Sequences in the worker's steps.", ("worker",)
 )
@@ -153,6 +159,7 @@ GATEWAY_EVENTS = Metric(
 
 METRICS: tuple[Metric, ...] = (
     WORKER_UP,
+    WORKER_FROZEN,
     WORKER_RUNNING,
     WORKER_WAITING,
     KV_CACHE_USAGE,

@@ -50,10 +50,14 @@ REQUEST_EVENTS: dict[str, str] = {
     "in time, or was lost.",
     "stale_messages": "Messages of workers about a request, an attempt or a leg that is over; what "
     "they would hold is let go. Some are ordinary: they crossed an abort.",
-    "placed_again": "Requests placed anew, with what was emitted, because their worker was lost or "
-    "drains. 0 without faults.",
+    "placed_again": "Requests placed anew, with what was emitted, because their worker was lost, "
+    "stands still or drains. 0 without faults.",
     "given_up": "Requests that ended with an error because their retries, or the time to wait for "
     "a worker, were used up. 0 without faults.",
+    "workers_silent": "Workers that nothing was heard of for too long; their requests were placed "
+    "again. 0 without faults.",
+    "workers_stuck": "Workers whose step did not get on for too long; the same. 0 without faults.",
+    "workers_thawed": "Of these two, workers that went on.",
 }
 """What the label `event` of `GATEWAY_EVENTS` may be."""
 

@@ -30,6 +30,7 @@ from baton.types import (
     KvFormat,
     Landed,
     Lend,
+    Pulse,
     Request,
     Role,
     Sealed,
@@ -177,7 +178,9 @@ class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     `sealed` are blocks that this worker opens to readers, `landed` those that it fetched early.
     `counters` are the worker's running totals (tokens computed, hits, preemptions, fallbacks).
-    `fatal` is the last word of a worker that is about to exit. `index` and `ack` (the last
+    `pulse` comes every half second, whatever the engine does. `fatal` is the last word of a worker
+    that is about to exit, and `suspects` are those, as (request id, choice, attempt), that were in
+    the step which failed. `index` and `ack` (the last
     Instructions acted upon) are set by the server.
     """
 
@@ -191,7 +194,9 @@ class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     times: tuple[StageTimes, ...] = ()
     counters: dict[str, int] = {}
     draining: bool = False
+    pulse: Pulse | None = None
     fatal: WireError | None = None
+    suspects: tuple[tuple[str, int, int], ...] = ()
     ack: int = 0
 
 

@@ -41,7 +41,7 @@ from baton.rpc.messages import (
 )
 from baton.rpc.outbox import Outbox
 from baton.rpc.tls import GATEWAY, WORKER
-from baton.types import Handoff, Landed, Sealed, StageTimes, TokenDelta, WorkerLoad
+from baton.types import Handoff, Landed, Pulse, Sealed, StageTimes, TokenDelta, WorkerLoad
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,9 @@ class WorkerServer:
         times: tuple[StageTimes, ...] = (),
         counters: dict[str, int] | None = None,
         draining: bool = False,
+        pulse: Pulse | None = None,
         fatal: WireError | None = None,
+        suspects: tuple[tuple[str, int, int], ...] = (),
     ) -> None:
         """Queue one report; it is sent now, or after a resume, exactly once and in order.
 
@@ -184,7 +186,9 @@ class WorkerServer:
                 times=times,
                 counters=counters or {},
                 draining=draining,
+                pulse=pulse,
                 fatal=fatal,
+                suspects=suspects,
                 ack=peer.received,
             )
         )

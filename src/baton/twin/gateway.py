@@ -121,6 +121,16 @@ class Gateway:
         self.table.lose(node.setup.worker_id, self._clock.now)
         self._carry_out()
 
+    def freezes(self, node: Node) -> None:
+        """A worker is found to stand still."""
+        self.table.freeze(node.setup.worker_id, self._clock.now, None)
+        self._carry_out()
+
+    def thaws(self, node: Node) -> None:
+        """A worker that stood still is heard again."""
+        self.table.thaw(node.setup.worker_id, self._clock.now)
+        self._carry_out()
+
     def hear(self, node: Node, report: Report) -> None:
         """A worker sends a report now."""
         worker_id, epoch = node.setup.worker_id, node.epoch

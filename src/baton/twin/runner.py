@@ -39,6 +39,10 @@ class CostRunner:
     def pending(self) -> int:
         return len(self._steps)
 
+    @property
+    def progress(self) -> int:
+        return 0  # nobody watches: a frozen worker of the twin is told by its failure
+
     def submit(self, plan: StepPlan) -> None:
         shaped = shape(plan)
         elapsed_s = self._cost.step_s(shaped)

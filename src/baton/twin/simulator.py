@@ -104,7 +104,7 @@ class Simulator:
         self.clock.after(wait_s, restart)
 
     def _freeze(self, node: Node, failure: Failure) -> None:
-        """If the gateway gives it up meanwhile, it comes back as a new process would."""
+        """If the gateway finds it out meanwhile, its requests go elsewhere until it goes on."""
         if not node.is_alive:
             return
         self._mark(failure)
@@ -112,18 +112,18 @@ class Simulator:
         if failure.for_s <= self._deployment.freeze_s:
             return
 
-        def given_up() -> None:
-            if node.is_alive:
-                node.kill()
-                self._fetcher.lost(node.setup.worker_id)
-                self.gateway.loses(node)
+        epoch = node.epoch
 
-        def thaw() -> None:
-            node.start()
-            self.gateway.joins(node)
+        def found_out() -> None:
+            if node.is_alive and node.epoch == epoch:
+                self.gateway.freezes(node)
 
-        self.clock.after(self._deployment.freeze_s, given_up)
-        self.clock.after(failure.for_s, thaw)
+        def goes_on() -> None:
+            if node.is_alive and node.epoch == epoch:
+                self.gateway.thaws(node)
+
+        self.clock.after(self._deployment.freeze_s, found_out)
+        self.clock.after(failure.for_s + self._deployment.message_s, goes_on)
 
     def _slow(self, node: Node, failure: Failure) -> None:
         self._mark(failure)

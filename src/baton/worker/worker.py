@@ -15,8 +15,11 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from baton.config import Config
 from baton.core.decision_log import Sink
+from baton.core.liveness import HEARTBEAT_S
 from baton.core.sequence import SequenceId
 from baton.engine import inbox
 from baton.engine.build import Built, build_engine
@@ -32,6 +35,7 @@ from baton.rpc.server import WorkerServer
 from baton.types import (
     Handoff,
     Landed,
+    Pulse,
     Request,
     Role,
     Sealed,
@@ -46,8 +50,6 @@ from baton.worker.store import Store
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_S = 1.0
-"""Between load reports of a worker that has no other news."""
 STOP_GRACE_S = 1.0
 
 
@@ -249,7 +251,7 @@ class Worker:
         if emitted.drained and not self._live:
             self.end(0)
 
-    def _report(self, gateway_id: str, news: _News) -> None:
+    def _report(self, gateway_id: str, news: _News, pulse: Pulse | None = None) -> None:
         self._server.report(
             gateway_id,
             load=self._load,
@@ -260,6 +262,7 @@ class Worker:
             times=tuple(news.times),
             counters=self._counters,
             draining=self._draining,
+            pulse=pulse,
         )
 
     def _report_all(self) -> None:
@@ -273,9 +276,19 @@ class Worker:
 
     def _fail(self, error: BaseException) -> None:
         fatal = error if isinstance(error, Internal) else WorkerLost(f"engine failed: {error}")
+        batch = self._built.engine.batch()
         for gateway_id in self._server.gateways():
-            self._server.report(gateway_id, load=self._load, fatal=fatal.to_wire())
+            self._server.report(
+                gateway_id,
+                load=self._load,
+                fatal=fatal.to_wire(),
+                suspects=self._of(gateway_id, batch),
+            )
         self.end(1)
+
+    def _of(self, gateway_id: str, batch: tuple[SequenceId, ...]) -> tuple[SequenceId, ...]:
+        """Those of `batch` that this gateway has asked for."""
+        return tuple(seq_id for seq_id in batch if self._live.get(seq_id) == gateway_id)
 
     # Standing tasks -----------------------------------------------------------------------------
 
@@ -294,9 +307,16 @@ class Worker:
             lost.set()
 
     async def _beat(self) -> None:
+        """Tell that this worker is alive, and whether its engine is; for no step does it wait."""
+        engine, last = self._built.engine, -1
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            self._report_all()
+            pulse = engine.pulse()
+            batch = engine.batch() if pulse.is_working and pulse.progress == last else ()
+            last = pulse.progress
+            for gateway_id in self._server.gateways():
+                mine = msgspec.structs.replace(pulse, batch=self._of(gateway_id, batch))
+                self._report(gateway_id, _News(), mine)
 
     def _hello(self) -> Hello:
         scheduler = self._built.scheduler_config

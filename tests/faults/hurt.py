@@ -1,0 +1,84 @@
+"""Baton with engines that a prompt can hurt: `python -m faults.hurt serve …`, as `python -m baton`.
+
+Points, at which a worker of some role is hurt by a step with a sequence whose prompt has a token:
+
+    HANG     at the second layer of the step, while FOLDER/hang-ROLE is there; the first worker that
+             comes there takes the file (FOLDER/hung-ROLE), and goes on when it is gone
+    POISON   at the beginning of the step, as often as it happens, while FOLDER/poison-ROLE is there
+
+FOLDER is the environment's HURT_FOLDER. The gateway and the supervisor are as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from baton.cli.main import main
+from baton.launch import local
+from baton.types import Role
+
+HANG, POISON = 405, 406
+"""Tokens of the padded vocabulary, which no other prompt of the suites has."""
+
+SECOND_LAYER = 2
+POLL_S = 0.02
+
+
+def hurt_engine(role: str, folder: Path) -> None:
+    """Set the points in this process, before it makes an engine."""
+    from baton.core.plan import StepPlan
+    from baton.engine.runner import TorchRunner
+    from baton.model.native_layers import NativeLayers
+
+    hangs = [False]
+    layers = [0]
+    submit = TorchRunner.submit
+
+    def hurt_submit(self: TorchRunner, plan: StepPlan) -> None:
+        tokens = {token for chunk in plan.chunks for token in chunk.seq.request.prompt}
+        if POISON in tokens and (folder / f"poison-{role}").exists():
+            raise RuntimeError("a poisoned step")
+        hangs[0], layers[0] = HANG in tokens, 0
+        submit(self, plan)
+
+    def begun(self: NativeLayers) -> int:
+        return self.__dict__.get("begun", 0)  # type: ignore[no-any-return]
+
+    def begin(self: NativeLayers, count: int) -> None:
+        self.__dict__["begun"] = count
+        layers[0] += 1
+        if hangs[0] and layers[0] == SECOND_LAYER:
+            _hang(folder / f"hang-{role}", folder / f"hung-{role}")
+
+    TorchRunner.submit = hurt_submit  # type: ignore[method-assign]
+    NativeLayers.progress = property(begun, begin)  # type: ignore[assignment]
+
+
+def _hang(wanted: Path, taken: Path) -> None:
+    try:
+        wanted.rename(taken)
+    except FileNotFoundError:
+        return  # it is not wanted, or another worker has it
+    while taken.exists():
+        time.sleep(POLL_S)
+
+
+def hurt_command(
+    name: str, role: Role | None, directory: Path, flags: Sequence[str] = ()
+) -> list[str]:
+    """Children are of this program, too."""
+    python, option, _, *rest = local.baton_command(name, role, directory, flags)
+    return [python, option, "faults.hurt", *rest]
+
+
+if __name__ == "__main__":
+    defaults = local.serve.__kwdefaults__
+    assert defaults is not None
+    defaults["command"] = hurt_command
+    if sys.argv[1] == "worker":
+        hurt_engine(sys.argv[sys.argv.index("--role") + 1], Path(os.environ["HURT_FOLDER"]))
+    sys.exit(main())
