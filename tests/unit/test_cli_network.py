@@ -28,12 +28,18 @@ GAP_S = 0.03
 
 
 class FakeServer:
-    """Streams `max_tokens` words; the request's own `behave` field chooses a misbehaviour."""
+    """Streams `max_tokens` words; the request's own `behave` field chooses a misbehaviour.
+
+    With token ids where they are asked for, as Baton and vLLM do. Of the misbehaviours, `old`
+    ignores the wish and `strict` refuses it; `hidden` shows only the first and the third token,
+    and `hidden old` tells no ids besides; `pairs` sends two tokens in each event.
+    """
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.arrived: list[float] = []
+        self.sent: list[float] = []  # when each token was
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -54,6 +60,10 @@ class FakeServer:
             error = {"error": {"code": "overloaded", "message": "come back later"}}
             await self._reply(send, 429, json.dumps(error).encode())
             return
+        if behave == "strict" and "return_token_ids" in body:
+            error = {"error": {"code": "unknown_parameter", "message": "return_token_ids"}}
+            await self._reply(send, 400, json.dumps(error).encode())
+            return
         await send({"type": "http.response.start", "status": 200, "headers": []})
         async for piece in self._stream(body, behave, "messages" in body):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -67,8 +77,12 @@ class FakeServer:
         await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, body: dict[str, Any], behave: str | None, chat: bool) -> Any:
-        def event(text: str | None, finish: str | None = None) -> bytes:
-            choice = {"delta": {"content": text}} if chat else {"text": text or ""}
+        tells_ids = body.get("return_token_ids") and behave not in ("old", "hidden old")
+
+        def event(text: str | None, finish: str | None = None, num_tokens: int = 0) -> bytes:
+            choice: dict[str, Any] = {"delta": {"content": text}} if chat else {"text": text or ""}
+            if tells_ids:
+                choice["token_ids"] = [7] * num_tokens
             return sse({"choices": [{**choice, "finish_reason": finish}]})
 
         count = body.get("max_tokens", 3)
@@ -88,16 +102,23 @@ class FakeServer:
             if behave in ("cut", "disconnect") and i == 1:
                 return
             if behave == "odd" and i == 1:  # a raw U+2028, a comment, CRLF, and a cut in between
-                whole = json.dumps({"choices": [{"text": "a\u2028b"}]}, ensure_ascii=False)
+                choice = {"text": "a\u2028b", "token_ids": [7]}
+                whole = json.dumps({"choices": [choice]}, ensure_ascii=False)
                 data = b": ping\r\ndata:" + whole.encode() + b"\r\n\r\n"
                 yield data[:20]
                 await asyncio.sleep(0.01)
                 yield data[20:]
                 continue
-            if behave != "mute":
-                yield event("\x1b[2J" if behave == "escape" else f"w{i} ")
-        yield event("", "length")
-        if behave != "no usage":
+            self.sent.append(time.perf_counter())
+            is_hidden = behave in ("hidden", "hidden old") and i not in (0, 2)
+            if is_hidden and tells_ids:
+                yield event("", num_tokens=1)
+            elif behave == "pairs":
+                yield event("ww ", num_tokens=2)
+            elif behave != "mute" and not is_hidden:
+                yield event("\x1b[2J" if behave == "escape" else f"w{i} ", num_tokens=1)
+        yield event("held back" if behave == "flush" else "", "length")
+        if behave not in ("no usage", "pairs", "bare"):
             details = {"cached_tokens": 2}
             usage = {"prompt_tokens": 5, "completion_tokens": 0 if behave == "mute" else count}
             yield sse({"choices": [], "usage": {**usage, "prompt_tokens_details": details}})
@@ -129,6 +150,7 @@ def url(served: tuple[FakeServer, str]) -> str:
     app.requests.clear()
     app.headers.clear()
     app.arrived.clear()
+    app.sent.clear()
     return url
 
 
@@ -152,8 +174,9 @@ def test_times_are_those_of_the_wire(url: str, app: FakeServer) -> None:
     assert result.tpot_s == pytest.approx(GAP_S, abs=0.02)
     assert len(result.event_s) == 4
     assert (result.prompt_tokens, result.cached_tokens, result.output_tokens) == (5, 2, 4)
-    assert result.counted_by == "usage"
+    assert result.counted_by == "token ids"
     [request] = app.requests
+    assert request["return_token_ids"] is True
     assert request["stream_options"] == {"include_usage": True}
     assert (request["max_tokens"], request["ignore_eos"]) == (4, True)
     assert len(request["prompt"].split()) == 6
@@ -184,9 +207,53 @@ def test_events_survive_odd_line_ends_and_cuts(url: str) -> None:
     assert len(result.event_s) == 4
 
 
-def test_without_usage_events_are_counted(url: str) -> None:
-    [result] = load(url, [0.0], behave="no usage")
+def test_without_token_ids_the_usage_counts(url: str) -> None:
+    [result] = load(url, [0.0], behave="old")
+    assert (result.output_tokens, result.counted_by, len(result.event_s)) == (4, "usage", 4)
+
+
+def test_without_token_ids_and_usage_events_are_counted(url: str) -> None:
+    [result] = load(url, [0.0], behave="no usage", token_ids=False)
     assert (result.output_tokens, result.counted_by, result.prompt_tokens) == (4, "events", None)
+
+
+def test_tokens_of_one_event_are_counted_without_usage(url: str) -> None:
+    [result] = load(url, [0.0], behave="pairs", num_tokens=3)
+    assert (result.output_tokens, result.counted_by, len(result.event_s)) == (6, "token ids", 3)
+    assert result.tpot_s == pytest.approx((result.event_s[-1] - result.event_s[0]) / 5)
+
+
+def test_text_held_back_is_no_token(url: str) -> None:
+    [result] = load(url, [0.0], behave="flush")
+    assert (result.output_tokens, len(result.event_s)) == (4, 4)
+    [result] = load(url, [0.0], behave="flush", api="chat")
+    assert (result.output_tokens, len(result.event_s)) == (4, 4)
+
+
+@pytest.mark.parametrize(("behave", "num_events"), [("hidden", 5), ("hidden old", 2)])
+def test_tokens_without_text_take_their_time(
+    url: str, app: FakeServer, behave: str, num_events: int
+) -> None:
+    """The last two of five show nothing: counted to the last text, TPOT would be half of it."""
+    [result] = load(url, [0.0], behave=behave, num_tokens=5)
+    assert result.failure is None
+    assert (result.output_tokens, len(result.event_s)) == (5, num_events)
+    assert result.tpot_s == pytest.approx((app.sent[-1] - app.sent[0]) / 4, rel=0.3)
+
+
+def test_a_server_that_refuses_token_ids_is_asked_without(
+    url: str, capsys: Any, app: FakeServer
+) -> None:
+    args = ["bench", "--url", url, "--rate", "inf", "--num-requests", "2", "--output-tokens", "3"]
+    assert main([*args, "--extra", '{"behave": "strict"}']) == 0
+    assert "refuses return_token_ids" in capsys.readouterr().out
+    assert ["return_token_ids" in request for request in app.requests] == [True] + [False] * 3
+    assert main([*args, "--extra", '{"behave": "hidden old"}']) == 0
+    text = capsys.readouterr().out
+    assert "refuses" not in text
+    assert "note        2 of 6 tokens came without an event of their own" in text
+    assert main([*args, "--extra", '{"behave": "bare", "return_token_ids": null}']) == 0
+    assert "neither token ids nor usage" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

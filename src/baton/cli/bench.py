@@ -9,23 +9,25 @@ import math
 import random
 import secrets
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, TypeVar
 
 import msgspec
 import uvloop
 
 from baton.cli.endpoint import Endpoint, add_endpoint_flags, connect
 from baton.cli.load import plot, report, sweep
-from baton.cli.load.client import INTERRUPTED, Target, run_load
+from baton.cli.load.client import INTERRUPTED, Target, run_load, settle
 from baton.cli.load.progress import ProgressBar
 from baton.cli.load.prompts import PromptSource
 from baton.cli.load.workload import Arrival, Range, from_dataset, from_trace, limit, synthetic
 from baton.cli.parser import Parser
 from baton.errors import BatonError, ConfigError
-from baton.observe.results import RequestResult, summarize
+from baton.observe.results import summarize
 from baton.observe.slo import Slo
 
+T = TypeVar("T")
 SUMMARY = (
     "Send requests to any OpenAI-compatible server as users would: each at its time, whether or\n"
     "not earlier ones have been answered. Latencies are of streamed tokens as they arrive."
@@ -38,6 +40,9 @@ EXAMPLES = """\
   baton bench --url https://host:8443 --api-key @key.txt --model my-model --dataset chat.jsonl
 """
 DEFAULT_NUM_REQUESTS = 100
+NO_TOKEN_IDS = (
+    "the server refuses return_token_ids: output tokens are its usage, or events without one"
+)
 SWEEP_POINT_S = 30
 SWEEP_MIN_REQUESTS = 20
 
@@ -59,7 +64,8 @@ def add_arguments(parser: Parser) -> None:
     )
     add("--trace-scale", type=_positive, default=1.0, metavar="F", help="Lengths times F. [1]")
     add("--seed", type=int, help="Same seed, same load. By default a new one, which is printed.")
-    add("--warmup", type=int, default=1, metavar="N", help="Unmeasured requests first. [1]")
+    warmup = "Unmeasured requests first; they find out whether the server tells token ids. [1]"
+    add("--warmup", type=int, default=1, metavar="N", help=warmup)
 
     add = parser.add_argument_group("Requests").add_argument
     add("--api", choices=["completions", "chat"], help="By default completions, or as the data.")
@@ -183,21 +189,26 @@ class _Session:
         prompts = self._prompts("warmup")
         for arrival in arrivals[: self._args.warmup]:
             first = msgspec.structs.replace(arrival, at_s=0.0, hash_ids=())
-            results = _run_loop(self._target, [first], prompts, None)
-            if results and results[0].failure == INTERRUPTED:
+            settled = _run(settle(self._target, first, prompts))
+            if settled is None or settled[1] is None or settled[1].failure == INTERRUPTED:
                 raise KeyboardInterrupt
-            if results and results[0].failure:
+            target, result = settled
+            if result.failure:
                 raise BatonError(
                     f"the first request to {endpoint.base_url} failed "
-                    f"({results[0].failure}): {results[0].detail}"
+                    f"({result.failure}): {result.detail}"
                 )
+            if target != self._target:
+                print(NO_TOKEN_IDS, file=self._out)
+            self._target = target
 
     def point(self, rate: float) -> sweep.Point | None:
         """One run; None once the user has interrupted."""
         arrivals = self._plan(rate)
         label = "trace" if self._args.trace else f"{rate:.3g}/s"
         with ProgressBar(label, len(arrivals), enabled=not self._args.quiet) as bar:
-            results = _run_loop(self._target, arrivals, self._prompts(str(len(self._points))), bar)
+            prompts = self._prompts(str(len(self._points)))
+            results = _run(run_load(self._target, arrivals, prompts, bar)) or []
         self._interrupted = len(results) < len(arrivals) or any(
             r.failure == INTERRUPTED for r in results
         )
@@ -243,12 +254,11 @@ class _Session:
             Path(self._args.json).write_bytes(text + b"\n")
 
 
-def _run_loop(
-    target: Target, arrivals: list[Arrival], prompts: PromptSource, bar: ProgressBar | None
-) -> list[RequestResult]:
+def _run(work: Coroutine[Any, Any, T]) -> T | None:
+    """None after a second Ctrl-C, which gives up on what is in flight."""
     with (
-        contextlib.suppress(KeyboardInterrupt),  # a second Ctrl-C: give up on what is in flight
+        contextlib.suppress(KeyboardInterrupt),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        return runner.run(run_load(target, arrivals, prompts, bar))
-    return []
+        return runner.run(work)
+    return None
