@@ -26,6 +26,7 @@ from baton.cli.parser import Parser
 from baton.errors import BatonError, ConfigError
 from baton.observe.results import summarize
 from baton.observe.slo import Slo
+from baton.planner.traces import read_trace, spread
 
 T = TypeVar("T")
 SUMMARY = (
@@ -40,7 +41,7 @@ EXAMPLES = """\
   baton bench --url https://host:8443 --api-key @key.txt --model my-model --dataset chat.jsonl
 """
 DEFAULT_NUM_REQUESTS = 100
-NO_TOKEN_IDS = (
+REFUSED_IDS = (
     "the server refuses return_token_ids: output tokens are its usage, or events without one"
 )
 SWEEP_POINT_S = 30
@@ -58,7 +59,9 @@ def add_arguments(parser: Parser) -> None:
     ids = "Random token ids below N instead of words: exact in length. [N: 4000]"
     add("--token-ids", type=_count, nargs="?", const=4000, metavar="N", help=ids)
     add("--dataset", metavar="FILE", help="JSONL with prompt or messages, and output_tokens.")
-    add("--trace", metavar="FILE", help="Replay arrivals and lengths: Mooncake JSONL, Azure CSV.")
+    add("--trace", metavar="FILE", help="Replay it; any form that baton analyze reads.")
+    add("--columns", default="", metavar="MAP", help="Such as arrival=ts:ms,prompt=in,output=out.")
+    add("--sort", action="store_true", help="Put rows in the order of their times.")
     add(
         "--trace-speed", type=_positive, default=1.0, metavar="F", help="So many times as fast. [1]"
     )
@@ -131,6 +134,7 @@ class _Session:
             extra = msgspec.json.decode(args.extra, type=dict[str, object])
         except msgspec.MsgspecError as error:
             raise ConfigError(f"--extra {args.extra!r}: {error}") from None
+        self._trace = self._read_trace() if args.trace else []
         first = self._plan(1.0 if math.isinf(args.rate) else args.rate)  # finds bad files early
         api = self._api(first)
         endpoint = connect(args.url, args.model, args.api_key)
@@ -162,13 +166,21 @@ class _Session:
             raise ConfigError("the data set holds messages: use --api chat")
         return api
 
+    def _read_trace(self) -> list[Arrival]:
+        """As the twin reads it, so that a run and its prediction are of the same requests."""
+        args = self._args
+        read = read_trace(Path(args.trace), mapping=args.columns, sort=args.sort, seed=self._seed)
+        trace = spread(read, self._seed)
+        for note in trace.notes:
+            print(f"note: {note}", file=self._out)
+        return from_trace(trace, speed=args.trace_speed, scale=args.trace_scale)
+
     def _plan(self, rate: float) -> list[Arrival]:
         args = self._args
         rng = random.Random(f"{self._seed}/arrivals/{len(self._points)}")
         num_requests = args.num_requests
         if args.trace:
-            arrivals = from_trace(Path(args.trace), speed=args.trace_speed, scale=args.trace_scale)
-            return limit(iter(arrivals), num_requests, args.duration)
+            return limit(iter(self._trace), num_requests, args.duration)
         if num_requests is None and args.duration is None:
             num_requests = DEFAULT_NUM_REQUESTS
             if args.sweep:
@@ -183,23 +195,23 @@ class _Session:
 
     def _prompts(self, run: str) -> PromptSource:
         """Runs share no prompts, or the second one would be answered from a prefix cache."""
-        return PromptSource(f"{self._seed}/{run}", self._args.token_ids, self._args.trace_scale)
+        return PromptSource(f"{self._seed}/{run}", self._args.token_ids)
 
     def _warm_up(self, arrivals: list[Arrival], endpoint: Endpoint) -> None:
         prompts = self._prompts("warmup")
         for arrival in arrivals[: self._args.warmup]:
-            first = msgspec.structs.replace(arrival, at_s=0.0, hash_ids=())
+            first = msgspec.structs.replace(arrival, at_s=0.0, blocks=())
             settled = _run(settle(self._target, first, prompts))
-            if settled is None or settled[1] is None or settled[1].failure == INTERRUPTED:
+            target, result = settled or (self._target, None)
+            if result is None or result.failure == INTERRUPTED:
                 raise KeyboardInterrupt
-            target, result = settled
             if result.failure:
                 raise BatonError(
                     f"the first request to {endpoint.base_url} failed "
                     f"({result.failure}): {result.detail}"
                 )
             if target != self._target:
-                print(NO_TOKEN_IDS, file=self._out)
+                print(REFUSED_IDS, file=self._out)
             self._target = target
 
     def point(self, rate: float) -> sweep.Point | None:

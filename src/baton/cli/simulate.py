@@ -58,6 +58,7 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("Load").add_argument
     add("--trace", metavar="FILE", help="Any form that baton analyze reads.")
     add("--columns", default="", metavar="MAP", help="Such as arrival=ts:ms,prompt=in,output=out.")
+    add("--sort", action="store_true", help="Put rows in the order of their times.")
     add("--rate", type=float, help="Requests per second; scales a trace. [1 without a trace]")
     add("--cv", type=float, default=1.0, help="Variation of gaps; 1 is Poisson. [1]")
     add("--num-requests", type=int, metavar="N", help="How many at most. [1000 without a trace]")
@@ -110,7 +111,8 @@ def load(args: argparse.Namespace) -> list[TraceRequest]:
     """
     num_requests, seed = args.num_requests, args.seed
     if args.trace:
-        read = spread(read_trace(Path(args.trace), mapping=args.columns, seed=seed), seed)
+        file = Path(args.trace)
+        read = spread(read_trace(file, mapping=args.columns, sort=args.sort, seed=seed), seed)
         if not read.has_arrivals:
             raise ConfigError(f"{args.trace} has lengths but no times: the twin needs both")
         trace = read.requests[:num_requests]
