@@ -41,7 +41,8 @@ svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif
 .l1{stroke:var(--s1)}.l2{stroke:var(--s2)}.l3{stroke:var(--s3)}
 .dashed{stroke-dasharray:5 4}
 .grid{stroke:var(--rule);stroke-width:1}.base{stroke:var(--dim);stroke-width:1}
-.rule{stroke:var(--fg);stroke-dasharray:3 3;opacity:.55}svg .tag{fill:var(--fg)}
+.rule{stroke:var(--fg);stroke-dasharray:3 3;opacity:.55}.ring{fill:none;stroke:var(--fg)}
+svg .tag{fill:var(--fg);stroke:var(--card);stroke-width:3px;paint-order:stroke}
 .end{text-anchor:end}.mid{text-anchor:middle}svg .on{fill:var(--on);text-anchor:middle}
 """
 VERDICTS = {"holds": "holds", "does not hold": "fails", "bounded": "bounded", "not told": "dim"}
@@ -142,8 +143,8 @@ def _histogram(lengths: Lengths, name: str, series: int) -> str:
     for low, high, number in zip(edges, edges[1:], counts, strict=False):
         tip = f"{low:,.0f} to {high - 1:,.0f} tokens: {number:,} requests"
         chart.bar(low, high, number, tip, series)
-    for row, q in enumerate((50, 90)):
-        chart.rule(lengths.quantile(q), f"p{q}", row)
+    for q in (50, 90):
+        chart.rule(lengths.quantile(q), f"p{q}")
     return _figure(title, chart.svg())
 
 
