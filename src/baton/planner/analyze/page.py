@@ -24,7 +24,8 @@ body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;mar
 max-width:1060px;padding:24px 20px 60px}
 h1{font-size:1.5em;margin:0 0 4px;overflow-wrap:anywhere}h2{font-size:1.1em;margin:32px 0 8px}
 .dim{color:var(--dim)}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(380px,100%),1fr));
-gap:14px;margin-bottom:12px}figure{background:var(--card);border:1px solid var(--rule);border-radius:6px;margin:0;
+gap:14px;margin-bottom:12px}
+figure{background:var(--card);border:1px solid var(--rule);border-radius:6px;margin:0;
 padding:10px 12px 6px}figcaption{font-weight:600;font-size:.92em}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;
 font-size:.92em;min-width:50%}th,td{border-bottom:1px solid var(--rule);padding:5px 12px 5px 0;
