@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 WITH_NIXL := $(VENV)/.with-nixl
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels neon demo serve check test unit lint types clean sim exact overhead roofline ready memory peers compare goodput twin-vs-real fabric fuzz docs nixl-test nixl-soak
+.PHONY: help install kernels neon demo serve check test unit lint types clean wheel sim exact overhead roofline ready memory peers compare goodput twin-vs-real fabric fuzz docs nixl-test nixl-soak
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,7 +38,9 @@ demo: $(INSTALLED) ## Ask the demo model questions, prefill and decode in separa
 serve: $(INSTALLED) ## Serve the demo model on port 8000 until Ctrl-C
 	$(BIN)/baton serve --model $(MODEL)
 
-check: lint types unit ## Lint, types and unit tests, in under 2 minutes
+# The unit tests on one core, the others beside them.
+check: $(INSTALLED) ## Lint, types and unit tests, in under 100 s
+	@$(MAKE) --no-print-directory -j2 --output-sync=line unit types lint
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -65,6 +67,12 @@ nixl-test: $(WITH_NIXL) ## Test the nixl transport with the real package, betwee
 
 nixl-soak: $(WITH_NIXL) ## Read through NIXL 200,000 times; a minute or two
 	$(BIN)/python tests/nixl/nixl_soak.py
+
+# What an earlier build left would be packed as well.
+wheel: $(INSTALLED) ## Build a wheel into build/wheel, and see that it has all it needs
+	rm -rf build/wheel build/lib* build/bdist* build/temp*
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(BIN)/python tests/check_wheel.py build/wheel/*.whl
 
 kernels: $(INSTALLED) ## Build the CPU kernels in place, after a change in csrc
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools

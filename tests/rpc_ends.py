@@ -116,7 +116,7 @@ async def worker(
         await server.stop(0.2)
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
     """Wait for `condition`; fail if it does not come true."""
     async with asyncio.timeout(timeout_s):
         while not condition():

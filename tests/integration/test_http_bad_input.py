@@ -57,7 +57,7 @@ def still_serving(
 ) -> Iterator[None]:
     yield
     assert http.post(COMPLETIONS, json=good(target, COMPLETIONS)).status_code == 200
-    wait_for(lambda: num_running() == 0, 1.0)
+    wait_for(lambda: num_running() == 0)
 
 
 # (fields put over a good request, the parameter that must be named)

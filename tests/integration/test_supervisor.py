@@ -218,7 +218,7 @@ def test_second_signal_forces(start: Start) -> None:
     started = time.monotonic()
     deployment.process.send_signal(signal.SIGINT)
     code, errors = deployment.end()
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     assert (code, "stopping at once: killing gateway" in errors) == (1, True)
 
 
@@ -226,7 +226,7 @@ def test_drain_timeout_kills(start: Start) -> None:
     deployment = start({"gateway": "stubborn"}, drain_timeout_s=0.3)
     deployment.until_ready()
     deployment.process.send_signal(signal.SIGTERM)
-    code, errors = deployment.end(5)
+    code, errors = deployment.end()
     assert (code, "time is over: killing gateway" in errors) == (1, True)
 
 
@@ -254,7 +254,7 @@ def test_kill_9_of_the_supervisor_leaves_no_process(start: Start) -> None:
     deployment.until_up(*ALL)
     assert len(deployment.alive()) == 3
     deployment.process.kill()
-    deployment.until(lambda: not deployment.alive(), 3)
+    deployment.until(lambda: not deployment.alive(), 10)
     # Its directory is left, and the next start removes it.
     (left,) = (deployment.directory / "run").iterdir()
     program = "from baton.launch.runtime_dir import runtime_dir\nwith runtime_dir(): pass"
@@ -278,4 +278,4 @@ def test_signal_while_starting(start: Start) -> None:
     deployment.until(lambda: deployment.named("start"))
     time.sleep(0.3)
     deployment.process.send_signal(signal.SIGTERM)
-    assert deployment.end(5)[0] == 0
+    assert deployment.end()[0] == 0

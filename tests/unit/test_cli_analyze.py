@@ -14,8 +14,10 @@ import pytest
 import uvicorn
 from unit import trace_files as files
 
+from baton.cli import analyze_probe
 from baton.cli.main import main
 
+OUTPUT_TOKENS = 10
 BASE_S, TOKEN_S, STEP_S, SEQUENCE_S = 0.005, 5e-4, 0.004, 0.002
 
 
@@ -63,7 +65,8 @@ class TimedServer:
 
 
 @pytest.fixture
-def served() -> Iterator[tuple[TimedServer, str]]:
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TimedServer, str]]:
+    monkeypatch.setattr(analyze_probe, "OUTPUT_TOKENS", OUTPUT_TOKENS)
     app = TimedServer()
     config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", ws="none")
     server = uvicorn.Server(config)
@@ -187,7 +190,7 @@ def test_a_server_is_measured(served: tuple[TimedServer, str], tmp_path: Path, c
     sent = document["measured_requests"]
     assert {entry["at_a_time"] for entry in sent} == {1, 3, 6}
     assert [entry["failure"] for entry in sent if entry["failure"]] == ["http 400"]
-    assert all(len(entry["itl_s"]) == 31 for entry in sent if not entry["failure"])
+    assert all(len(entry["itl_s"]) == OUTPUT_TOKENS - 1 for entry in sent if not entry["failure"])
     assert document["splits"][0]["prefill"]["device_s"] > 0
     assert max(app.lengths) == 800
 

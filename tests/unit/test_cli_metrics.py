@@ -36,6 +36,22 @@ def test_tpot_divides_by_tokens_not_by_events() -> None:
     assert bundled.tpot_s == pytest.approx(0.3 / 6)
 
 
+def test_tpot_lasts_until_the_last_token_even_if_nobody_saw_it() -> None:
+    hidden = msgspec.structs.replace(RESULT, output_tokens=7, last_s=11.0)
+    assert hidden.tpot_s == pytest.approx(0.5 / 6)
+    assert hidden.itl_s == pytest.approx([0.1, 0.2])
+
+
+def test_a_run_is_counted_by_the_least_exact_of_its_counts() -> None:
+    def counted_by(*ways: str) -> str:
+        results = [msgspec.structs.replace(RESULT, counted_by=way) for way in ways]
+        return summarize(results, Slo()).counted_by
+
+    assert counted_by("token ids", "token ids") == "token ids"
+    assert counted_by("token ids", "usage") == "usage"
+    assert counted_by("usage", "events", "token ids") == "events"
+
+
 def test_a_single_token_has_no_tpot_and_no_gap() -> None:
     single = msgspec.structs.replace(RESULT, event_s=(10.5,), output_tokens=1)
     assert single.tpot_s is None

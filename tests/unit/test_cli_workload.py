@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import random
 from itertools import islice, pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from baton.cli.load.prompts import FIRST_TOKEN_ID, PromptSource
@@ -20,6 +20,8 @@ from baton.cli.load.workload import (
     synthetic,
 )
 from baton.errors import ConfigError
+from baton.planner.traces import Trace
+from baton.twin.workload import TraceRequest
 
 
 def test_poisson_has_the_rate_and_the_spread_of_one() -> None:
@@ -58,48 +60,18 @@ def test_bad_ranges_name_the_flag(text: str) -> None:
         Range.parse(text, "--x")
 
 
-def test_mooncake_trace(tmp_path: Path) -> None:
-    file = tmp_path / "trace.jsonl.gz"
-    rows = (
-        '{"timestamp": 3000, "input_length": 700, "output_length": 50, "hash_ids": [4, 5]}\n'
-        '{"timestamp": 1000, "input_length": 10, "output_length": 1}\n\n'
-    )
-    file.write_bytes(gzip.compress(rows.encode()))
-    assert from_trace(file, speed=4.0, scale=0.1) == [
-        Arrival(0.0, 1, 1),
-        Arrival(0.5, 70, 5, hash_ids=(4, 5)),
+def test_a_trace_faster_and_shorter() -> None:
+    requests = [
+        TraceRequest(0.0, 10, 1),
+        TraceRequest(2.0, 1100, 50, blocks=(4, 5), block_size=512),
     ]
-
-
-def test_azure_trace(tmp_path: Path) -> None:
-    file = tmp_path / "trace.csv"
-    file.write_text(
-        "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
-        "2023-11-16 18:15:46.6805900,374,44\r\n"
-        "2023-11-16 18:15:50.9951690,396,0\r\n"
-    )
-    first, second = from_trace(file)
-    assert first == Arrival(0.0, 374, 44)
-    assert second.at_s == pytest.approx(4.314579)
-    assert second.output_tokens == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.jsonl", '{"timestamp": 1}\n', "line 1.*input_length"),
-        ("a.jsonl", "{\n", "line 1"),
-        ("a.jsonl", "", "empty"),
-        ("a.csv", "TIMESTAMP,ContextTokens\n2023-11-16 18:15:46,1\n", "line 2.*GeneratedTokens"),
-        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,1,1\n", "line 2"),
-        ("a.jsonl.gz", "not gzip", "cannot read"),
-    ],
-)
-def test_bad_traces_name_the_line(tmp_path: Path, name: str, text: str, message: str) -> None:
-    file = tmp_path / name
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        from_trace(file)
+    trace = Trace(source="t", format="mooncake", requests=requests)
+    assert from_trace(trace, speed=4.0, scale=0.1) == [
+        Arrival(0.0, 1, 1),
+        Arrival(0.5, 110, 5, blocks=(4, 5), block_tokens=51),
+    ]
+    with pytest.raises(ConfigError, match="lengths but no times: name their column by --columns"):
+        from_trace(msgspec.structs.replace(trace, has_arrivals=False))
 
 
 def test_dataset(tmp_path: Path) -> None:
@@ -149,11 +121,11 @@ def test_token_ids_are_exact_in_number_and_in_range() -> None:
         PromptSource("7", vocabulary=5)
 
 
-def test_equal_hash_ids_share_a_prefix() -> None:
+def test_equal_blocks_make_a_shared_prefix() -> None:
     source = PromptSource("7", vocabulary=4000)
-    a = source.make(Arrival(0, 1100, 1, hash_ids=(1, 2, 3)))
-    b = source.make(Arrival(0, 1500, 1, hash_ids=(1, 2, 9)))
-    c = source.make(Arrival(0, 1500, 1, hash_ids=(8, 2)))
+    a = source.make(Arrival(0, 1100, 1, blocks=(1, 2), block_tokens=512))
+    b = source.make(Arrival(0, 1500, 1, blocks=(1, 2), block_tokens=512))
+    c = source.make(Arrival(0, 1500, 1, blocks=(8, 2), block_tokens=512))
     assert len(a) == 1100 and len(b) == len(c) == 1500
     assert a[:1024] == b[:1024]
     assert a[1024:1100] != b[1024:1100]

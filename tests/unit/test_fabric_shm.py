@@ -314,10 +314,10 @@ def test_a_source_that_is_frozen(
         started = time.monotonic()
         results = transport.fetch(mint(), [Wanted(KEY, 1, b"", bytearray(1))], soon(seconds))
         assert results == [expected]
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 15.0
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(0.2, "timed_out"), (5, "unreachable")])
+@pytest.mark.parametrize(("seconds", "expected"), [(0.2, "timed_out"), (20, "unreachable")])
 def test_a_source_with_a_full_backlog_is_waited_for_in_time(
     runtime_dir: Path, transport: ShmTransport, seconds: float, expected: str
 ) -> None:
@@ -334,13 +334,15 @@ def test_a_source_with_a_full_backlog_is_waited_for_in_time(
                 listener.accept()[0].close()
 
         timer = threading.Timer(0.4, serve)
-        timer.start()
         started = time.monotonic()
+        if expected == "unreachable":
+            timer.start()
         results = transport.fetch(mint(), [Wanted(KEY, 1, b"", bytearray(1))], soon(seconds))
         elapsed_s = time.monotonic() - started
         assert results == [expected]
-        assert (elapsed_s < 0.4) == (expected == "timed_out")
+        assert elapsed_s >= (0.4 if expected == "unreachable" else 0.9 * seconds)
         if expected == "timed_out":
+            timer.start()
             with socket.socket(socket.AF_UNIX) as second:
                 second.connect(str(path))
         timer.join()
@@ -352,7 +354,7 @@ def test_a_source_with_a_full_backlog_is_waited_for_in_time(
 
 def ask(runtime_dir: Path, data: bytes, close_writing: bool = True) -> bytes:
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(5)
+        connection.settimeout(20)
         connection.connect(str(runtime_dir / "p0.kv.sock"))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.sendall(data)
@@ -398,11 +400,14 @@ def test_garbage_on_the_socket(store: Store, runtime_dir: Path, transport: ShmTr
     assert store.fetch(transport, mint()) is ReadResult.OK
 
 
-def test_an_ask_that_will_be_too_long_is_not_waited_for(store: Store, runtime_dir: Path) -> None:
+def test_an_ask_that_will_be_too_long_is_not_waited_for(
+    store: Store, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descriptors, "ASK_TIMEOUT_S", 60.0)
     started = time.monotonic()
     data = struct.pack(">I", MAX_ASK_BYTES + 1)
     assert ask(runtime_dir, data, close_writing=False) == b""
-    assert time.monotonic() - started < descriptors.ASK_TIMEOUT_S / 2
+    assert time.monotonic() - started < 30.0
 
 
 def test_a_byte_at_a_time(store: Store, runtime_dir: Path) -> None:

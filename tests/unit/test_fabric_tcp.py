@@ -231,7 +231,7 @@ def test_a_source_that_takes_no_connection(
     reader = stack.enter_context(contextlib.closing(store.transport(listener.getsockname())))
     started = time.monotonic()
     assert set(store.fetch(reader, seconds=seconds)) == {expected}
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 3.0
 
 
 def test_after_the_deadline_nothing_is_asked(store: Store, reader: TcpTransport) -> None:

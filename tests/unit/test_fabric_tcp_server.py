@@ -64,7 +64,7 @@ def test_silent_readers_are_cut_off_and_block_nobody(
     assert store.works(reader)
     started = time.monotonic()
     assert all(closes(connection) for connection in silent)
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 2.0, "one after the other it takes 2.4 s"
     for connection in silent:
         connection.close()
 
@@ -81,11 +81,13 @@ def test_an_ask_in_dribs_is_cut_off(
             num_bytes += len(connection.recv(1 << 20))
         monkeypatch.setattr(tcp_server, "ASK_S", 0.3)
         started = time.monotonic()
+        num_sent = 0
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for byte in ask:
-                connection.send(bytes([byte]))
+                num_sent += connection.send(bytes([byte]))
                 time.sleep(0.02)
-        assert 0.2 < time.monotonic() - started < 1.5
+        assert time.monotonic() - started > 0.2
+        assert num_sent < len(ask)
     assert store.works(reader)
 
 
@@ -140,7 +142,7 @@ def test_stopping_cuts_whoever_is_there(make: Make, stack: contextlib.ExitStack)
         until(lambda: num_connections(store) >= 3)
         started = time.monotonic()
         store.close()
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < tcp_server.SEND_S / 2
         assert closes(silent)
     assert set(store.fetch(reader)) == {"unreachable"}
 
@@ -162,12 +164,15 @@ def test_garbage_is_answered_by_an_end(store: Store, reader: TcpTransport) -> No
     assert store.works(reader)
 
 
-def test_a_length_that_is_too_long_is_not_waited_for(store: Store) -> None:
+def test_a_length_that_is_too_long_is_not_waited_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp_server, "ASK_S", 60.0)
     started = time.monotonic()
     with connect(store) as connection:
         connection.sendall(struct.pack(">I", MAX_MESSAGE_BYTES + 1))
         assert closes(connection)
-    assert time.monotonic() - started < tcp_server.ASK_S / 2
+    assert time.monotonic() - started < 30.0
 
 
 def test_another_protocol_is_refused(store: Store) -> None:

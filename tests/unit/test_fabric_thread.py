@@ -8,6 +8,7 @@ from queue import Empty, SimpleQueue
 import msgspec
 import numpy as np
 import pytest
+from tcp_ends import until
 
 from baton.core.plan import Piece, Recut, SourceBlock
 from baton.fabric import thread
@@ -225,7 +226,7 @@ def test_nothing_is_taken_while_stopping(fabric: Fixture) -> None:
     fabric.fetch("a")
     stopper = threading.Thread(target=fabric.thread.stop)
     stopper.start()
-    time.sleep(0.1)
+    until(lambda: fabric.thread._stopping)
     with pytest.raises(RuntimeError):
         fabric.fetch("would never be answered")
     fabric.transport.gate.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,11 +40,14 @@ BANNED_MODULES = {"pickle", "cloudpickle", "marshal", "shelve", "dill", "_pickle
 BANNED_CALLS = {"eval", "exec"}
 
 
-def _files(root: Path) -> Iterator[tuple[str, Path, ast.Module]]:
+@cache
+def _files(root: Path) -> list[tuple[str, Path, ast.Module]]:
+    found = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root.parent).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        yield name, path, ast.parse(path.read_text(), str(path))
+        found.append((name, path, ast.parse(path.read_text(), str(path))))
+    return found
 
 
 def _is_for_types(node: ast.AST) -> bool:
@@ -75,9 +79,10 @@ def _imports(name: str, is_package: bool, tree: ast.AST, lazy: bool = True) -> I
             yield from _imports(name, is_package, node, lazy)
 
 
+@cache
 def _graph(root: Path, lazy: bool = True) -> dict[str, set[str]]:
     """Module -> what it imports; only names of modules that exist, for our own."""
-    found = list(_files(root))
+    found = _files(root)
     ours = {name for name, _, _ in found}
     graph = {}
     for name, path, tree in found:

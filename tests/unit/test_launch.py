@@ -8,7 +8,9 @@ import http.server
 import io
 import json
 import os
+import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -173,17 +175,22 @@ def test_child_passes_output_on_whole() -> None:
 
 def test_child_does_not_wait_for_who_holds_its_output() -> None:
     child, stream = _child(
-        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', "
-        "'import os, time; os.setsid(); time.sleep(3)']); import time; time.sleep(0.3); "
-        "print('bye', flush=True); sys.exit(4)"
+        "import subprocess, sys; holder = subprocess.Popen([sys.executable, '-c', "
+        "'import os, time; os.setsid(); time.sleep(60)']); import time; time.sleep(0.3); "
+        "print('bye', holder.pid, flush=True); sys.exit(4)"
     )
 
     async def main() -> int:
-        async with asyncio.timeout(2.5):
+        async with asyncio.timeout(30):
             return await child.run()
 
-    assert asyncio.run(main()) == 4
-    assert "[c] bye\n" in stream.getvalue()
+    try:
+        assert asyncio.run(main()) == 4
+    finally:
+        found = re.search(r"\[c\] bye (\d+)\n", stream.getvalue())
+        if found is not None:
+            os.kill(int(found[1]), signal.SIGKILL)
+    assert found is not None
 
 
 def test_missing_program_and_dead_parent() -> None:

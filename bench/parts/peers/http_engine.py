@@ -34,7 +34,8 @@ class HttpEngine:
         self.name = name
         self.about = about
         self._server = server
-        self._target = Target(server.endpoint, extra={"temperature": 0})
+        # Without token ids: not every engine knows them, and those that do would send more events.
+        self._target = Target(server.endpoint, token_ids=False, extra={"temperature": 0})
         self._vocab_size = vocab_size
         server.pause()
 

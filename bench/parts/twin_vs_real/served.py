@@ -77,9 +77,7 @@ def send(
     arrivals = [
         Arrival(each.arrival_s, each.num_prompt_tokens, each.num_output_tokens) for each in trace
     ]
-    # With their ids, tokens that are not seen as text are events, too: special ones, half letters.
-    extra: dict[str, object] = {"temperature": 1, "return_token_ids": True}
-    target = Target(endpoint, timeout_s=TIMEOUT_S, extra=extra)
+    target = Target(endpoint, timeout_s=TIMEOUT_S, extra={"temperature": 1})
     results = http_engine.run(target, arrivals, seed, vocab_size)
     if len(results) < len(arrivals) or any(each.failure == INTERRUPTED for each in results):
         raise KeyboardInterrupt

@@ -15,7 +15,7 @@ import msgspec
 import uvloop
 
 from baton.cli.endpoint import DEFAULT_URL, Endpoint, connect
-from baton.cli.load.client import INTERRUPTED, Target, run_load
+from baton.cli.load.client import INTERRUPTED, Target, run_load, settle
 from baton.cli.load.prompts import PromptSource
 from baton.cli.load.workload import Arrival
 from baton.cli.parser import Parser
@@ -145,11 +145,13 @@ class _Prober:
 
     async def run(self, lengths: tuple[int, ...], batches: tuple[int, ...]) -> None:
         """Alone, at every length, again and again; then batches; until the time is over."""
-        first = await self._send(1, lengths[0])  # the first one finds cold caches
-        if first and first[0].failure not in (None, INTERRUPTED):
+        # The first one finds cold caches, and whether the server tells token ids.
+        arrival = Arrival(0.0, lengths[0], OUTPUT_TOKENS)
+        self._target, first = await settle(self._target, arrival, self._prompts)
+        if first is not None and first.failure not in (None, INTERRUPTED):
             raise BatonError(
                 f"the first request to {self._target.endpoint.base_url} failed "
-                f"({first[0].failure}): {first[0].detail}"
+                f"({first.failure}): {first.detail}"
             )
         start = time.perf_counter()
         alone_s = 0.6 * self._budget_s  # the rest is for batches

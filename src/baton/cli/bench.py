@@ -9,23 +9,26 @@ import math
 import random
 import secrets
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, TypeVar
 
 import msgspec
 import uvloop
 
 from baton.cli.endpoint import Endpoint, add_endpoint_flags, connect
 from baton.cli.load import plot, report, sweep
-from baton.cli.load.client import INTERRUPTED, Target, run_load
+from baton.cli.load.client import INTERRUPTED, Target, run_load, settle
 from baton.cli.load.progress import ProgressBar
 from baton.cli.load.prompts import PromptSource
 from baton.cli.load.workload import Arrival, Range, from_dataset, from_trace, limit, synthetic
 from baton.cli.parser import Parser
 from baton.errors import BatonError, ConfigError
-from baton.observe.results import RequestResult, summarize
+from baton.observe.results import summarize
 from baton.observe.slo import Slo
+from baton.planner.traces import read_trace, spread
 
+T = TypeVar("T")
 SUMMARY = (
     "Send requests to any OpenAI-compatible server as users would: each at its time, whether or\n"
     "not earlier ones have been answered. Latencies are of streamed tokens as they arrive."
@@ -38,6 +41,9 @@ EXAMPLES = """\
   baton bench --url https://host:8443 --api-key @key.txt --model my-model --dataset chat.jsonl
 """
 DEFAULT_NUM_REQUESTS = 100
+REFUSED_IDS = (
+    "the server refuses return_token_ids: output tokens are its usage, or events without one"
+)
 SWEEP_POINT_S = 30
 SWEEP_MIN_REQUESTS = 20
 
@@ -53,13 +59,16 @@ def add_arguments(parser: Parser) -> None:
     ids = "Random token ids below N instead of words: exact in length. [N: 4000]"
     add("--token-ids", type=_count, nargs="?", const=4000, metavar="N", help=ids)
     add("--dataset", metavar="FILE", help="JSONL with prompt or messages, and output_tokens.")
-    add("--trace", metavar="FILE", help="Replay arrivals and lengths: Mooncake JSONL, Azure CSV.")
+    add("--trace", metavar="FILE", help="Replay it; any form that baton analyze reads.")
+    add("--columns", default="", metavar="MAP", help="Such as arrival=ts:ms,prompt=in,output=out.")
+    add("--sort", action="store_true", help="Put rows in the order of their times.")
     add(
         "--trace-speed", type=_positive, default=1.0, metavar="F", help="So many times as fast. [1]"
     )
     add("--trace-scale", type=_positive, default=1.0, metavar="F", help="Lengths times F. [1]")
     add("--seed", type=int, help="Same seed, same load. By default a new one, which is printed.")
-    add("--warmup", type=int, default=1, metavar="N", help="Unmeasured requests first. [1]")
+    warmup = "Unmeasured requests first; they find out whether the server tells token ids. [1]"
+    add("--warmup", type=int, default=1, metavar="N", help=warmup)
 
     add = parser.add_argument_group("Requests").add_argument
     add("--api", choices=["completions", "chat"], help="By default completions, or as the data.")
@@ -125,6 +134,7 @@ class _Session:
             extra = msgspec.json.decode(args.extra, type=dict[str, object])
         except msgspec.MsgspecError as error:
             raise ConfigError(f"--extra {args.extra!r}: {error}") from None
+        self._trace = self._read_trace() if args.trace else []
         first = self._plan(1.0 if math.isinf(args.rate) else args.rate)  # finds bad files early
         api = self._api(first)
         endpoint = connect(args.url, args.model, args.api_key)
@@ -156,13 +166,21 @@ class _Session:
             raise ConfigError("the data set holds messages: use --api chat")
         return api
 
+    def _read_trace(self) -> list[Arrival]:
+        """As the twin reads it, so that a run and its prediction are of the same requests."""
+        args = self._args
+        read = read_trace(Path(args.trace), mapping=args.columns, sort=args.sort, seed=self._seed)
+        trace = spread(read, self._seed)
+        for note in trace.notes:
+            print(f"note: {note}", file=self._out)
+        return from_trace(trace, speed=args.trace_speed, scale=args.trace_scale)
+
     def _plan(self, rate: float) -> list[Arrival]:
         args = self._args
         rng = random.Random(f"{self._seed}/arrivals/{len(self._points)}")
         num_requests = args.num_requests
         if args.trace:
-            arrivals = from_trace(Path(args.trace), speed=args.trace_speed, scale=args.trace_scale)
-            return limit(iter(arrivals), num_requests, args.duration)
+            return limit(iter(self._trace), num_requests, args.duration)
         if num_requests is None and args.duration is None:
             num_requests = DEFAULT_NUM_REQUESTS
             if args.sweep:
@@ -177,27 +195,32 @@ class _Session:
 
     def _prompts(self, run: str) -> PromptSource:
         """Runs share no prompts, or the second one would be answered from a prefix cache."""
-        return PromptSource(f"{self._seed}/{run}", self._args.token_ids, self._args.trace_scale)
+        return PromptSource(f"{self._seed}/{run}", self._args.token_ids)
 
     def _warm_up(self, arrivals: list[Arrival], endpoint: Endpoint) -> None:
         prompts = self._prompts("warmup")
         for arrival in arrivals[: self._args.warmup]:
-            first = msgspec.structs.replace(arrival, at_s=0.0, hash_ids=())
-            results = _run_loop(self._target, [first], prompts, None)
-            if results and results[0].failure == INTERRUPTED:
+            first = msgspec.structs.replace(arrival, at_s=0.0, blocks=())
+            settled = _run(settle(self._target, first, prompts))
+            target, result = settled or (self._target, None)
+            if result is None or result.failure == INTERRUPTED:
                 raise KeyboardInterrupt
-            if results and results[0].failure:
+            if result.failure:
                 raise BatonError(
                     f"the first request to {endpoint.base_url} failed "
-                    f"({results[0].failure}): {results[0].detail}"
+                    f"({result.failure}): {result.detail}"
                 )
+            if target != self._target:
+                print(REFUSED_IDS, file=self._out)
+            self._target = target
 
     def point(self, rate: float) -> sweep.Point | None:
         """One run; None once the user has interrupted."""
         arrivals = self._plan(rate)
         label = "trace" if self._args.trace else f"{rate:.3g}/s"
         with ProgressBar(label, len(arrivals), enabled=not self._args.quiet) as bar:
-            results = _run_loop(self._target, arrivals, self._prompts(str(len(self._points))), bar)
+            prompts = self._prompts(str(len(self._points)))
+            results = _run(run_load(self._target, arrivals, prompts, bar)) or []
         self._interrupted = len(results) < len(arrivals) or any(
             r.failure == INTERRUPTED for r in results
         )
@@ -243,12 +266,11 @@ class _Session:
             Path(self._args.json).write_bytes(text + b"\n")
 
 
-def _run_loop(
-    target: Target, arrivals: list[Arrival], prompts: PromptSource, bar: ProgressBar | None
-) -> list[RequestResult]:
+def _run(work: Coroutine[Any, Any, T]) -> T | None:
+    """None after a second Ctrl-C, which gives up on what is in flight."""
     with (
-        contextlib.suppress(KeyboardInterrupt),  # a second Ctrl-C: give up on what is in flight
+        contextlib.suppress(KeyboardInterrupt),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        return runner.run(run_load(target, arrivals, prompts, bar))
-    return []
+        return runner.run(work)
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import random
 import sys
 import time
@@ -21,6 +22,7 @@ from baton.core.cost import Link, Profile
 from baton.errors import ConfigError
 from baton.observe.results import summarize
 from baton.observe.slo import Slo
+from baton.planner.profiles import bundled_profiles, read_profile
 from baton.planner.traces import read_trace, spread
 from baton.twin.failures import Failure
 from baton.twin.results import RunResult, WorkerResult
@@ -50,7 +52,8 @@ def add_arguments(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="[ROLE=]FILE",
-        help="What steps cost, from baton profile; repeat it for other roles.",
+        help="What steps cost: from baton profile, or the name of one that comes with Baton, such "
+        "as h100-sxm.vllm.qwen3-32b.16bit; repeat it for other roles.",
     )
     add("--link", type=float, metavar="GBIT", help="Gbit/s between workers; by default one host.")
     add("--link-latency", type=float, default=0.0, metavar="MS", help="Of a transfer. [0]")
@@ -58,6 +61,7 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("Load").add_argument
     add("--trace", metavar="FILE", help="Any form that baton analyze reads.")
     add("--columns", default="", metavar="MAP", help="Such as arrival=ts:ms,prompt=in,output=out.")
+    add("--sort", action="store_true", help="Put rows in the order of their times.")
     add("--rate", type=float, help="Requests per second; scales a trace. [1 without a trace]")
     add("--cv", type=float, default=1.0, help="Variation of gaps; 1 is Poisson. [1]")
     add("--num-requests", type=int, metavar="N", help="How many at most. [1000 without a trace]")
@@ -110,7 +114,8 @@ def load(args: argparse.Namespace) -> list[TraceRequest]:
     """
     num_requests, seed = args.num_requests, args.seed
     if args.trace:
-        read = spread(read_trace(Path(args.trace), mapping=args.columns, seed=seed), seed)
+        file = Path(args.trace)
+        read = spread(read_trace(file, mapping=args.columns, sort=args.sort, seed=seed), seed)
         if not read.has_arrivals:
             raise ConfigError(f"{args.trace} has lengths but no times: the twin needs both")
         trace = read.requests[:num_requests]
@@ -142,7 +147,8 @@ def _lengths(text: str, flag: str) -> Uniform:
 
 
 def profiles(given: Sequence[str]) -> dict[Role, Profile]:
-    """The profile of each role, from `FILE` and `ROLE=FILE`; the latter wins.
+    """The profile of each role, from `FILE` and `ROLE=FILE`; the latter wins. A name is a file's,
+    or that of a profile that comes with Baton.
 
     Raises:
         ConfigError: none is given, or one cannot be read.
@@ -152,18 +158,26 @@ def profiles(given: Sequence[str]) -> dict[Role, Profile]:
     for text in sorted(given, key=lambda text: text.partition("=")[0] in roles):
         name, equals, file = text.partition("=")
         mine = [roles[name]] if equals and name in roles else list(Role)
-        path = Path(file if equals and name in roles else text)
-        try:
-            profile = Profile.from_json(path.read_bytes())
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        profile = _profile(file if equals and name in roles else text)
         found.update(dict.fromkeys(mine, profile))
     if not found:
         raise ConfigError(
             "what does a step cost? give --profile FILE, which baton profile writes for the "
-            "machine at hand"
+            "machine at hand, or the name of a profile that comes with Baton"
         )
     return found
+
+
+def _profile(text: str) -> Profile:
+    """A file, or one that comes with Baton, by its name."""
+    if Path(text).exists():
+        return read_profile(Path(text))
+    bundled = bundled_profiles()
+    if text not in bundled:
+        near = difflib.get_close_matches(text, bundled, 3, cutoff=0.3)
+        hint = f"; those that come with Baton and are next to it: {', '.join(near)}" if near else ""
+        raise ConfigError(f"cannot read {text}: there is no such file{hint}")
+    return bundled[text]
 
 
 def print_workers(workers: Sequence[WorkerResult], file: TextIO) -> None:

@@ -72,15 +72,21 @@ class StreamEvent(msgspec.Struct):
         return "".join(part or "" for part in parts)
 
     @property
-    def has_tokens(self) -> bool:
-        """Whether at least one generated token came with this chunk."""
+    def has_text(self) -> bool:
+        """Whether this chunk holds something that a user or a tool would see."""
         for choice in self.choices:
             delta = choice.delta or _Delta()
-            if choice.text or choice.token_ids or delta.content or delta.tool_calls:
+            if choice.text or delta.content or delta.tool_calls:
                 return True
             if delta.reasoning_content or delta.reasoning:
                 return True
         return False
+
+    @property
+    def num_token_ids(self) -> int | None:
+        """How many generated tokens came with this chunk; None if it does not tell."""
+        told = [len(c.token_ids) for c in self.choices if c.token_ids is not None]
+        return sum(told) if told else None
 
     @property
     def finish_reason(self) -> str | None:

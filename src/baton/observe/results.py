@@ -4,9 +4,10 @@
                    └───────────── TPOT × (tokens − 1) ─────────┘
 
 TTFT: from sending the request to the first event that carries tokens. ITL: each gap between two
-such events. TPOT: from first to last event, divided by (output tokens − 1), so it excludes TTFT;
-undefined for fewer than two tokens. Goodput: requests a second that met *all* SLOs; attainment:
-their share of all requests, failed ones included. Times are seconds of one monotonic clock.
+such events. TPOT: from the first token to the last, divided by (output tokens − 1), so it excludes
+TTFT; undefined for fewer than two tokens. Goodput: requests a second that met *all* SLOs;
+attainment: their share of all requests, failed ones included. Times are seconds of one monotonic
+clock.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ import msgspec
 
 from baton.observe.slo import Slo
 
+COUNTED_BY = ("events", "usage", "token ids")
+"""What output tokens were counted by, the least exact first."""
+
 
 class RequestResult(msgspec.Struct, frozen=True):
     """What became of one request.
 
     planned_s, sent_s, end_s and event_s (arrivals of events that carried tokens) are on one clock.
-    output_tokens is the server's count where it gave one, else the number of such events
-    (`counted_by`: usage or events). `failure` is a kind (`timeout`, `http 429`), None if all went
-    well; `detail` is the server's message.
+    last_s is the arrival of the last token where that need not be the last such event, else None.
+    output_tokens is the number of token ids that came, else the server's count, else the number of
+    such events (`counted_by`, of `COUNTED_BY`). `failure` is a kind (`timeout`, `http 429`), None
+    if all went well; `detail` is the server's message.
     """
 
     index: int
@@ -34,6 +39,7 @@ class RequestResult(msgspec.Struct, frozen=True):
     sent_s: float
     end_s: float
     event_s: tuple[float, ...] = ()
+    last_s: float | None = None
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     output_tokens: int = 0
@@ -49,7 +55,8 @@ class RequestResult(msgspec.Struct, frozen=True):
     def tpot_s(self) -> float | None:
         if self.output_tokens < 2 or not self.event_s:
             return None
-        return (self.event_s[-1] - self.event_s[0]) / (self.output_tokens - 1)
+        last = self.event_s[-1] if self.last_s is None else self.last_s
+        return (last - self.event_s[0]) / (self.output_tokens - 1)
 
     @property
     def itl_s(self) -> list[float]:
@@ -175,7 +182,7 @@ def summarize(results: Sequence[RequestResult], slo: Slo) -> Summary:
         prompt_tokens=prompt_tokens,
         cached_tokens=sum(r.cached_tokens or 0 for r in ok),
         output_tokens=output_tokens,
-        counted_by="usage" if all(r.counted_by == "usage" for r in ok) else "events",
+        counted_by=min((r.counted_by for r in ok), key=COUNTED_BY.index, default=COUNTED_BY[-1]),
         ttft=stats(r.ttft_s for r in ok if r.ttft_s is not None),
         tpot=stats(r.tpot_s for r in ok if r.tpot_s is not None),
         itl=stats(gap for r in ok for gap in r.itl_s),

@@ -2,6 +2,11 @@
 
 One connection pool, one clock (`time.perf_counter`), a timestamp for each event at its arrival.
 Every request ends as one `RequestResult`; failures have a kind and are never dropped.
+
+Tokens are told by their ids, which are asked for (`return_token_ids`): one may show no text of its
+own, such as half a letter or an end of sequence that is ignored. A server that sends none tells
+the number at least, by its usage; then a chunk with text is taken for the arrival of a token, and
+the end of the answer for that of its last one. Without usage such chunks are all there is to count.
 """
 
 from __future__ import annotations
@@ -17,21 +22,25 @@ import msgspec
 from baton.cli.endpoint import Endpoint
 from baton.cli.load.prompts import PromptSource
 from baton.cli.load.workload import Arrival, Prompt
-from baton.cli.sse import DONE, SseParser, Usage, decode_event, error_in_body
+from baton.cli.sse import DONE, SseParser, StreamEvent, Usage, decode_event, error_in_body
 from baton.observe.results import RequestResult
 
 INTERRUPTED = "interrupted"
+REFUSED = ("http 400", "http 422")
+"""How servers answer to a field that they do not know, if they do not ignore it."""
 
 
 class Target(msgspec.Struct, frozen=True):
     """Where requests go and what all of them have in common.
 
-    api is `completions` or `chat`; `extra` is merged into each body.
+    api is `completions` or `chat`; token_ids: ask for the ids of generated tokens. `extra` is
+    merged into each body.
     """
 
     endpoint: Endpoint
     api: str = "completions"
     ignore_eos: bool = True
+    token_ids: bool = True
     timeout_s: float = 600.0
     extra: dict[str, object] = {}
 
@@ -44,6 +53,8 @@ class Target(msgspec.Struct, frozen=True):
         """The JSON of one streamed request."""
         fields: dict[str, object] = {"model": self.endpoint.model, "stream": True}
         fields["stream_options"] = {"include_usage": True}
+        if self.token_ids:
+            fields["return_token_ids"] = True
         if self.api == "completions":
             fields["prompt"] = prompt
         elif isinstance(prompt, str):
@@ -116,6 +127,23 @@ async def run_load(
                 task.cancel()
 
 
+async def settle(
+    target: Target, arrival: Arrival, prompts: PromptSource
+) -> tuple[Target, RequestResult | None]:
+    """Send one request; if it is refused, once more without asking for token ids.
+
+    Returns the target as the server takes it and what became of the last request, None if the user
+    stopped before it was sent.
+    """
+    result = next(iter(await run_load(target, [arrival], prompts)), None)
+    if result is not None and result.failure in REFUSED and target.token_ids:
+        plain = msgspec.structs.replace(target, token_ids=False)
+        result = next(iter(await run_load(plain, [arrival], prompts)), None)
+        if result is None or result.failure is None:
+            return plain, result
+    return target, result
+
+
 class _Exchange:
     """One request on its way."""
 
@@ -125,6 +153,7 @@ class _Exchange:
         self._sent = planned_s
         self._progress = progress
         self._events: list[float] = []
+        self._num_ids: int | None = None  # None until the server has told ids
         self._usage: Usage | None = None
         self._finish: str | None = None
         self._end: float | None = None
@@ -174,10 +203,11 @@ class _Exchange:
 
     def _take(self, data: bytes, now: float) -> tuple[str, str] | None:
         event = decode_event(data)
-        if event.has_tokens:
+        count = self._count(event)
+        if count:
             self._events.append(now)
             self._end = now
-            self._progress.tokens(1)
+            self._progress.tokens(count)
         if event.finish_reason is not None:
             self._finish = event.finish_reason
             self._end = now
@@ -185,18 +215,38 @@ class _Exchange:
             self._usage = event.usage
         return event.error_text
 
+    def _count(self, event: StreamEvent) -> int:
+        """Tokens that came with it; text that follows its token (held back, flushed) is none."""
+        told = event.num_token_ids
+        if told is not None:
+            self._num_ids = (self._num_ids or 0) + told
+            return told
+        return int(event.has_text and self._num_ids is None)
+
     def _verdict(self) -> tuple[str | None, str]:
         if self._finish is None:
             return "cut short", "the stream ended without a finish reason"
         if self._events:
             return None, ""
-        if self._usage is not None and self._usage.completion_tokens and self._end is not None:
-            self._events.append(self._end)  # tokens without visible text: all came by the end
+        if self._hides_tokens and self._end is not None:
+            self._events.append(self._end)  # all of them came by the end
             return None, ""
         return "no tokens", f"finished ({self._finish}) without a token"
 
+    @property
+    def _hides_tokens(self) -> bool:
+        """Whether the usage alone tells of some tokens."""
+        if self._usage is None or self._num_ids is not None:
+            return False
+        return self._usage.completion_tokens > len(self._events)
+
     def _result(self, failure: str | None, detail: str) -> RequestResult:
         usage = self._usage
+        num_tokens, counted_by = len(self._events), "events"
+        if self._num_ids is not None:
+            num_tokens, counted_by = self._num_ids, "token ids"
+        elif usage is not None:
+            num_tokens, counted_by = usage.completion_tokens, "usage"
         cached = usage.prompt_tokens_details if usage else None
         end = self._end if failure is None and self._end is not None else time.perf_counter()
         return RequestResult(
@@ -205,10 +255,11 @@ class _Exchange:
             sent_s=self._sent,
             end_s=end,
             event_s=tuple(self._events),
+            last_s=end if self._hides_tokens else None,
             prompt_tokens=usage.prompt_tokens if usage else None,
             cached_tokens=cached.cached_tokens if cached else None,
-            output_tokens=usage.completion_tokens if usage else len(self._events),
-            counted_by="usage" if usage else "events",
+            output_tokens=num_tokens,
+            counted_by=counted_by,
             failure=failure,
             detail=detail,
         )

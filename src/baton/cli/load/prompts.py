@@ -1,7 +1,7 @@
 """Made-up prompts, no two alike, so that no prefix cache answers unless a trace asks for it.
 
 Words are short and common, hence about one token each in most vocabularies; token ids are exact.
-A trace's `hash_ids` give the same text for the same id, so prefixes are shared as in the trace.
+A trace's blocks give the same text for the same id, so prefixes are shared as in the trace.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import random
 from baton.cli.load.workload import Arrival, Prompt
 from baton.errors import ConfigError
 
-HASH_BLOCK_TOKENS = 512
 FIRST_TOKEN_ID = 100
 """Lower ids are often special tokens."""
 _TRIES = 1000
@@ -34,13 +33,12 @@ class PromptSource:
     vocabulary: token ids below this number are sent instead of words; None sends words.
     """
 
-    def __init__(self, seed: str, vocabulary: int | None = None, scale: float = 1.0) -> None:
+    def __init__(self, seed: str, vocabulary: int | None = None) -> None:
         if vocabulary is not None and vocabulary <= FIRST_TOKEN_ID:
             raise ConfigError(f"--token-ids {vocabulary}: must be more than {FIRST_TOKEN_ID}")
         self._seed = seed
         self._rng = random.Random(f"{seed}/prompts")
         self._vocabulary = vocabulary
-        self._block_tokens = max(1, round(HASH_BLOCK_TOKENS * scale))
         self._seen: set[int] = set()
 
     def make(self, arrival: Arrival) -> Prompt:
@@ -52,9 +50,9 @@ class PromptSource:
         if arrival.prompt is not None:
             return arrival.prompt
         ids: list[int] = []
-        for hash_id in arrival.hash_ids:
-            ids += self._draw(random.Random(f"{self._seed}/{hash_id}"), self._block_tokens)
-        if arrival.hash_ids:
+        for block in arrival.blocks:
+            ids += self._draw(random.Random(f"{self._seed}/{block}"), arrival.block_tokens)
+        if arrival.blocks:
             missing = max(0, arrival.prompt_tokens - len(ids))
             ids = ids[: arrival.prompt_tokens] + self._draw(self._rng, missing)
         else:

@@ -69,13 +69,24 @@ def _facts(s: Summary, results: Sequence[RequestResult]) -> list[tuple[str, str]
     details = Counter((r.failure, r.detail) for r in results if r.failure)
     for (kind, detail), count in details.most_common(5):
         facts.append(("failed", f"{count}x {kind}: {detail[:160]}"))
+    hidden = _hidden_tokens(results)
     if s.counted_by == "events":
-        facts.append(("note", "the server sent no usage: tokens are counted as stream events"))
+        note = "the server told neither token ids nor usage: events with text are counted"
+        facts.append(("note", note))
+    elif hidden:
+        note = f"{hidden:,} of {s.output_tokens:,} tokens came without an event of their own"
+        facts.append(("note", f"{note}; their number is the server's usage"))
     if s.send_lag_p99_s > LATE_S:
         facts.append(
             ("note", f"the client itself sent up to {duration(s.send_lag_p99_s)} late (p99)")
         )
     return facts
+
+
+def _hidden_tokens(results: Sequence[RequestResult]) -> int:
+    """Tokens that only the usage told of: without text, or several to an event."""
+    ok = (r for r in results if r.failure is None and r.counted_by == "usage")
+    return sum(max(0, r.output_tokens - len(r.event_s)) for r in ok)
 
 
 def print_sweep(points: Sequence[Point], file: TextIO) -> None:

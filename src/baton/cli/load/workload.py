@@ -1,23 +1,17 @@
-"""When which request arrives and how long it is: Poisson arrivals, or a trace.
-
-Traces are JSONL as Mooncake has them (`timestamp` in ms, `input_length`, `output_length`, optional
-`hash_ids` of shared 512-token prefix blocks) or CSV as Azure has them (`TIMESTAMP`,
-`ContextTokens`, `GeneratedTokens`); either may be gzipped.
-"""
+"""When which request arrives and how long it is: Poisson arrivals, or those of a trace."""
 
 from __future__ import annotations
 
-import csv
 import gzip
 import itertools
 import random
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 
 from baton.errors import ConfigError
+from baton.planner.traces import Trace
 
 Prompt = str | list[int] | list[dict[str, object]]
 """Text, token ids, or chat messages."""
@@ -26,15 +20,17 @@ Prompt = str | list[int] | list[dict[str, object]]
 class Arrival(msgspec.Struct, frozen=True):
     """One request of the plan: at_s from the start of the run, lengths in tokens.
 
-    `prompt` is set when it comes from a data set; else one is made up to measure. `hash_ids` name
-    shared prefix blocks. output_tokens None leaves the length to the model.
+    `prompt` is set when it comes from a data set; else one is made up to measure. `blocks` name
+    its first blocks of `block_tokens` tokens, equal where prompts are equal up to there.
+    output_tokens None leaves the length to the model.
     """
 
     at_s: float
     prompt_tokens: int
     output_tokens: int | None
     prompt: Prompt | None = None
-    hash_ids: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
+    block_tokens: int = 0
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -126,58 +122,27 @@ class _DatasetRow(msgspec.Struct):
     output_tokens: int | None = None
 
 
-class _TraceRow(msgspec.Struct):
-    timestamp: float
-    input_length: int
-    output_length: int
-    hash_ids: list[int] = []
-
-
-def from_trace(file: Path, *, speed: float = 1.0, scale: float = 1.0) -> list[Arrival]:
+def from_trace(trace: Trace, *, speed: float = 1.0, scale: float = 1.0) -> list[Arrival]:
     """A trace's arrivals from 0 on, `speed` times as fast, its lengths times `scale` (at least 1).
 
     Raises:
-        ConfigError: the file is neither form; it names the line.
+        ConfigError: it is a set of lengths.
     """
-    is_csv = ".csv" in file.suffixes[-2:]
-    rows = sorted(_csv_rows(file) if is_csv else _jsonl_rows(file), key=lambda row: row.timestamp)
-    if not rows:
-        raise ConfigError(f"{file} is empty")
+    if not trace.has_arrivals:
+        raise ConfigError(
+            f"{trace.source} has lengths but no times: name their column by --columns arrival=…, "
+            "or leave --trace out and give --rate, --prompt-tokens and --output-tokens"
+        )
     return [
         Arrival(
-            (row.timestamp - rows[0].timestamp) / speed,
-            max(1, round(row.input_length * scale)),
-            max(1, round(row.output_length * scale)),
-            hash_ids=tuple(row.hash_ids),
+            request.arrival_s / speed,
+            max(1, round(request.num_prompt_tokens * scale)),
+            max(1, round(request.num_output_tokens * scale)),
+            blocks=request.blocks,
+            block_tokens=max(1, round(request.block_size * scale)) if request.blocks else 0,
         )
-        for row in rows
+        for request in trace.requests
     ]
-
-
-def _jsonl_rows(file: Path) -> Iterator[_TraceRow]:
-    for number, line in enumerate(_lines(file), 1):
-        try:
-            row = msgspec.json.decode(line, type=_TraceRow)
-        except msgspec.MsgspecError as error:
-            raise ConfigError(f"{file}, line {number}: {error}") from None
-        row.timestamp /= 1000
-        yield row
-
-
-def _csv_rows(file: Path) -> Iterator[_TraceRow]:
-    for number, row in enumerate(csv.DictReader(_lines(file)), 2):
-        try:
-            stamp = row["TIMESTAMP"]
-            try:
-                seconds = float(stamp)
-            except ValueError:  # 2023-11-16 18:15:46.6805900: seven digits, and no zone
-                when = datetime.fromisoformat(stamp.partition(".")[0]).replace(tzinfo=UTC)
-                seconds = when.timestamp() + float("0." + (stamp.partition(".")[2] or "0"))
-            yield _TraceRow(seconds, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{file}, line {number}: needs TIMESTAMP, ContextTokens, GeneratedTokens ({error})"
-            ) from None
 
 
 def _lines(file: Path) -> Iterator[str]:

@@ -22,18 +22,22 @@ STYLE = """
 --open:#e3bd6a}}
 body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;margin:0 auto;
 max-width:1060px;padding:24px 20px 60px}
-h1{font-size:1.5em;margin:0 0 4px}h2{font-size:1.1em;margin:32px 0 8px}
+h1{font-size:1.5em;margin:0 0 4px;overflow-wrap:anywhere}h2{font-size:1.1em;margin:32px 0 8px}
 .dim{color:var(--dim)}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(380px,100%),1fr));
-gap:14px}figure{background:var(--card);border:1px solid var(--rule);border-radius:6px;margin:0;
+gap:14px;margin-bottom:12px}
+figure{background:var(--card);border:1px solid var(--rule);border-radius:6px;margin:0;
 padding:10px 12px 6px}figcaption{font-weight:600;font-size:.92em}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;
 font-size:.92em;min-width:50%}th,td{border-bottom:1px solid var(--rule);padding:5px 12px 5px 0;
 text-align:right;vertical-align:top}th{color:var(--dim);font-weight:500}
 th:first-child,td:first-child{text-align:left}
+.figures td,.figures th{white-space:nowrap}
+.figures td:first-child{white-space:normal;min-width:8em}
 .claims td,.claims th{text-align:left}.claims td:nth-child(3){white-space:nowrap}
 .claims td:last-child{color:var(--dim);min-width:20em}
-.tiles{display:flex;flex-wrap:wrap;gap:12px;margin:18px 0}.tile{background:var(--card);
-border:1px solid var(--rule);border-radius:6px;padding:8px 14px;min-width:8.5em}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.2em,1fr));gap:12px;
+margin:18px 0}
+.tile{background:var(--card);border:1px solid var(--rule);border-radius:6px;padding:8px 14px}
 .tile b{display:block;font-size:1.35em;font-weight:600}.tile span{color:var(--dim);font-size:.85em}
 .holds{color:var(--good)}.fails{color:var(--bad)}.bounded{color:var(--open)}
 svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--dim)}
@@ -41,8 +45,14 @@ svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif
 .l1{stroke:var(--s1)}.l2{stroke:var(--s2)}.l3{stroke:var(--s3)}
 .dashed{stroke-dasharray:5 4}
 .grid{stroke:var(--rule);stroke-width:1}.base{stroke:var(--dim);stroke-width:1}
-.rule{stroke:var(--fg);stroke-dasharray:3 3;opacity:.55}svg .tag{fill:var(--fg)}
+.rule{stroke:var(--fg);stroke-dasharray:3 3;opacity:.55}.ring{fill:none;stroke:var(--fg)}
+svg .tag{fill:var(--fg);stroke:var(--card);stroke-width:3px;paint-order:stroke}
 .end{text-anchor:end}.mid{text-anchor:middle}svg .on{fill:var(--on);text-anchor:middle}
+@media(max-width:640px){body{padding:16px 12px 40px}figure svg text{font-size:14px}
+.claims,.claims tbody,.claims tr,.claims td{display:block}.claims thead{display:none}
+.claims tr{border-bottom:1px solid var(--rule);padding:8px 0}.claims td{border:0;padding:1px 0}
+.claims td:first-child{font-weight:600}.claims td:nth-child(2)::before{content:"applies: "}
+.claims td:nth-child(2),.claims td:nth-child(3){display:inline-block;padding-right:1em}}
 """
 VERDICTS = {"holds": "holds", "does not hold": "fails", "bounded": "bounded", "not told": "dim"}
 
@@ -113,6 +123,8 @@ def _table(table: Table) -> str:
         cells = [f"<td{_mark(table, cell)}>{escape(cell)}</td>" for cell in row]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     style = ' class="claims"' if table.name == "claims" else ""
+    if not style and len(table.columns) > 3:  # numbers: scrolled where the page is too narrow
+        style = ' class="figures"'
     body = "".join(rows)
     return (
         f'<div class="wide"><table{style}><thead><tr>{head}</tr></thead>'
@@ -142,8 +154,8 @@ def _histogram(lengths: Lengths, name: str, series: int) -> str:
     for low, high, number in zip(edges, edges[1:], counts, strict=False):
         tip = f"{low:,.0f} to {high - 1:,.0f} tokens: {number:,} requests"
         chart.bar(low, high, number, tip, series)
-    for row, q in enumerate((50, 90)):
-        chart.rule(lengths.quantile(q), f"p{q}", row)
+    for q in (50, 90):
+        chart.rule(lengths.quantile(q), f"p{q}")
     return _figure(title, chart.svg())
 
 

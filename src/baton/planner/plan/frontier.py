@@ -30,7 +30,7 @@ def tokens_per_usd(row: Row) -> float:
 def plot(plan: Plan) -> str:
     """A picture that needs nothing else: latency as a share of its limit, output tokens a dollar.
 
-    The line is the frontier; the styles have colours of their own.
+    The line is the frontier, and what is on it has its name; the styles have colours of their own.
     """
     drawn = [row for row in plan.rows if row.trial.strain <= MOST_STRAIN] or [plan.chosen]
     most = max(tokens_per_usd(row) for row in drawn)
@@ -38,21 +38,37 @@ def plot(plan: Plan) -> str:
         "Latency against throughput per money",
         (0, max(1.1, 1.05 * max(row.trial.strain for row in drawn))),
         (0, 1.1 * most),
-        x_label="latency / limit (1: just kept); blue unified, orange split, green mixed",
+        x_label="latency / limit (1: just kept)",
         y_label="output tokens per $",
         y_format=short,
     )
-    edge = [(row.trial.strain, tokens_per_usd(row)) for row in frontier(drawn)]
-    chart.line(edge, 1, dashed=True)
+    edge = frontier(drawn)
+    chart.line([_point(row) for row in edge], 1, dashed=True)
     for style, series in SERIES.items():
         mine = [row for row in drawn if row.style is style]
-        chart.dots([(row.trial.strain, tokens_per_usd(row)) for row in mine], series)
+        chart.dots([_point(row) for row in mine], series, [row.candidate.name for row in mine])
+    styles = {row.style for row in drawn}
+    chart.legend([(SERIES[style], style.value) for style in SERIES if style in styles])
     chart.rule(1.0, "limit")
     if plan.chosen in drawn:
-        chart.rule(plan.chosen.trial.strain, f"chosen: {plan.chosen.candidate.layout}", 1)
+        chart.ring(*_point(plan.chosen))
+        chart.label(*_point(plan.chosen), f"chosen: {_short_name(plan.chosen)}")
+    for row in edge:
+        if row is not plan.chosen:
+            chart.label(*_point(row), _short_name(row))
     head, rest = chart.svg().split(">", 1)
     head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="920" ', 1)
-    return f"{head}><style>{STYLE}</style>{rest}\n"
+    ground = '<rect width="100%" height="100%" style="fill:var(--card)"/>'
+    return f"{head}><style>{STYLE}</style>{ground}{rest}\n"
+
+
+def _point(row: Row) -> tuple[float, float]:
+    return row.trial.strain, tokens_per_usd(row)
+
+
+def _short_name(row: Row) -> str:
+    """Layout and devices."""
+    return row.candidate.name.partition(",")[0]
 
 
 def short(value: float) -> str:
