@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 import pytest
 from tcp_ends import (
     BLOCK_BYTES,
@@ -23,10 +24,10 @@ from tcp_ends import (
 )
 
 from baton.fabric.arena import kv_format_hash
-from baton.fabric.exchange import MAX_ASK_BYTES, MIN_ASK_BYTES, split
+from baton.fabric.exchange import MAX_ASK_BYTES, MIN_ASK_BYTES, ask_bytes, exchanges
 from baton.fabric.stream import Stream
 from baton.fabric.tcp_answers import Answers
-from baton.fabric.transport import ReadResult
+from baton.fabric.transport import ReadResult, Wanted
 from baton.fabric.wire import (
     MAX_BLOCKS,
     MAX_MESSAGE_BYTES,
@@ -52,10 +53,10 @@ def answered(store: Store, spoil: Callable[[], object], codec: str = "raw") -> l
     """Results of a fetch during which `spoil` is called just before the blocks are sent."""
 
     class Spoiling(Stream):
-        def send(self, buffers: object, limit: float) -> None:
+        def send(self, buffers: object, limit: float, more: bool = False) -> None:
             if not spoiled:
                 spoiled.append(spoil())
-            super().send(buffers, limit)  # type: ignore[arg-type]
+            super().send(buffers, limit, more)  # type: ignore[arg-type]
 
     spoiled: list[object] = []
     ends = socket.socketpair()
@@ -90,15 +91,38 @@ def test_a_frame_that_is_damaged_meanwhile_is_corrupt(make: Make, codec: str) ->
     assert answered(store, damage, codec) == ["ok", "ok", "corrupt", "ok"]
 
 
+def asked(lengths: list[int], num_streams: int = 1) -> list[list[int]]:
+    """Which blocks go into each ask."""
+    wanted = [Wanted(bytes(32), 0, bytes(16), np.empty(length, np.uint8)) for length in lengths]
+    most = ask_bytes(sum(lengths), num_streams)
+    return [list(made.indices) for made in exchanges(wanted, [None] * len(wanted), most)]
+
+
 def test_asks_are_split_by_bytes_and_by_number() -> None:
     third = MIN_ASK_BYTES // 3
-    assert split([], 1) == []
-    assert split([third] * 4, 1) == [(0, 3), (3, 4)]
-    assert split([2 * MAX_ASK_BYTES, 1, 2 * MAX_ASK_BYTES], 1) == [(0, 1), (1, 2), (2, 3)]
-    assert split([1] * 600, 1) == [(0, 256), (256, 512), (512, 600)]
+    assert asked([]) == []
+    assert asked([third] * 4) == [[0, 1, 2], [3]]
+    assert asked([2 * MAX_ASK_BYTES, 1, 2 * MAX_ASK_BYTES]) == [[0], [1], [2]]
+    assert [len(made) for made in asked([1] * 600)] == [256, 256, 88]
     eighths = [MAX_ASK_BYTES // 8] * 64
-    assert {end - start for start, end in split(eighths, 1)} == {8}
-    assert {end - start for start, end in split(eighths, 4)} == {4}
+    assert {len(made) for made in asked(eighths)} == {8}
+    assert {len(made) for made in asked(eighths, 4)} == {4}
+
+
+def test_no_ask_is_made_for_what_cannot_be() -> None:
+    good = Wanted(bytes(32), 1, bytes(16), bytearray(100))
+    wanted = [
+        msgspec.structs.replace(good, key=bytes(31)),
+        good,
+        msgspec.structs.replace(good, frame=-1),
+        msgspec.structs.replace(good, frame=1 << 32),
+        good,
+        msgspec.structs.replace(good, destination=bytearray()),
+    ]
+    results: list[ReadResult | None] = [None] * len(wanted)
+    (made,) = exchanges(wanted, results, MIN_ASK_BYTES)
+    assert made.indices == [1, 4]
+    assert results == ["missing", None, "out_of_range", "out_of_range", None, "wrong_size"]
 
 
 def test_messages_have_bounds() -> None:

@@ -244,9 +244,23 @@ class MappedArena:
         """
         return _FRAME_HEADER.unpack_from(self._memory, PAGE_BYTES + frame * _FRAME_HEADER.size)
 
+    def generation(self, frame: int) -> int:
+        """The first of what `header` tells."""
+        generation: int = _U64.unpack_from(self._memory, PAGE_BYTES + frame * _FRAME_HEADER.size)[0]
+        return generation
+
+    @property
+    def memory(self) -> Bytes:
+        """All of it, read-only and not a copy. Let go of it before `close`."""
+        return self._bytes
+
+    def starts_at(self, frame: int) -> int:
+        """Where `frame` begins in `memory`."""
+        return self._frames_at + frame * self._stride
+
     def stored(self, frame: int, num_bytes: int) -> memoryview:
         """The first `num_bytes` of `frame` itself, not a copy. Let go of it before `close`."""
-        start = self._frames_at + frame * self._stride
+        start = self.starts_at(frame)
         return self._bytes[start : start + num_bytes].data
 
     def close(self) -> None:

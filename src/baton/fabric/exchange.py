@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
-import xxhash
 
-from baton.fabric.stream import PIECE_BYTES, Stream
+from baton.fabric.arena import KEY_BYTES
+from baton.fabric.bulk import receive_digested
+from baton.fabric.stream import Stream
 from baton.fabric.transport import Bytes, ReadResult, Wanted
 from baton.fabric.wire import (
     ASK_ID_BYTES,
@@ -35,18 +36,25 @@ MIN_ASK_BYTES: Final = 1 << 20
 MAX_ASK_BYTES: Final = 4 << 20
 """About how many bytes of blocks to ask for at once."""
 
+_MAX_FRAME: Final = 1 << 32
 _RESULTS: Final = {str(result): result for result in ReadResult}
 
 
 class Exchange:
     """An ask for some of the blocks of a fetch.
 
-    wanted: 1 to `MAX_BLOCKS`. destinations: theirs, as `view_of` gives them. results: one for
-    each, None until it is known.
+    wanted: 1 to `MAX_BLOCKS`. destinations: theirs, as `view_of` gives them. indices: where they
+    are in the fetch. results: one for each, None until it is known.
     """
 
-    def __init__(self, wanted: Sequence[Wanted], destinations: Sequence[memoryview]) -> None:
+    def __init__(
+        self,
+        wanted: Sequence[Wanted],
+        destinations: Sequence[memoryview],
+        indices: Sequence[int] = (),
+    ) -> None:
         self.results: list[ReadResult | None] = [None] * len(wanted)
+        self.indices = indices
         self._wanted = wanted
         self._destinations = destinations
         self._ask_id = os.urandom(ASK_ID_BYTES)
@@ -79,7 +87,9 @@ class Exchange:
     def _receive_stored(self, stream: Stream, answer: Blocks, limit: float) -> None:
         destinations = self._destinations
         coming = self._coming(answer, [destination.nbytes for destination in destinations])
-        for index, digest in _digested(stream, coming, [destinations[n] for n in coming], limit):
+        blocks = [destinations[index] for index in coming]
+        for number, digest in receive_digested(stream, blocks, limit):
+            index = coming[number]
             right = digest == self._wanted[index].digest
             self.results[index] = ReadResult.OK if right else ReadResult.CORRUPT
         end = decode_end(stream.receive_message(limit))
@@ -94,15 +104,16 @@ class Exchange:
         encoded_bytes = codec.encoded_bytes(kv_format)
         coming = self._coming(answer, [encoded_bytes] * len(self._wanted))
         encoded: Bytes = np.empty((len(coming), encoded_bytes), np.uint8)
-        digests = dict(_digested(stream, coming, [row.data for row in encoded], limit))
+        rows = [row.data for row in encoded]
+        digests = [digest for _, digest in receive_digested(stream, rows, limit)]
         end = decode_end(stream.receive_message(limit))
         self._check_id(end.ask_id)
         if len(end.digests) != len(coming):
             raise Malformed(f"{len(end.digests)} digests of {len(coming)} blocks")
-        for index, row, digest in zip(coming, encoded, end.digests, strict=True):
+        for index, row, digest, sent in zip(coming, encoded, digests, end.digests, strict=True):
             if index in end.changed:
                 result = ReadResult.MISSING
-            elif index in end.corrupt or digests[index] != digest:
+            elif index in end.corrupt or digest != sent:
                 result = ReadResult.CORRUPT
             else:
                 result = self._decode(index, row, kv_format, codec)
@@ -144,47 +155,42 @@ def view_of(block: Wanted) -> memoryview:
     return view.cast("B") if view.nbytes else view
 
 
-def split(lengths: Sequence[int], num_streams: int) -> list[tuple[int, int]]:
-    """From which block to which (exclusive) each ask goes: some for each stream, if it is much.
+def ask_bytes(num_bytes: int, num_streams: int) -> int:
+    """About how many bytes of blocks to ask for at once, so that each stream gets some asks."""
+    return min(max(MIN_ASK_BYTES, num_bytes // (4 * num_streams)), MAX_ASK_BYTES)
 
-    lengths: of all blocks, in bytes. An ask has a block at least, and at most `MAX_BLOCKS`.
+
+def exchanges(
+    wanted: Sequence[Wanted], results: list[ReadResult | None], most: int
+) -> Iterator[Exchange]:
+    """Asks for these blocks, in order, each for at least one and at most `most` bytes.
+
+    A block that no ask can be made for gets its result instead, when its turn comes.
     """
-    most = min(max(MIN_ASK_BYTES, sum(lengths) // (4 * num_streams)), MAX_ASK_BYTES)
-    asks = []
-    start = num_bytes = 0
-    for index, length in enumerate(lengths):
-        if index > start and (num_bytes + length > most or index - start == MAX_BLOCKS):
-            asks.append((start, index))
-            start, num_bytes = index, 0
-        num_bytes += length
-    if start < len(lengths):
-        asks.append((start, len(lengths)))
-    return asks
+    indices: list[int] = []
+    views: list[memoryview] = []
+    num_bytes = 0
+    for index, block in enumerate(wanted):
+        view = view_of(block)
+        if (result := _unaskable(block, view)) is not None:
+            results[index] = result
+            continue
+        if indices and (num_bytes + view.nbytes > most or len(indices) == MAX_BLOCKS):
+            yield Exchange([wanted[n] for n in indices], views, indices)
+            indices, views, num_bytes = [], [], 0
+        indices.append(index)
+        views.append(view)
+        num_bytes += view.nbytes
+    if indices:
+        yield Exchange([wanted[n] for n in indices], views, indices)
 
 
-def _digested(
-    stream: Stream, indices: Sequence[int], blocks: Sequence[memoryview], limit: float
-) -> Iterator[tuple[int, bytes]]:
-    """Fill the blocks in turn; yields the index and the XXH3-128 of each as it is full."""
-    pieces: list[memoryview] = []
-    last_of: list[int | None] = []  # for each piece: the index of the block that it completes
-    for index, block in zip(indices, blocks, strict=True):
-        if block.nbytes <= PIECE_BYTES:
-            pieces.append(block)
-            last_of.append(index)
-            continue
-        for start in range(0, block.nbytes, PIECE_BYTES):
-            pieces.append(block[start : start + PIECE_BYTES])
-            last_of.append(None)
-        last_of[-1] = index
-    state: xxhash.xxh3_128 | None = None
-    for number in stream.fill(pieces, limit):
-        index_or_none = last_of[number]
-        if index_or_none is not None and state is None:
-            yield index_or_none, xxhash.xxh3_128_digest(pieces[number])
-            continue
-        state = state or xxhash.xxh3_128()
-        state.update(pieces[number])
-        if index_or_none is not None:
-            yield index_or_none, state.digest()
-            state = None
+def _unaskable(block: Wanted, destination: memoryview) -> ReadResult | None:
+    """What a block gets that no ask can be made for; frames are hints of a peer."""
+    if len(block.key) != KEY_BYTES:
+        return ReadResult.MISSING
+    if not 0 <= block.frame < _MAX_FRAME:
+        return ReadResult.OUT_OF_RANGE
+    if not destination.nbytes:
+        return ReadResult.WRONG_SIZE
+    return None

@@ -27,6 +27,7 @@ import xxhash
 
 from baton.core.lease import verify_mac
 from baton.fabric.arena import Arena, MappedArena
+from baton.fabric.bulk import send_pieces
 from baton.fabric.stream import Stream
 from baton.fabric.transport import Bytes
 from baton.fabric.wire import (
@@ -140,8 +141,10 @@ class Answers:
 
     def _send_stored(self, ask: Ask, stream: Stream, limit: float) -> None:
         states, good = self._judge(ask)
-        stored = [self._store.stored(frame, states[index][1]) for index, frame, _ in good]
-        stream.send([pack(Blocks(ask.ask_id, tuple(states))), *stored], limit)
+        starts = [self._store.starts_at(frame) for _, frame, _ in good]
+        num_bytes = [states[index][1] for index, _, _ in good]
+        stream.send([pack(Blocks(ask.ask_id, tuple(states)))], limit, more=bool(good))
+        send_pieces(stream, self._store.memory, starts, num_bytes, limit)
         stream.send([pack(End(ask.ask_id, changed=self._changed(good)))], limit)
 
     def _send_encoded(self, ask: Ask, stream: Stream, limit: float) -> None:
@@ -163,5 +166,5 @@ class Answers:
         stream.send([pack(end)], limit)
 
     def _changed(self, sent: list[_Sent]) -> tuple[int, ...]:
-        header = self._store.header
-        return tuple(index for index, frame, was in sent if header(frame)[0] != was)
+        generation = self._store.generation
+        return tuple(index for index, frame, was in sent if generation(frame) != was)
