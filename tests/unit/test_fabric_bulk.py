@@ -56,6 +56,11 @@ def places(sizes: list[int]) -> tuple[np.ndarray, list[memoryview]]:
     return room, [room[at : at + size].data for at, size in zip(starts, sizes, strict=False)]
 
 
+def whole(memory: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All of it as pieces, four times over."""
+    return np.zeros(4, np.int64), np.full(4, memory.size)
+
+
 def run(target: object, *args: object) -> threading.Thread:
     thread = threading.Thread(target=target, args=args)  # type: ignore[arg-type]
     thread.start()
@@ -159,11 +164,11 @@ def test_pieces_are_sent_in_order(body: Copier, ends: tuple[Stream, socket.socke
             received.extend(there.recv(rng.choice((100, 10_000, 1 << 20))))
 
     reader = run(read)
-    send_pieces(stream, memory, starts, sizes, soon())
+    send_pieces(stream, memory, np.array(starts), np.array(sizes), soon())
     reader.join()
     right = (memory[at : at + size].tobytes() for at, size in zip(starts, sizes, strict=True))
     assert bytes(received) == b"".join(right)
-    send_pieces(stream, memory, [], [], soon())
+    send_pieces(stream, memory, np.array([], int), np.array([], int), soon())
 
 
 def test_who_does_not_read_is_not_waited_for(
@@ -173,12 +178,12 @@ def test_who_does_not_read_is_not_waited_for(
     memory = noise(16 << 20)
     started = time.monotonic()
     with pytest.raises(TimeoutError):
-        send_pieces(stream, memory, [0] * 4, [memory.size] * 4, started + 0.2)
+        send_pieces(stream, memory, *whole(memory), started + 0.2)
     assert 0.2 <= time.monotonic() - started < 0.8
     there.close()
     with pytest.raises(ConnectionError):
         for _ in range(3):
-            send_pieces(stream, memory, [0], [memory.size], soon())
+            send_pieces(stream, memory, *whole(memory), soon())
 
 
 def test_it_ends_when_the_connection_is_shut_down(
@@ -191,7 +196,7 @@ def test_it_ends_when_the_connection_is_shut_down(
 
     def send() -> None:
         try:
-            send_pieces(stream, memory, [0] * 4, [memory.size] * 4, soon())
+            send_pieces(stream, memory, *whole(memory), soon())
         except OSError as error:
             raised.append(error)
 

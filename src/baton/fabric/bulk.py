@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from ctypes import byref, c_int64
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from baton.fabric.digest import (
@@ -28,26 +30,27 @@ from baton.fabric.digest import (
 from baton.fabric.stream import PIECE_BYTES, Stream
 from baton.fabric.transport import Bytes
 
+_Integers = npt.NDArray[np.int64]
+
 _NEVER_S: Final = 1e9
 """An instant so late that its nanoseconds still fit into 64 bits."""
 
 
 def send_pieces(
-    stream: Stream, memory: Bytes, starts: Sequence[int], num_bytes: Sequence[int], limit: float
+    stream: Stream, memory: Bytes, starts: _Integers, num_bytes: _Integers, limit: float
 ) -> None:
     """Send pieces of flat `memory`, from each start so many bytes, in order. They are within it."""
     body = copier()
     if not isinstance(body, NativeCopier) or stream.descriptor is None:
-        pieces = zip(starts, num_bytes, strict=True)
-        stream.send([memory[start : start + length].data for start, length in pieces], limit)
+        slices = zip(starts.tolist(), num_bytes.tolist(), strict=True)
+        stream.send([memory[start : start + length].data for start, length in slices], limit)
         return
-    base = int(memory.ctypes.data)
-    pieces = array("Q")
-    for start, length in zip(starts, num_bytes, strict=True):
-        pieces.extend((base + start, length))
+    pieces = np.empty((len(starts), 2), np.int64)
+    pieces[:, 0] = starts + memory.ctypes.data
+    pieces[:, 1] = num_bytes
     _check(
         body.library.baton_send(
-            stream.descriptor, pieces.buffer_info()[0], len(starts), _nanoseconds(limit)
+            stream.descriptor, pieces.ctypes.data, len(pieces), _nanoseconds(limit)
         )
     )
 

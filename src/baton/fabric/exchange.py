@@ -18,10 +18,11 @@ from baton.fabric.stream import Stream
 from baton.fabric.transport import Bytes, ReadResult, Wanted
 from baton.fabric.wire import (
     ASK_ID_BYTES,
+    BLOCK_RESULTS,
     MAX_BLOCKS,
+    MAX_NUMBER,
     PROTOCOL_VERSION,
     Ask,
-    AskedBlock,
     Blocks,
     Codec,
     Malformed,
@@ -29,6 +30,7 @@ from baton.fabric.wire import (
     decode_answer,
     decode_end,
     pack,
+    pack_numbers,
 )
 from baton.types import Grant, KvFormat
 
@@ -36,8 +38,8 @@ MIN_ASK_BYTES: Final = 1 << 20
 MAX_ASK_BYTES: Final = 4 << 20
 """About how many bytes of blocks to ask for at once."""
 
-_MAX_FRAME: Final = 1 << 32
-_RESULTS: Final = {str(result): result for result in ReadResult}
+_OK: Final = BLOCK_RESULTS.index(ReadResult.OK)
+_REASONS: Final = {str(result): result for result in ReadResult}
 
 
 class Exchange:
@@ -57,15 +59,21 @@ class Exchange:
         self.indices = indices
         self._wanted = wanted
         self._destinations = destinations
+        self._lengths = [destination.nbytes for destination in destinations]
         self._ask_id = os.urandom(ASK_ID_BYTES)
 
     def ask(self, grant: Grant, kv_format_hash: bytes, codec: str) -> bytes:
         """The message to send."""
-        blocks = tuple(
-            AskedBlock(block.key, block.frame, destination.nbytes, block.num_tokens)
-            for block, destination in zip(self._wanted, self._destinations, strict=True)
+        wanted = self._wanted
+        keys = b"".join([block.key for block in wanted])
+        numbers = pack_numbers(
+            [block.frame for block in wanted],
+            self._lengths,
+            [block.num_tokens for block in wanted],
         )
-        return pack(Ask(PROTOCOL_VERSION, self._ask_id, kv_format_hash, codec, grant, blocks))
+        return pack(
+            Ask(PROTOCOL_VERSION, self._ask_id, kv_format_hash, codec, grant, keys, numbers)
+        )
 
     def receive(
         self, stream: Stream, limit: float, kv_format: KvFormat, codec: Codec | None
@@ -78,16 +86,15 @@ class Exchange:
         answer = decode_answer(stream.receive_message(limit))
         self._check_id(answer.ask_id)
         if isinstance(answer, Refusal):
-            self.results = [_RESULTS[answer.reason]] * len(self._wanted)
+            self.results = [_REASONS[answer.reason]] * len(self._wanted)
         elif codec is None:
             self._receive_stored(stream, answer, limit)
         else:
             self._receive_encoded(stream, answer, limit, kv_format, codec)
 
     def _receive_stored(self, stream: Stream, answer: Blocks, limit: float) -> None:
-        destinations = self._destinations
-        coming = self._coming(answer, [destination.nbytes for destination in destinations])
-        blocks = [destinations[index] for index in coming]
+        coming = self._coming(answer, self._lengths)
+        blocks = [self._destinations[index] for index in coming]
         for number, digest in receive_digested(stream, blocks, limit):
             index = coming[number]
             right = digest == self._wanted[index].digest
@@ -128,20 +135,16 @@ class Exchange:
 
     def _coming(self, answer: Blocks, lengths: list[int]) -> list[int]:
         """Indices of the blocks whose bytes follow; the others have their results then."""
-        if len(answer.states) != len(self._wanted):
-            raise Malformed(f"{len(answer.states)} states of {len(self._wanted)} blocks")
-        coming = []
-        for index, ((result, num_bytes), length) in enumerate(
-            zip(answer.states, lengths, strict=True)
-        ):
-            if num_bytes != (length if result == "ok" else 0):
-                raise Malformed(f"a block that is {result} with {num_bytes} bytes of {length}")
-            if result == "ok":
-                coming.append(index)
-        # Not before the whole answer is known to make sense.
-        for index, (result, _) in enumerate(answer.states):
-            if result != "ok":
-                self.results[index] = _RESULTS[result]
+        if len(answer.results) != len(self._wanted):
+            raise Malformed(f"{len(answer.results)} results of {len(self._wanted)} blocks")
+        coming = [index for index, result in enumerate(answer.results) if result == _OK]
+        num_bytes = sum([lengths[index] for index in coming])
+        if answer.num_bytes != num_bytes:
+            raise Malformed(f"{answer.num_bytes} bytes of blocks, not {num_bytes}")
+        if len(coming) < len(answer.results):
+            for index, result in enumerate(answer.results):
+                if result != _OK:
+                    self.results[index] = BLOCK_RESULTS[result]
         return coming
 
     def _check_id(self, ask_id: bytes) -> None:
@@ -189,8 +192,8 @@ def _unaskable(block: Wanted, destination: memoryview) -> ReadResult | None:
     """What a block gets that no ask can be made for; frames are hints of a peer."""
     if len(block.key) != KEY_BYTES:
         return ReadResult.MISSING
-    if not 0 <= block.frame < _MAX_FRAME:
+    if not 0 <= block.frame <= MAX_NUMBER:
         return ReadResult.OUT_OF_RANGE
-    if not destination.nbytes:
+    if not 0 < destination.nbytes <= MAX_NUMBER:
         return ReadResult.WRONG_SIZE
     return None
