@@ -223,9 +223,7 @@ def test_mutated_asks(ends: Ends) -> None:
             for ask, answer, blocks in answers_in(said, list(asks_in(data))):
                 grant = ask.grant
                 assert (grant.grant_id, grant.source, grant.tenant) == (GRANT_ID, "p0", "tenant")
-                for key, number, block in zip(
-                    ask.each_key(), answer.results, blocks, strict=True
-                ):
+                for key, number, block in zip(ask.each_key(), answer.results, blocks, strict=True):
                     result = BLOCK_RESULTS[number]
                     num_served += result == "ok"
                     num_refused += result == "refused"

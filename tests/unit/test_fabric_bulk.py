@@ -1,4 +1,4 @@
-"""Blocks through a stream in one call: every byte, every digest, whatever the pieces; and limits."""
+"""Blocks through a stream in one call: every byte and digest, whatever the pieces; and limits."""
 
 from __future__ import annotations
 
@@ -123,9 +123,7 @@ def test_blocks_that_were_whole_are_told_before_the_end(
 
 
 @pytest.mark.parametrize("trickles", [False, True])
-def test_a_limit_is_kept(
-    body: Copier, ends: tuple[Stream, socket.socket], trickles: bool
-) -> None:
+def test_a_limit_is_kept(body: Copier, ends: tuple[Stream, socket.socket], trickles: bool) -> None:
     stream, there = ends
     there.sendall(b"x" * 1500)
     stopping = threading.Event()

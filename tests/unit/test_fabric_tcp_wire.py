@@ -324,9 +324,7 @@ def test_encoded_blocks_need_their_digests(
     address = fake_source(
         stack,
         lambda id_: (
-            pack(Blocks(id_, OK4, 4 * half))
-            + bytes(4 * half)
-            + pack(End(id_, digests=digests))
+            pack(Blocks(id_, OK4, 4 * half)) + bytes(4 * half) + pack(End(id_, digests=digests))
         ),
     )
     reader = store.transport(address, codecs={"half": Half()})

@@ -104,9 +104,7 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     kv_format: Sha256
     codec: Annotated[str, Meta(max_length=32)]
     grant: Grant
-    keys: Annotated[
-        bytes, Meta(min_length=_KEY_BYTES, max_length=_KEY_BYTES * MAX_BLOCKS)
-    ]
+    keys: Annotated[bytes, Meta(min_length=_KEY_BYTES, max_length=_KEY_BYTES * MAX_BLOCKS)]
     numbers: Annotated[bytes, Meta(max_length=_NUMBERS * _NUMBER_BYTES * MAX_BLOCKS)]
 
     def each_key(self) -> list[bytes]:

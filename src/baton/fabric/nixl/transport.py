@@ -165,7 +165,9 @@ class NixlTransport:
                     batch = slice(start, start + per_bank)
                     peer.read_frames(staging, bank, section.frames[batch], deadline)
                     under_way.append(
-                        self._helper.submit(here.take_out, peer.geometry, staging.banks, bank, batch)
+                        self._helper.submit(
+                            here.take_out, peer.geometry, staging.banks, bank, batch
+                        )
                     )
                 peer.read_pages(staging, True, section.pages, deadline)
                 _check_epoch(peer.geometry, staging.page_0(True))
