@@ -10,9 +10,8 @@ Limits and errors are those of `Stream`, and so is who may use it.
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Iterator, Sequence
-from ctypes import byref, c_int64
+from ctypes import addressof, byref, c_char, c_int64
 from typing import Final
 
 import numpy as np
@@ -23,7 +22,6 @@ from baton.fabric.digest import (
     DIGEST_BYTES,
     SHORTEST,
     NativeCopier,
-    address_of,
     copier,
     each_digest,
 )
@@ -32,6 +30,7 @@ from baton.fabric.transport import Bytes
 
 _Integers = npt.NDArray[np.int64]
 
+_first_of = c_char.from_buffer
 _NEVER_S: Final = 1e9
 """An instant so late that its nanoseconds still fit into 64 bits."""
 
@@ -56,69 +55,67 @@ def send_pieces(
 
 
 def receive_digested(
-    stream: Stream, blocks: Sequence[memoryview], limit: float
-) -> Iterator[tuple[int, bytes]]:
-    """Fill the blocks in turn; yields the index and the XXH3-128 of each that is full.
+    stream: Stream, blocks: Sequence[memoryview], digests: list[bytes], limit: float
+) -> None:
+    """Fill the blocks in turn, and add the XXH3-128 of each to `digests`; after an error, of those
+    that had come whole.
 
-    blocks: flat, writable, and not empty. After an error those that had come whole have been
-    yielded.
+    blocks: flat, writable, and not empty.
     """
     body = copier()
     if not isinstance(body, NativeCopier) or stream.descriptor is None:
-        yield from _piece_by_piece(stream, blocks, limit)
+        for digest in _piece_by_piece(stream, blocks, limit):
+            digests.append(digest)
         return
-    pieces = array("Q")
-    for block in blocks:
-        pieces.extend((address_of(block, block.nbytes), block.nbytes))
-    digests = bytearray(DIGEST_BYTES * max(1, len(blocks)))
+    count = len(blocks)
+    pieces = np.empty((count, 2), np.uint64)
+    pieces[:, 0] = [addressof(_first_of(block)) for block in blocks]
+    pieces[:, 1] = [block.nbytes for block in blocks]
+    found = bytearray(DIGEST_BYTES * count)
     num_full = c_int64()
-    error = body.library.baton_receive(
+    code = body.library.baton_receive(
         body.table,
         stream.descriptor,
-        pieces.buffer_info()[0],
-        len(blocks),
+        pieces.ctypes.data,
+        count,
         _nanoseconds(limit),
         byref(stream.low_water),
-        address_of(digests, len(digests)),
+        (c_char * len(found)).from_buffer(found),
         byref(num_full),
     )
-    for index, digest in enumerate(each_digest(digests)[: num_full.value]):
-        block = blocks[index]
-        yield index, digest if block.nbytes >= SHORTEST else xxhash.xxh3_128_digest(block)
-    _check(error)
+    digests += each_digest(found)[: num_full.value]
+    if count and int(pieces[:, 1].min()) < SHORTEST:
+        for index, block in enumerate(blocks[: num_full.value], len(digests) - num_full.value):
+            if block.nbytes < SHORTEST:
+                digests[index] = xxhash.xxh3_128_digest(block)
+    _check(code)
 
 
 def _nanoseconds(limit: float) -> int:
     return int(1e9 * min(limit, _NEVER_S))
 
 
-def _check(error: int) -> None:
-    if error:
-        raise OSError(error, os.strerror(error))
+def _check(code: int) -> None:
+    if code:
+        raise OSError(code, os.strerror(code))
 
 
 def _piece_by_piece(
     stream: Stream, blocks: Sequence[memoryview], limit: float
-) -> Iterator[tuple[int, bytes]]:
+) -> Iterator[bytes]:
     pieces: list[memoryview] = []
-    last_of: list[int | None] = []  # for each piece: the index of the block that it completes
-    for index, block in enumerate(blocks):
-        if block.nbytes <= PIECE_BYTES:
-            pieces.append(block)
-            last_of.append(index)
-            continue
+    is_last: list[bool] = []  # of its block
+    for block in blocks:
         for start in range(0, block.nbytes, PIECE_BYTES):
             pieces.append(block[start : start + PIECE_BYTES])
-            last_of.append(None)
-        last_of[-1] = index
+            is_last.append(start + PIECE_BYTES >= block.nbytes)
     state: xxhash.xxh3_128 | None = None
     for number in stream.fill(pieces, limit):
-        index_or_none = last_of[number]
-        if index_or_none is not None and state is None:
-            yield index_or_none, xxhash.xxh3_128_digest(pieces[number])
+        if is_last[number] and state is None:
+            yield xxhash.xxh3_128_digest(pieces[number])
             continue
         state = state or xxhash.xxh3_128()
         state.update(pieces[number])
-        if index_or_none is not None:
-            yield index_or_none, state.digest()
+        if is_last[number]:
+            yield state.digest()
             state = None

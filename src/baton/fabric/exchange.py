@@ -95,10 +95,13 @@ class Exchange:
     def _receive_stored(self, stream: Stream, answer: Blocks, limit: float) -> None:
         coming = self._coming(answer, self._lengths)
         blocks = [self._destinations[index] for index in coming]
-        for number, digest in receive_digested(stream, blocks, limit):
-            index = coming[number]
-            right = digest == self._wanted[index].digest
-            self.results[index] = ReadResult.OK if right else ReadResult.CORRUPT
+        digests: list[bytes] = []
+        try:
+            receive_digested(stream, blocks, digests, limit)
+        finally:
+            for index, digest in zip(coming, digests, strict=False):
+                right = digest == self._wanted[index].digest
+                self.results[index] = ReadResult.OK if right else ReadResult.CORRUPT
         end = decode_end(stream.receive_message(limit))
         self._check_id(end.ask_id)
         for index in end.changed:
@@ -112,7 +115,8 @@ class Exchange:
         coming = self._coming(answer, [encoded_bytes] * len(self._wanted))
         encoded: Bytes = np.empty((len(coming), encoded_bytes), np.uint8)
         rows = [row.data for row in encoded]
-        digests = [digest for _, digest in receive_digested(stream, rows, limit)]
+        digests: list[bytes] = []
+        receive_digested(stream, rows, digests, limit)
         end = decode_end(stream.receive_message(limit))
         self._check_id(end.ask_id)
         if len(end.digests) != len(coming):
@@ -155,7 +159,9 @@ class Exchange:
 def view_of(block: Wanted) -> memoryview:
     """The destination of `block` as bytes, one after the other; empty as it is."""
     view = memoryview(block.destination)  # type: ignore[arg-type]  # an array is a buffer, too
-    return view.cast("B") if view.nbytes else view
+    if (view.ndim == 1 and view.format == "B" and view.contiguous) or not view.nbytes:
+        return view
+    return view.cast("B")
 
 
 def ask_bytes(num_bytes: int, num_streams: int) -> int:
@@ -175,25 +181,26 @@ def exchanges(
     num_bytes = 0
     for index, block in enumerate(wanted):
         view = view_of(block)
-        if (result := _unaskable(block, view)) is not None:
-            results[index] = result
+        length = view.nbytes
+        if (
+            len(block.key) != KEY_BYTES
+            or not 0 <= block.frame <= MAX_NUMBER
+            or not 0 < length <= MAX_NUMBER
+        ):
+            results[index] = _why_not(block)
             continue
-        if indices and (num_bytes + view.nbytes > most or len(indices) == MAX_BLOCKS):
+        if indices and (num_bytes + length > most or len(indices) == MAX_BLOCKS):
             yield Exchange([wanted[n] for n in indices], views, indices)
             indices, views, num_bytes = [], [], 0
         indices.append(index)
         views.append(view)
-        num_bytes += view.nbytes
+        num_bytes += length
     if indices:
         yield Exchange([wanted[n] for n in indices], views, indices)
 
 
-def _unaskable(block: Wanted, destination: memoryview) -> ReadResult | None:
-    """What a block gets that no ask can be made for; frames are hints of a peer."""
+def _why_not(block: Wanted) -> ReadResult:
+    """Of a block that no ask can be made for; frames are hints of a peer."""
     if len(block.key) != KEY_BYTES:
         return ReadResult.MISSING
-    if not 0 <= block.frame <= MAX_NUMBER:
-        return ReadResult.OUT_OF_RANGE
-    if not 0 < destination.nbytes <= MAX_NUMBER:
-        return ReadResult.WRONG_SIZE
-    return None
+    return ReadResult.WRONG_SIZE if 0 <= block.frame <= MAX_NUMBER else ReadResult.OUT_OF_RANGE

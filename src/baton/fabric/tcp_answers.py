@@ -137,16 +137,15 @@ class Answers:
         if encoded_bytes:
             fits &= stored == self._kv_format.block_bytes
         is_missing = (headers["generation"] % 2 == 1) | (headers["key"] != keys).any(axis=1)
-        refused = [not self._allows(grant_id, key, now) for key in ask.each_key()]
+        is_refused = np.array([not self._allows(grant_id, key, now) for key in ask.each_key()])
+        is_good = fits & ~(is_missing | is_outside | is_refused)
         results = np.full(len(frames), _OK, np.uint8)
-        for which, result in (  # what comes later weighs more
-            (~fits, _WRONG_SIZE),
-            (is_missing, _MISSING),
-            (is_outside, _OUT_OF_RANGE),
-            (refused, _REFUSED),
-        ):
-            results[which] = result
-        good = np.flatnonzero(results == _OK)
+        if not is_good.all():
+            results[~fits] = _WRONG_SIZE
+            results[is_missing] = _MISSING  # what comes later weighs more
+            results[is_outside] = _OUT_OF_RANGE
+            results[is_refused] = _REFUSED
+        good = np.flatnonzero(is_good)
         sizes = np.full(len(good), encoded_bytes) if encoded_bytes else num_bytes[good]
         answer = Blocks(ask.ask_id, results.tobytes(), int(sizes.sum()))
         return _Judged(answer, good, frames[good], headers["generation"][good], num_bytes[good])
