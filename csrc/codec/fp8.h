@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "types.h"
+#include "most.h"
 
 namespace {
 

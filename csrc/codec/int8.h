@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "types.h"
+#include "most.h"
 
 namespace {
 
@@ -22,14 +22,23 @@ inline void scale_int8(const typename T::Bits* most, int64_t n, Parameter* scale
 template <class T, class Inverse, class Count>
 inline void to_int8(const typename T::Bits* x, Count n, Inverse inverse,
                     uint8_t* __restrict codes) {
-    for (int64_t i = 0; i < n; ++i)
-        codes[i] = (uint8_t)as_bits(element<T>(x[i]) * inverse[i] + kRound);
+    int64_t i = 0;
+#if defined(BATON_LANES)
+    for (; i + kLanes <= n; i += kLanes)
+        store_codes(codes + i, elements(x + i) * lanes_of(inverse, i));
+#endif
+    for (; i < n; ++i) codes[i] = (uint8_t)as_bits(element<T>(x[i]) * inverse[i] + kRound);
 }
 
 template <class T, class Scale, class Count>
 inline void from_int8(const uint8_t* codes, Count n, Scale scale,
                       typename T::Bits* __restrict x) {
-    for (int64_t i = 0; i < n; ++i) x[i] = T::narrow((float)(int8_t)codes[i] * scale[i]);
+    int64_t i = 0;
+#if defined(BATON_LANES)
+    for (; i + kLanes <= n; i += kLanes)
+        store_elements(x + i, load_codes(codes + i) * lanes_of(scale, i));
+#endif
+    for (; i < n; ++i) x[i] = T::narrow((float)(int8_t)codes[i] * scale[i]);
 }
 
 // K [tokens, n] of one layer.

@@ -2,7 +2,8 @@
 //
 // Everything is plain loops, which the compiler turns into vectors of whatever instruction set a
 // body is compiled for. No branch, no library call and no reduction of floats is in an inner loop:
-// magnitudes and orders are compared as integers.
+// magnitudes and orders are compared as integers. Where the compiler does badly, an instruction set
+// brings lanes (lanes_*.h), and a plain loop does what they leave.
 
 #pragma once
 
@@ -102,29 +103,6 @@ inline void with_dim(int64_t dim, F f) {
 
 inline void widen_all(const Parameter* from, int64_t n, float* __restrict to) {
     for (int64_t i = 0; i < n; ++i) to[i] = as_float((uint32_t)from[i] << 16);
-}
-
-// The greatest magnitude of `dim` elements.
-template <class T, class Dim>
-inline typename T::Bits most_of(const typename T::Bits* x, Dim dim) {
-    typename T::Bits most = 0;
-    for (int64_t i = 0; i < dim; ++i) {
-        typename T::Bits found = magnitude<T>(x[i]);
-        most = found > most ? found : most;
-    }
-    return most;
-}
-
-// The greatest magnitude of each of n columns over `rows` rows.
-template <class T>
-inline void most_of_columns(const typename T::Bits* x, int64_t rows, int64_t stride, int64_t n,
-                            typename T::Bits* __restrict most) {
-    memset(most, 0, (size_t)n * sizeof(*most));
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t i = 0; i < n; ++i) {
-            typename T::Bits found = magnitude<T>(x[row * stride + i]);
-            most[i] = found > most[i] ? found : most[i];
-        }
 }
 
 }  // namespace

@@ -57,5 +57,5 @@ inline Lanes scramble(Lanes sums, Lanes key) {
 // after the lanes, which it needs
 #include "xxh3.h"
 
-extern "C" const Copier baton_copier_avx2 = {kDigestVersion, "avx2", copy_all};
+extern "C" const Copier baton_copier_avx2 = BATON_COPIER("avx2");
 #endif

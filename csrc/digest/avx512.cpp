@@ -40,5 +40,5 @@ inline Lanes scramble(Lanes sums, Lanes key) {
 // after the lanes, which it needs
 #include "xxh3.h"
 
-extern "C" const Copier baton_copier_avx512 = {kDigestVersion, "avx512", copy_all};
+extern "C" const Copier baton_copier_avx512 = BATON_COPIER("avx512");
 #endif

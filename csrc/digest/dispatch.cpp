@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "digest.h"
+#include "socket.h"
 
 extern "C" const Copier* baton_copier(const char* isa) {
     if (!strcmp(isa, "portable")) return &baton_copier_portable;

@@ -42,4 +42,4 @@ inline Lanes scramble(Lanes sums, Lanes key) {
 // after the lanes, which it needs
 #include "xxh3.h"
 
-extern "C" const Copier baton_copier_portable = {kDigestVersion, "portable", copy_all};
+extern "C" const Copier baton_copier_portable = BATON_COPIER("portable");

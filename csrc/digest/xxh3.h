@@ -94,6 +94,16 @@ void put(uint8_t* digest, uint64_t value) {
     memcpy(digest, &value, sizeof value);
 }
 
+// The digest of `bytes` bytes, whose sums are of everything but the last stripe.
+void conclude(Lanes sums, const uint8_t* block, int64_t bytes, uint8_t* digest) {
+    Lanes last = load(block + bytes - kStripe);
+    uint64_t spilled[8];
+    spill(absorb(sums, last, load(kSecret + kLastAt)), spilled);
+    const uint64_t length = (uint64_t)bytes;
+    put(digest, fold(spilled, kSecret + kHighAt, ~(length * kLong2)));
+    put(digest + 8, fold(spilled, kSecret + kLowAt, length * kLong1));
+}
+
 void copy_all(const Copy* copies, int64_t count, uint8_t* digests) {
     for (int64_t i = 0; i < count; i++, digests += 16) {
         const Copy& copy = copies[i];
@@ -101,13 +111,40 @@ void copy_all(const Copy* copies, int64_t count, uint8_t* digests) {
         Lanes sums = aligned ? carry_all<true>(copy) : carry_all<false>(copy);
         settle();
         // From the copy: the source may have changed since most of these bytes were copied.
-        Lanes last = load(copy.to + copy.bytes - kStripe);
-        uint64_t spilled[8];
-        spill(absorb(sums, last, load(kSecret + kLastAt)), spilled);
-        const uint64_t length = (uint64_t)copy.bytes;
-        put(digests, fold(spilled, kSecret + kHighAt, ~(length * kLong2)));
-        put(digests + 8, fold(spilled, kSecret + kLowAt, length * kLong1));
+        conclude(sums, copy.to, copy.bytes, digests);
     }
 }
 
+// The sums with the stripes from `at`, where a chunk begins, to `end`.
+Lanes absorb_stripes(Lanes sums, const uint8_t* block, int64_t at, int64_t end) {
+    for (; at + kChunk <= end; at += kChunk) {
+#pragma GCC unroll 16
+        for (int64_t n = 0; n < kStripes; n++)
+            sums = absorb(sums, load(block + at + kStripe * n), load(kSecret + 8 * n));
+        sums = scramble(sums, load(kSecret + kScrambleAt));
+    }
+    for (int64_t n = 0; at < end; n++, at += kStripe)
+        sums = absorb(sums, load(block + at), load(kSecret + 8 * n));
+    return sums;
+}
+
+int64_t digest_some(Partial* partial, const uint8_t* block, int64_t bytes, int64_t here,
+                    uint8_t* digest) {
+    const int64_t whole = (bytes - 1) / kStripe * kStripe, at = partial->at;
+    Lanes sums = load(at ? (const void*)partial->sums : kStart);
+    if (here == bytes) {
+        conclude(absorb_stripes(sums, block, at, whole), block, bytes, digest);
+        partial->at = 0;
+        return 1;
+    }
+    const int64_t end = (here < whole ? here : whole) / kChunk * kChunk;
+    if (end > at) {
+        spill(absorb_stripes(sums, block, at, end), partial->sums);
+        partial->at = end;
+    }
+    return 0;
+}
+
 }  // namespace
+
+#define BATON_COPIER(isa) {kDigestVersion, isa, copy_all, digest_some}

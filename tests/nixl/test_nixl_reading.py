@@ -51,7 +51,7 @@ def no_descriptor_is_left(writer: Writer) -> Iterator[None]:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("num_blocks", [1, 2, 13, 14, 27, NUM_BLOCKS])
+@pytest.mark.parametrize("num_blocks", [1, 2, 6, 7, 13, 25, NUM_BLOCKS])
 def test_scattered_blocks(writer: Writer, transport: NixlTransport, num_blocks: int) -> None:
     for _ in range(3):
         fetched = fetch(transport, writer, num_blocks=num_blocks)

@@ -28,6 +28,7 @@ from baton.fabric.stream import Stream
 from baton.fabric.tcp_answers import Answers
 from baton.fabric.transport import ReadResult
 from baton.fabric.wire import (
+    BLOCK_RESULTS,
     Ask,
     Blocks,
     Malformed,
@@ -182,8 +183,13 @@ def answers_in(said: bytes, asks: list[Ask]) -> Iterator[tuple[Ask, Blocks, list
         assert answer.ask_id == ask.ask_id
         if isinstance(answer, Refusal):
             continue
+        lengths = [
+            0 if result else num_bytes if ask.codec == "raw" else BLOCK_BYTES // 2
+            for result, num_bytes in zip(answer.results, ask.each_number()[1].tolist(), strict=True)
+        ]
+        assert answer.num_bytes == sum(lengths)
         blocks = []
-        for _, num_bytes in answer.states:
+        for num_bytes in lengths:
             blocks.append(said[:num_bytes])
             assert len(blocks[-1]) == num_bytes
             said = said[num_bytes:]
@@ -217,13 +223,12 @@ def test_mutated_asks(ends: Ends) -> None:
             for ask, answer, blocks in answers_in(said, list(asks_in(data))):
                 grant = ask.grant
                 assert (grant.grant_id, grant.source, grant.tenant) == (GRANT_ID, "p0", "tenant")
-                for asked, (result, _), block in zip(
-                    ask.blocks, answer.states, blocks, strict=True
-                ):
+                for key, number, block in zip(ask.each_key(), answer.results, blocks, strict=True):
+                    result = BLOCK_RESULTS[number]
                     num_served += result == "ok"
                     num_refused += result == "refused"
                     if result == "ok":
-                        right = store.blocks[store.leases.keys(GRANT_ID).index(asked.key)]
+                        right = store.blocks[store.leases.keys(GRANT_ID).index(key)]
                         assert block == (right if ask.codec == "raw" else right[::2])
                     else:
                         assert not block

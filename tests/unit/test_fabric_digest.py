@@ -245,8 +245,9 @@ def test_a_library_of_another_version_is_not_used(
 ) -> None:
     if not digest._LIBRARY.exists():
         pytest.skip("no library here")
+    version = digest._VERSION
     monkeypatch.setattr(digest, "_VERSION", 0)
-    assert "has version 1, not 0" in copier().name
+    assert f"has version {version}, not 0" in copier().name
     works()
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 import pytest
 from tcp_ends import (
     BLOCK_BYTES,
@@ -23,21 +24,23 @@ from tcp_ends import (
 )
 
 from baton.fabric.arena import kv_format_hash
-from baton.fabric.exchange import MAX_ASK_BYTES, MIN_ASK_BYTES, split
+from baton.fabric.exchange import MAX_ASK_BYTES, MIN_ASK_BYTES, ask_bytes, exchanges
 from baton.fabric.stream import Stream
 from baton.fabric.tcp_answers import Answers
-from baton.fabric.transport import ReadResult
+from baton.fabric.transport import ReadResult, Wanted
 from baton.fabric.wire import (
     MAX_BLOCKS,
     MAX_MESSAGE_BYTES,
-    AskedBlock,
+    MAX_NUMBER,
     Blocks,
     End,
     Malformed,
     Refusal,
+    decode_answer,
     decode_ask,
     decode_length,
     pack,
+    pack_numbers,
 )
 
 pytest_plugins = ["tcp_fixtures"]
@@ -52,10 +55,10 @@ def answered(store: Store, spoil: Callable[[], object], codec: str = "raw") -> l
     """Results of a fetch during which `spoil` is called just before the blocks are sent."""
 
     class Spoiling(Stream):
-        def send(self, buffers: object, limit: float) -> None:
+        def send(self, buffers: object, limit: float, more: bool = False) -> None:
             if not spoiled:
                 spoiled.append(spoil())
-            super().send(buffers, limit)  # type: ignore[arg-type]
+            super().send(buffers, limit, more)  # type: ignore[arg-type]
 
     spoiled: list[object] = []
     ends = socket.socketpair()
@@ -90,15 +93,38 @@ def test_a_frame_that_is_damaged_meanwhile_is_corrupt(make: Make, codec: str) ->
     assert answered(store, damage, codec) == ["ok", "ok", "corrupt", "ok"]
 
 
+def asked(lengths: list[int], num_streams: int = 1) -> list[list[int]]:
+    """Which blocks go into each ask."""
+    wanted = [Wanted(bytes(32), 0, bytes(16), np.empty(length, np.uint8)) for length in lengths]
+    most = ask_bytes(sum(lengths), num_streams)
+    return [list(made.indices) for made in exchanges(wanted, [None] * len(wanted), most)]
+
+
 def test_asks_are_split_by_bytes_and_by_number() -> None:
     third = MIN_ASK_BYTES // 3
-    assert split([], 1) == []
-    assert split([third] * 4, 1) == [(0, 3), (3, 4)]
-    assert split([2 * MAX_ASK_BYTES, 1, 2 * MAX_ASK_BYTES], 1) == [(0, 1), (1, 2), (2, 3)]
-    assert split([1] * 600, 1) == [(0, 256), (256, 512), (512, 600)]
+    assert asked([]) == []
+    assert asked([third] * 4) == [[0, 1, 2], [3]]
+    assert asked([2 * MAX_ASK_BYTES, 1, 2 * MAX_ASK_BYTES]) == [[0], [1], [2]]
+    assert [len(made) for made in asked([1] * 600)] == [256, 256, 88]
     eighths = [MAX_ASK_BYTES // 8] * 64
-    assert {end - start for start, end in split(eighths, 1)} == {8}
-    assert {end - start for start, end in split(eighths, 4)} == {4}
+    assert {len(made) for made in asked(eighths)} == {8}
+    assert {len(made) for made in asked(eighths, 4)} == {4}
+
+
+def test_no_ask_is_made_for_what_cannot_be() -> None:
+    good = Wanted(bytes(32), 1, bytes(16), bytearray(100))
+    wanted = [
+        msgspec.structs.replace(good, key=bytes(31)),
+        good,
+        msgspec.structs.replace(good, frame=-1),
+        msgspec.structs.replace(good, frame=1 << 32),
+        good,
+        msgspec.structs.replace(good, destination=bytearray()),
+    ]
+    results: list[ReadResult | None] = [None] * len(wanted)
+    (made,) = exchanges(wanted, results, MIN_ASK_BYTES)
+    assert made.indices == [1, 4]
+    assert results == ["missing", None, "out_of_range", "out_of_range", None, "wrong_size"]
 
 
 def test_messages_have_bounds() -> None:
@@ -108,15 +134,16 @@ def test_messages_have_bounds() -> None:
     store = Store(num_blocks=1, listens=False)
     store.close()
     ask = decode_ask(ask_of(store)[4:])
-    block = ask.blocks[0]
     assert MAX_BLOCKS == 256
     for change in (
-        {"blocks": ()},
-        {"blocks": (block,) * 257},
-        {"blocks": (AskedBlock(bytes(31), 0, 1, 0),)},
-        {"blocks": (AskedBlock(bytes(32), -1, 1, 0),)},
-        {"blocks": (AskedBlock(bytes(32), 0, 1 << 63, 0),)},
-        {"blocks": (AskedBlock(bytes(32), 0, 1, 1 << 16),)},
+        {"keys": b"", "numbers": b""},
+        {"keys": bytes(32 * 257), "numbers": bytes(12 * 257)},
+        {"keys": bytes(31)},
+        {"keys": bytes(33)},
+        {"keys": bytes(64)},
+        {"numbers": b""},
+        {"numbers": bytes(11)},
+        {"numbers": bytes(24)},
         {"ask_id": bytes(15)},
         {"kv_format": bytes(33)},
         {"codec": "c" * 33},
@@ -125,11 +152,14 @@ def test_messages_have_bounds() -> None:
         changed = pack(msgspec.structs.replace(ask, **change))
         with pytest.raises(Malformed):
             decode_ask(changed[4:])
-    longest = AskedBlock(bytes(32), 1 << 62, 1 << 62, 0xFFFF)
-    full = msgspec.structs.replace(ask, blocks=(longest,) * 256)
+    numbers = pack_numbers(*[[MAX_NUMBER] * 256] * 3)
+    full = msgspec.structs.replace(ask, keys=bytes(32 * 256), numbers=numbers)
     assert len(pack(full)) < MAX_MESSAGE_BYTES, "a full ask fits, and so do its answers"
-    states = (("out_of_range", (1 << 63) - 1),) * 256
-    assert len(pack(Blocks(bytes(16), states))) < MAX_MESSAGE_BYTES
+    assert decode_ask(pack(full)[4:]).each_number().tolist() == [[MAX_NUMBER] * 256] * 3
+    assert len(pack(Blocks(bytes(16), bytes(256), (1 << 63) - 1))) < MAX_MESSAGE_BYTES
+    for wrong in (Blocks(bytes(16), bytes(257), 0), Blocks(bytes(16), b"\x05", 0)):
+        with pytest.raises(Malformed):
+            decode_answer(pack(wrong)[4:])
     every = tuple(range(256))
     assert len(pack(End(bytes(16), every, every, (bytes(16),) * 256))) < MAX_MESSAGE_BYTES
 
@@ -164,7 +194,7 @@ def fake_source(stack: contextlib.ExitStack, answer: Callable[[bytes], bytes]) -
 
 
 OTHER_ID = bytes(16)
-FINE = ("ok", BLOCK_BYTES)
+OK4, MISSING4 = bytes(4), bytes([1] * 4)
 
 
 @pytest.mark.parametrize(
@@ -177,13 +207,13 @@ FINE = ("ok", BLOCK_BYTES)
         lambda id_: pack(End(id_)),
         lambda id_: pack(Refusal(OTHER_ID, "refused")),
         lambda id_: pack(Refusal(id_, "ok")),  # type: ignore[arg-type]
-        lambda id_: pack(Blocks(OTHER_ID, (("missing", 0),) * 4)),
-        lambda id_: pack(Blocks(id_, (("missing", 0),) * 3)),
-        lambda id_: pack(Blocks(id_, (("missing", 0),) * 5)),
-        lambda id_: pack(Blocks(id_, (FINE, FINE, FINE, ("ok", BLOCK_BYTES + 1)))),
-        lambda id_: pack(Blocks(id_, (FINE, FINE, FINE, ("ok", BLOCK_BYTES - 1)))),
-        lambda id_: pack(Blocks(id_, (FINE, FINE, FINE, ("missing", BLOCK_BYTES)))),
-        lambda id_: pack(Blocks(id_, (FINE, FINE, FINE, ("stale_epoch", 0)))),  # type: ignore[arg-type]
+        lambda id_: pack(Blocks(OTHER_ID, MISSING4, 0)),
+        lambda id_: pack(Blocks(id_, MISSING4[1:], 0)),
+        lambda id_: pack(Blocks(id_, MISSING4 + b"\x01", 0)),
+        lambda id_: pack(Blocks(id_, OK4, 4 * BLOCK_BYTES + 1)),
+        lambda id_: pack(Blocks(id_, OK4, 4 * BLOCK_BYTES - 1)),
+        lambda id_: pack(Blocks(id_, b"\0\0\0\x01", 4 * BLOCK_BYTES)),
+        lambda id_: pack(Blocks(id_, b"\0\0\0\x05", 3 * BLOCK_BYTES)),
     ],
     ids=[
         "huge",
@@ -216,13 +246,13 @@ def test_states_alone_make_no_block_good(store: Store, stack: contextlib.ExitSta
     """Right lengths, wrong bytes; then right bytes and an end of another ask."""
     zeros = bytes(4 * BLOCK_BYTES)
     address = fake_source(
-        stack, lambda id_: pack(Blocks(id_, (FINE,) * 4)) + zeros + pack(End(id_))
+        stack, lambda id_: pack(Blocks(id_, OK4, 4 * BLOCK_BYTES)) + zeros + pack(End(id_))
     )
     reader = stack.enter_context(contextlib.closing(store.transport(address)))
     assert store.fetch(reader, seconds=2.0) == ["corrupt"] * 4
     right = b"".join(store.blocks)
     address = fake_source(
-        stack, lambda id_: pack(Blocks(id_, (FINE,) * 4)) + right + pack(End(OTHER_ID))
+        stack, lambda id_: pack(Blocks(id_, OK4, 4 * BLOCK_BYTES)) + right + pack(End(OTHER_ID))
     )
     reader = stack.enter_context(contextlib.closing(store.transport(address)))
     assert store.fetch(reader, seconds=2.0) == ["ok"] * 4, "their digests are right"
@@ -294,9 +324,7 @@ def test_encoded_blocks_need_their_digests(
     address = fake_source(
         stack,
         lambda id_: (
-            pack(Blocks(id_, (("ok", half),) * 4))
-            + bytes(4 * half)
-            + pack(End(id_, digests=digests))
+            pack(Blocks(id_, OK4, 4 * half)) + bytes(4 * half) + pack(End(id_, digests=digests))
         ),
     )
     reader = store.transport(address, codecs={"half": Half()})

@@ -26,6 +26,7 @@ from typing import Final
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from baton.errors import BatonError, ConfigError
 from baton.fabric.digest import copier, copy_and_digest, gather_and_digest, num_bytes_of
@@ -191,6 +192,9 @@ class MappedArena:
         except OSError as error:
             raise ArenaRefused(f"cannot map the arena: {error}") from error
         self._bytes: Bytes = np.frombuffer(self._memory, dtype=np.uint8)
+        self._headers: npt.NDArray[np.void] = np.frombuffer(
+            self._memory, FRAME_HEADERS, self.geometry.num_frames, PAGE_BYTES
+        )
         self._frames_at, self._stride = self.geometry.frames_at, self.geometry.stride
 
     def read(self, frame: int, key: bytes, digest: bytes, destination: WritableBlock) -> ReadResult:
@@ -244,6 +248,19 @@ class MappedArena:
         """
         return _FRAME_HEADER.unpack_from(self._memory, PAGE_BYTES + frame * _FRAME_HEADER.size)
 
+    def headers(self, frames: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+        """What stands over each of these frames: [len(frames)] of `FRAME_HEADERS`, a copy."""
+        return self._headers[frames]
+
+    @property
+    def memory(self) -> Bytes:
+        """All of it, read-only and not a copy. Let go of it before `close`."""
+        return self._bytes
+
+    def starts_at(self, frames: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where frames begin in `memory`."""
+        return self._frames_at + frames * self._stride
+
     def stored(self, frame: int, num_bytes: int) -> memoryview:
         """The first `num_bytes` of `frame` itself, not a copy. Let go of it before `close`."""
         start = self._frames_at + frame * self._stride
@@ -252,7 +269,7 @@ class MappedArena:
     def close(self) -> None:
         """Unmap."""
         if not self._memory.closed:
-            del self._bytes
+            del self._bytes, self._headers
             self._memory.close()
 
 

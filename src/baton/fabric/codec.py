@@ -22,7 +22,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from baton.fabric import codec_native
-from baton.fabric.codec_layout import Body, Name, layout_of
+from baton.fabric.codec_layout import Body, Name, flat, layout_of
 from baton.fabric.codec_numpy import NumpyBody
 from baton.fabric.transport import Bytes, ReadableBlock, WritableBlock
 from baton.types import KvFormat
@@ -89,15 +89,14 @@ class Raw:
         destination: Bytes,
         num_tokens: int | None = None,
     ) -> int:
-        block, encoded = _flat(source), _flat(destination)
-        _check(fmt, block, encoded, raw_bytes(fmt), num_tokens)
-        np.copyto(encoded[: block.size], block)
+        _check(fmt, source, destination, raw_bytes(fmt), num_tokens)
+        block = flat(source)
+        np.copyto(destination[: block.size], block)
         return block.size
 
     def decode(self, fmt: KvFormat, source: Bytes, destination: WritableBlock) -> None:
-        encoded, block = _flat(source), _flat(destination)
-        _check_encoded(fmt, encoded, block, raw_bytes(fmt), self.name)
-        np.copyto(block, encoded)
+        _check_encoded(fmt, source, destination, raw_bytes(fmt), self.name)
+        np.copyto(flat(destination), source)
 
 
 class Lossy:
@@ -117,16 +116,14 @@ class Lossy:
         num_tokens: int | None = None,
     ) -> int:
         layout = layout_of(fmt, self.name)
-        block, encoded = _flat(source), _flat(destination)
-        used = _check(fmt, block, encoded, layout.num_bytes, num_tokens)
-        body().encode(self.name, layout, used, block, encoded[: layout.num_bytes])
+        used = _check(fmt, source, destination, layout.num_bytes, num_tokens)
+        body().encode(self.name, layout, used, source, destination)
         return layout.num_bytes
 
     def decode(self, fmt: KvFormat, source: Bytes, destination: WritableBlock) -> None:
         layout = layout_of(fmt, self.name)
-        encoded, block = _flat(source), _flat(destination)
-        _check_encoded(fmt, encoded, block, layout.num_bytes, self.name)
-        body().decode(self.name, layout, encoded, block)
+        _check_encoded(fmt, source, destination, layout.num_bytes, self.name)
+        body().decode(self.name, layout, source, destination)
 
 
 CODECS: Final[dict[str, Codec]] = {
@@ -150,6 +147,7 @@ def codecs_for(fmt: KvFormat) -> dict[str, Codec]:
     return found
 
 
+@functools.lru_cache(maxsize=64)
 def raw_bytes(fmt: KvFormat) -> int:
     """Bytes of one block as the pool holds it.
 
@@ -181,28 +179,35 @@ def _flat(buffer: ReadableBlock) -> Bytes:
     return np.frombuffer(buffer, dtype=np.uint8)
 
 
-def _check(fmt: KvFormat, block: Bytes, encoded: Bytes, needed: int, num_tokens: int | None) -> int:
+def _check(
+    fmt: KvFormat, block: ReadableBlock, encoded: Bytes, needed: int, num_tokens: int | None
+) -> int:
     """The number of used slots."""
-    if block.size != raw_bytes(fmt):
-        raise ValueError(f"a block has {raw_bytes(fmt)} bytes, not {block.size}")
-    if encoded.size < needed:
-        raise ValueError(f"room for {encoded.size} bytes, and an encoded block has {needed}")
-    _check_writable(encoded)
+    size, room = _contiguous(block), _contiguous(encoded, to_write=True)
+    if size.nbytes != raw_bytes(fmt):
+        raise ValueError(f"a block has {raw_bytes(fmt)} bytes, not {size.nbytes}")
+    if room.nbytes < needed:
+        raise ValueError(f"room for {room.nbytes} bytes, and an encoded block has {needed}")
     used = fmt.block_size if num_tokens is None else num_tokens
     if not 0 <= used <= fmt.block_size:
         raise ValueError(f"a block has {fmt.block_size} slots, not {used}")
     return used
 
 
-def _check_writable(target: Bytes) -> None:
-    # The library would write to it all the same.
-    if not target.flags.writeable:
+def _check_encoded(
+    fmt: KvFormat, encoded: Bytes, block: WritableBlock, needed: int, name: str
+) -> None:
+    size, room = _contiguous(encoded), _contiguous(block, to_write=True)
+    if size.nbytes != needed:
+        raise ValueError(f"a block in {name} has {needed} bytes, not {size.nbytes}")
+    if room.nbytes != raw_bytes(fmt):
+        raise ValueError(f"a block has {raw_bytes(fmt)} bytes, not {room.nbytes}")
+
+
+def _contiguous(buffer: ReadableBlock, to_write: bool = False) -> memoryview:
+    view = memoryview(buffer)  # type: ignore[arg-type]  # an array is a buffer, too
+    if not view.contiguous:
+        raise ValueError("a buffer that is not contiguous")
+    if to_write and view.readonly:  # the library would write to it all the same
         raise ValueError("the destination is read-only")
-
-
-def _check_encoded(fmt: KvFormat, encoded: Bytes, block: Bytes, needed: int, name: str) -> None:
-    if encoded.size != needed:
-        raise ValueError(f"a block in {name} has {needed} bytes, not {encoded.size}")
-    if block.size != raw_bytes(fmt):
-        raise ValueError(f"a block has {raw_bytes(fmt)} bytes, not {block.size}")
-    _check_writable(block)
+    return view

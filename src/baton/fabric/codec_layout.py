@@ -10,7 +10,9 @@ import functools
 import math
 from typing import Final, Literal, NamedTuple, Protocol
 
-from baton.fabric.transport import Bytes
+import numpy as np
+
+from baton.fabric.transport import Bytes, ReadableBlock, WritableBlock
 from baton.types import KvFormat
 
 Name = Literal["int8", "fp8", "int4"]
@@ -49,16 +51,22 @@ class Layout(NamedTuple):
 
 
 class Body(Protocol):
-    """Encodes and decodes one block. Lengths have been checked; all arrays are flat."""
+    """Encodes and decodes one block. Buffers have been checked: contiguous, at least as long as
+    the layout says, and what is written to can be."""
 
     @property
     def name(self) -> str: ...
 
     def encode(
-        self, codec: Name, layout: Layout, used: int, block: Bytes, encoded: Bytes
+        self, codec: Name, layout: Layout, used: int, block: ReadableBlock, encoded: Bytes
     ) -> None: ...
 
-    def decode(self, codec: Name, layout: Layout, encoded: Bytes, block: Bytes) -> None: ...
+    def decode(self, codec: Name, layout: Layout, encoded: Bytes, block: WritableBlock) -> None: ...
+
+
+def flat(buffer: ReadableBlock) -> Bytes:
+    """Its bytes, without a copy."""
+    return np.frombuffer(buffer, dtype=np.uint8)
 
 
 @functools.lru_cache(maxsize=64)

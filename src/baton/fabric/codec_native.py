@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, Structure, c_char, c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from baton.fabric.codec_layout import DTYPES, Layout, Name, Shape
-from baton.fabric.transport import Bytes
+from baton.fabric.codec_layout import DTYPES, Layout, Name, Shape, flat
+from baton.fabric.transport import Bytes, ReadableBlock, WritableBlock
 
 VERSION: Final = 1
 """Of the binary interface and of every encoded byte; equal to kCodecVersion in codec.h."""
@@ -37,8 +37,8 @@ class _ShapeArgs(Structure):
     ]
 
 
-_ENCODE = CFUNCTYPE(None, POINTER(_ShapeArgs), c_int64, c_void_p, c_void_p)
-_DECODE = CFUNCTYPE(None, POINTER(_ShapeArgs), c_void_p, c_void_p)
+_ENCODE = CFUNCTYPE(None, c_void_p, c_int64, c_void_p, c_void_p)
+_DECODE = CFUNCTYPE(None, c_void_p, c_void_p, c_void_p)
 
 
 class _Table(Structure):
@@ -70,19 +70,28 @@ class NativeBody:
             "int4": table.decode_int4,
         }
 
-    def encode(self, codec: Name, layout: Layout, used: int, block: Bytes, encoded: Bytes) -> None:
-        source = block.ctypes.data
+    def encode(
+        self, codec: Name, layout: Layout, used: int, block: ReadableBlock, encoded: Bytes
+    ) -> None:
+        source = _address(block)
         if source % _ALIGNMENT:
-            return self.encode(codec, layout, used, block.copy(), encoded)
-        self._encode[codec](_args(layout.shape), used, source, encoded.ctypes.data)
+            return self.encode(codec, layout, used, flat(block).copy(), encoded)
+        self._encode[codec](_args(layout.shape), used, source, _address(encoded))
 
-    def decode(self, codec: Name, layout: Layout, encoded: Bytes, block: Bytes) -> None:
-        target = block.ctypes.data
+    def decode(self, codec: Name, layout: Layout, encoded: Bytes, block: WritableBlock) -> None:
+        target = _address(block)
         if target % _ALIGNMENT:
-            aligned = np.empty_like(block)
+            aligned = np.empty_like(flat(block))
             self.decode(codec, layout, encoded, aligned)
-            return np.copyto(block, aligned)
-        self._decode[codec](_args(layout.shape), encoded.ctypes.data, target)
+            return np.copyto(flat(block), aligned)
+        self._decode[codec](_args(layout.shape), _address(encoded), target)
+
+
+def _address(buffer: ReadableBlock) -> int:
+    try:
+        return ctypes.addressof(c_char.from_buffer(buffer))  # type: ignore[arg-type]
+    except TypeError:  # read-only, which ctypes does not take; numpy does, in thrice the time
+        return int(flat(buffer).ctypes.data)
 
 
 @cache
@@ -114,6 +123,11 @@ def best() -> NativeBody | None:
     return next((found for isa in ISAS if (found := find(isa)) is not None), None)
 
 
+_shapes: dict[Shape, _ShapeArgs] = {}
+
+
 @cache
-def _args(shape: Shape) -> _ShapeArgs:
-    return _ShapeArgs(*shape[:4], DTYPES[shape.dtype])
+def _args(shape: Shape) -> int:
+    """Where the shape is, as the library wants it. It stays there."""
+    made = _shapes.setdefault(shape, _ShapeArgs(*shape[:4], DTYPES[shape.dtype]))
+    return ctypes.addressof(made)

@@ -11,8 +11,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from baton.fabric.codec_layout import Layout, Name
-from baton.fabric.transport import Bytes
+from baton.fabric.codec_layout import Layout, Name, flat
+from baton.fabric.transport import Bytes, ReadableBlock, WritableBlock
 
 _Floats = npt.NDArray[np.float32]
 _Words = npt.NDArray[np.uint32]
@@ -32,13 +32,16 @@ class NumpyBody:
 
     name: Final = "numpy"
 
-    def encode(self, codec: Name, layout: Layout, used: int, block: Bytes, encoded: Bytes) -> None:
+    def encode(
+        self, codec: Name, layout: Layout, used: int, block: ReadableBlock, encoded: Bytes
+    ) -> None:
+        encoded = encoded[: layout.num_bytes]
         parameters, codes = _views(layout, encoded)
         encoded[:] = 0
         if not used:
             return
         with np.errstate(all="ignore"):
-            x, counts = _elements(layout, block)
+            x, counts = _elements(layout, flat(block))
             for part in (0, 1):
                 part_x, part_counts = x[:, part, :used], counts[:, part, :used]
                 found, part_codes = _ENCODERS[codec](part_x, part_counts, part)
@@ -47,7 +50,7 @@ class NumpyBody:
                     own = one.reshape(len(one), -1) >> 16
                     parameters[:, place][:, : own.shape[1]] = own
 
-    def decode(self, codec: Name, layout: Layout, encoded: Bytes, block: Bytes) -> None:
+    def decode(self, codec: Name, layout: Layout, encoded: Bytes, block: WritableBlock) -> None:
         parameters, codes = _views(layout, encoded)
         shape = layout.shape
         x = np.empty((shape.layers, 2, *shape[1:4]), np.float32)
@@ -60,9 +63,9 @@ class NumpyBody:
                 x[:, part] = _DECODERS[codec](codes[:, part], own, shape.dim)
         if shape.dtype == "bfloat16":
             bits = x.view(np.uint32).reshape(-1)
-            block.view("<u2")[:] = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
+            flat(block).view("<u2")[:] = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
         else:
-            block.view("<f4")[:] = x.reshape(-1)
+            flat(block).view("<f4")[:] = x.reshape(-1)
 
 
 def _views(layout: Layout, encoded: Bytes) -> tuple[npt.NDArray[Any], Bytes]:

@@ -14,7 +14,17 @@ import ctypes
 import os
 from array import array
 from collections.abc import Sequence
-from ctypes import CFUNCTYPE, POINTER, Structure, c_char, c_char_p, c_int64, c_void_p
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    c_char,
+    c_char_p,
+    c_int,
+    c_int32,
+    c_int64,
+    c_void_p,
+)
 from functools import cache
 from pathlib import Path
 from typing import Final, Protocol
@@ -28,8 +38,10 @@ DIGEST_BYTES: Final = 16
 ISAS: Final = ("avx512", "avx2", "portable")
 """Instruction sets, best first."""
 
-_VERSION: Final = 1  # kDigestVersion in csrc/digest/digest.h
-_SHORTEST: Final = 241  # kShortest
+SHORTEST: Final = 241
+"""Bytes; what is shorter the native library does not digest (kShortest in csrc/digest/digest.h)."""
+
+_VERSION: Final = 2  # kDigestVersion there
 _LIBRARY = Path(__file__).with_name("_digest.so")
 # Large enough to release the GIL for (xxhash does so over 100 kB), small enough that the digest
 # reads from cache what the copy has just brought there.
@@ -125,16 +137,22 @@ class _Table(Structure):
         ("version", c_int64),
         ("isa", c_char_p),
         ("copy", CFUNCTYPE(None, c_void_p, c_int64, c_void_p)),
+        ("digest_some", c_void_p),
     ]
 
 
 class NativeCopier:
-    """The functions for one instruction set. What is too short for them the package does."""
+    """The functions for one instruction set. What is too short for them the package does.
 
-    def __init__(self, table: _Table) -> None:
-        self.isa = str(table.isa, "ascii")
+    library, table: where they come from, for who calls others of it (`bulk`).
+    """
+
+    def __init__(self, library: ctypes.CDLL, table: ctypes._Pointer[_Table]) -> None:
+        self.library = library
+        self.table = table
+        self.isa = str(table.contents.isa, "ascii")
         self.name = f"native isa={self.isa}"
-        self._copy = table.copy
+        self._copy = table.contents.copy
         self._short = PythonCopier("too short")
 
     def gather(
@@ -144,19 +162,24 @@ class NativeCopier:
         sizes: Sequence[int],
         destinations: Sequence[WritableBlock],
     ) -> list[bytes]:
-        if min(sizes, default=0) < _SHORTEST:
+        if min(sizes, default=0) < SHORTEST:
             return self._short.gather(memory, starts, sizes, destinations)
         base = int(memory.ctypes.data)
         copies = array("Q")
         for start, size, destination in zip(starts, sizes, destinations, strict=True):
-            copies.extend((_address(destination, size), base + start, size))
+            copies.extend((address_of(destination, size), base + start, size))
         digests = bytearray(DIGEST_BYTES * len(sizes))
-        self._copy(copies.buffer_info()[0], len(sizes), _address(digests, len(digests)))
-        found = bytes(digests)
-        return [found[at : at + DIGEST_BYTES] for at in range(0, len(found), DIGEST_BYTES)]
+        self._copy(copies.buffer_info()[0], len(sizes), address_of(digests, len(digests)))
+        return each_digest(digests)
 
 
-def _address(writable: WritableBlock, size: int) -> int:
+def each_digest(digests: bytearray) -> list[bytes]:
+    """Digests that lie one after the other."""
+    found = bytes(digests)
+    return [found[at : at + DIGEST_BYTES] for at in range(0, len(found), DIGEST_BYTES)]
+
+
+def address_of(writable: WritableBlock, size: int) -> int:
     """Where a buffer begins, if it can be written, has no gaps and at least `size` (> 0) bytes."""
     # ctypes makes all these checks, of the last byte that is needed.
     last = c_char.from_buffer(writable, size - 1)  # type: ignore[arg-type]  # as above
@@ -180,7 +203,13 @@ def find_copier(isa: str) -> NativeCopier | None:
         return None
     if found.contents.version != _VERSION:
         raise OSError(f"{_LIBRARY.name} has version {found.contents.version}, not {_VERSION}")
-    return NativeCopier(found.contents)
+    library.baton_send.restype = library.baton_receive.restype = c_int64
+    library.baton_send.argtypes = [c_int, c_void_p, c_int64, c_int64]
+    library.baton_receive.argtypes = [
+        *(POINTER(_Table), c_int, c_void_p, c_int64, c_int64),
+        *(POINTER(c_int32), c_void_p, POINTER(c_int64)),
+    ]
+    return NativeCopier(library, found)
 
 
 @cache

@@ -11,16 +11,18 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
-import xxhash
 
-from baton.fabric.stream import PIECE_BYTES, Stream
+from baton.fabric.arena import KEY_BYTES
+from baton.fabric.bulk import receive_digested
+from baton.fabric.stream import Stream
 from baton.fabric.transport import Bytes, ReadResult, Wanted
 from baton.fabric.wire import (
     ASK_ID_BYTES,
+    BLOCK_RESULTS,
     MAX_BLOCKS,
+    MAX_NUMBER,
     PROTOCOL_VERSION,
     Ask,
-    AskedBlock,
     Blocks,
     Codec,
     Malformed,
@@ -28,6 +30,7 @@ from baton.fabric.wire import (
     decode_answer,
     decode_end,
     pack,
+    pack_numbers,
 )
 from baton.types import Grant, KvFormat
 
@@ -35,29 +38,42 @@ MIN_ASK_BYTES: Final = 1 << 20
 MAX_ASK_BYTES: Final = 4 << 20
 """About how many bytes of blocks to ask for at once."""
 
-_RESULTS: Final = {str(result): result for result in ReadResult}
+_OK: Final = BLOCK_RESULTS.index(ReadResult.OK)
+_REASONS: Final = {str(result): result for result in ReadResult}
 
 
 class Exchange:
     """An ask for some of the blocks of a fetch.
 
-    wanted: 1 to `MAX_BLOCKS`. destinations: theirs, as `view_of` gives them. results: one for
-    each, None until it is known.
+    wanted: 1 to `MAX_BLOCKS`. destinations: theirs, as `view_of` gives them. indices: where they
+    are in the fetch. results: one for each, None until it is known.
     """
 
-    def __init__(self, wanted: Sequence[Wanted], destinations: Sequence[memoryview]) -> None:
+    def __init__(
+        self,
+        wanted: Sequence[Wanted],
+        destinations: Sequence[memoryview],
+        indices: Sequence[int] = (),
+    ) -> None:
         self.results: list[ReadResult | None] = [None] * len(wanted)
+        self.indices = indices
         self._wanted = wanted
         self._destinations = destinations
+        self._lengths = [destination.nbytes for destination in destinations]
         self._ask_id = os.urandom(ASK_ID_BYTES)
 
     def ask(self, grant: Grant, kv_format_hash: bytes, codec: str) -> bytes:
         """The message to send."""
-        blocks = tuple(
-            AskedBlock(block.key, block.frame, destination.nbytes, block.num_tokens)
-            for block, destination in zip(self._wanted, self._destinations, strict=True)
+        wanted = self._wanted
+        keys = b"".join([block.key for block in wanted])
+        numbers = pack_numbers(
+            [block.frame for block in wanted],
+            self._lengths,
+            [block.num_tokens for block in wanted],
         )
-        return pack(Ask(PROTOCOL_VERSION, self._ask_id, kv_format_hash, codec, grant, blocks))
+        return pack(
+            Ask(PROTOCOL_VERSION, self._ask_id, kv_format_hash, codec, grant, keys, numbers)
+        )
 
     def receive(
         self, stream: Stream, limit: float, kv_format: KvFormat, codec: Codec | None
@@ -70,18 +86,22 @@ class Exchange:
         answer = decode_answer(stream.receive_message(limit))
         self._check_id(answer.ask_id)
         if isinstance(answer, Refusal):
-            self.results = [_RESULTS[answer.reason]] * len(self._wanted)
+            self.results = [_REASONS[answer.reason]] * len(self._wanted)
         elif codec is None:
             self._receive_stored(stream, answer, limit)
         else:
             self._receive_encoded(stream, answer, limit, kv_format, codec)
 
     def _receive_stored(self, stream: Stream, answer: Blocks, limit: float) -> None:
-        destinations = self._destinations
-        coming = self._coming(answer, [destination.nbytes for destination in destinations])
-        for index, digest in _digested(stream, coming, [destinations[n] for n in coming], limit):
-            right = digest == self._wanted[index].digest
-            self.results[index] = ReadResult.OK if right else ReadResult.CORRUPT
+        coming = self._coming(answer, self._lengths)
+        blocks = [self._destinations[index] for index in coming]
+        digests: list[bytes] = []
+        try:
+            receive_digested(stream, blocks, digests, limit)
+        finally:
+            for index, digest in zip(coming, digests, strict=False):
+                right = digest == self._wanted[index].digest
+                self.results[index] = ReadResult.OK if right else ReadResult.CORRUPT
         end = decode_end(stream.receive_message(limit))
         self._check_id(end.ask_id)
         for index in end.changed:
@@ -94,15 +114,17 @@ class Exchange:
         encoded_bytes = codec.encoded_bytes(kv_format)
         coming = self._coming(answer, [encoded_bytes] * len(self._wanted))
         encoded: Bytes = np.empty((len(coming), encoded_bytes), np.uint8)
-        digests = dict(_digested(stream, coming, [row.data for row in encoded], limit))
+        rows = [row.data for row in encoded]
+        digests: list[bytes] = []
+        receive_digested(stream, rows, digests, limit)
         end = decode_end(stream.receive_message(limit))
         self._check_id(end.ask_id)
         if len(end.digests) != len(coming):
             raise Malformed(f"{len(end.digests)} digests of {len(coming)} blocks")
-        for index, row, digest in zip(coming, encoded, end.digests, strict=True):
+        for index, row, digest, sent in zip(coming, encoded, digests, end.digests, strict=True):
             if index in end.changed:
                 result = ReadResult.MISSING
-            elif index in end.corrupt or digests[index] != digest:
+            elif index in end.corrupt or digest != sent:
                 result = ReadResult.CORRUPT
             else:
                 result = self._decode(index, row, kv_format, codec)
@@ -117,20 +139,16 @@ class Exchange:
 
     def _coming(self, answer: Blocks, lengths: list[int]) -> list[int]:
         """Indices of the blocks whose bytes follow; the others have their results then."""
-        if len(answer.states) != len(self._wanted):
-            raise Malformed(f"{len(answer.states)} states of {len(self._wanted)} blocks")
-        coming = []
-        for index, ((result, num_bytes), length) in enumerate(
-            zip(answer.states, lengths, strict=True)
-        ):
-            if num_bytes != (length if result == "ok" else 0):
-                raise Malformed(f"a block that is {result} with {num_bytes} bytes of {length}")
-            if result == "ok":
-                coming.append(index)
-        # Not before the whole answer is known to make sense.
-        for index, (result, _) in enumerate(answer.states):
-            if result != "ok":
-                self.results[index] = _RESULTS[result]
+        if len(answer.results) != len(self._wanted):
+            raise Malformed(f"{len(answer.results)} results of {len(self._wanted)} blocks")
+        coming = [index for index, result in enumerate(answer.results) if result == _OK]
+        num_bytes = sum([lengths[index] for index in coming])
+        if answer.num_bytes != num_bytes:
+            raise Malformed(f"{answer.num_bytes} bytes of blocks, not {num_bytes}")
+        if len(coming) < len(answer.results):
+            for index, result in enumerate(answer.results):
+                if result != _OK:
+                    self.results[index] = BLOCK_RESULTS[result]
         return coming
 
     def _check_id(self, ask_id: bytes) -> None:
@@ -141,50 +159,48 @@ class Exchange:
 def view_of(block: Wanted) -> memoryview:
     """The destination of `block` as bytes, one after the other; empty as it is."""
     view = memoryview(block.destination)  # type: ignore[arg-type]  # an array is a buffer, too
-    return view.cast("B") if view.nbytes else view
+    if (view.ndim == 1 and view.format == "B" and view.contiguous) or not view.nbytes:
+        return view
+    return view.cast("B")
 
 
-def split(lengths: Sequence[int], num_streams: int) -> list[tuple[int, int]]:
-    """From which block to which (exclusive) each ask goes: some for each stream, if it is much.
+def ask_bytes(num_bytes: int, num_streams: int) -> int:
+    """About how many bytes of blocks to ask for at once, so that each stream gets some asks."""
+    return min(max(MIN_ASK_BYTES, num_bytes // (4 * num_streams)), MAX_ASK_BYTES)
 
-    lengths: of all blocks, in bytes. An ask has a block at least, and at most `MAX_BLOCKS`.
+
+def exchanges(
+    wanted: Sequence[Wanted], results: list[ReadResult | None], most: int
+) -> Iterator[Exchange]:
+    """Asks for these blocks, in order, each for at least one and at most `most` bytes.
+
+    A block that no ask can be made for gets its result instead, when its turn comes.
     """
-    most = min(max(MIN_ASK_BYTES, sum(lengths) // (4 * num_streams)), MAX_ASK_BYTES)
-    asks = []
-    start = num_bytes = 0
-    for index, length in enumerate(lengths):
-        if index > start and (num_bytes + length > most or index - start == MAX_BLOCKS):
-            asks.append((start, index))
-            start, num_bytes = index, 0
+    indices: list[int] = []
+    views: list[memoryview] = []
+    num_bytes = 0
+    for index, block in enumerate(wanted):
+        view = view_of(block)
+        length = view.nbytes
+        if (
+            len(block.key) != KEY_BYTES
+            or not 0 <= block.frame <= MAX_NUMBER
+            or not 0 < length <= MAX_NUMBER
+        ):
+            results[index] = _why_not(block)
+            continue
+        if indices and (num_bytes + length > most or len(indices) == MAX_BLOCKS):
+            yield Exchange([wanted[n] for n in indices], views, indices)
+            indices, views, num_bytes = [], [], 0
+        indices.append(index)
+        views.append(view)
         num_bytes += length
-    if start < len(lengths):
-        asks.append((start, len(lengths)))
-    return asks
+    if indices:
+        yield Exchange([wanted[n] for n in indices], views, indices)
 
 
-def _digested(
-    stream: Stream, indices: Sequence[int], blocks: Sequence[memoryview], limit: float
-) -> Iterator[tuple[int, bytes]]:
-    """Fill the blocks in turn; yields the index and the XXH3-128 of each as it is full."""
-    pieces: list[memoryview] = []
-    last_of: list[int | None] = []  # for each piece: the index of the block that it completes
-    for index, block in zip(indices, blocks, strict=True):
-        if block.nbytes <= PIECE_BYTES:
-            pieces.append(block)
-            last_of.append(index)
-            continue
-        for start in range(0, block.nbytes, PIECE_BYTES):
-            pieces.append(block[start : start + PIECE_BYTES])
-            last_of.append(None)
-        last_of[-1] = index
-    state: xxhash.xxh3_128 | None = None
-    for number in stream.fill(pieces, limit):
-        index_or_none = last_of[number]
-        if index_or_none is not None and state is None:
-            yield index_or_none, xxhash.xxh3_128_digest(pieces[number])
-            continue
-        state = state or xxhash.xxh3_128()
-        state.update(pieces[number])
-        if index_or_none is not None:
-            yield index_or_none, state.digest()
-            state = None
+def _why_not(block: Wanted) -> ReadResult:
+    """Of a block that no ask can be made for; frames are hints of a peer."""
+    if len(block.key) != KEY_BYTES:
+        return ReadResult.MISSING
+    return ReadResult.WRONG_SIZE if 0 <= block.frame <= MAX_NUMBER else ReadResult.OUT_OF_RANGE

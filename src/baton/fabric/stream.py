@@ -17,6 +17,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator, Sequence
+from ctypes import c_int32
 from typing import Final
 
 from baton.fabric.wire import LENGTH, decode_length
@@ -27,6 +28,7 @@ PIECE_BYTES: Final = 256 << 10
 """How much is received at a time: what has just come is digested out of the cache. Long enough
 for a digest to release the GIL, and for the kernel to be filling its buffer meanwhile."""
 
+_MSG_MORE: Final = getattr(socket, "MSG_MORE", 0)
 _MAX_VECTOR: Final = 64
 _SEND_BYTES: Final = 1 << 20
 
@@ -34,7 +36,8 @@ _SEND_BYTES: Final = 1 << 20
 class Stream:
     """One connected socket, which it owns from now on.
 
-    tls: wraps the socket; `handshake` must come before anything else.
+    tls: wraps the socket; `handshake` must come before anything else. low_water: how many bytes
+    must have come before a plain socket counts as readable; who sets that says so here.
 
     Raises:
         OSError: the connection is already gone. The socket is closed then.
@@ -59,7 +62,7 @@ class Stream:
             raise
         self._socket = sock
         self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
-        self._low_water = 1
+        self.low_water = c_int32(1)
         self._readable, self._writable = select.poll(), select.poll()
         self._readable.register(sock, select.POLLIN)
         self._writable.register(sock, select.POLLOUT)
@@ -76,16 +79,22 @@ class Stream:
             except ssl.SSLWantWriteError:
                 _wait(self._writable, limit)
 
-    def send(self, buffers: Sequence[Buffer], limit: float) -> None:
-        """Send all of them, in order, straight from where they lie."""
+    @property
+    def descriptor(self) -> int | None:
+        """The socket's, for who knows how to use it; None with TLS."""
+        return self._socket.fileno() if self._tls is None else None
+
+    def send(self, buffers: Sequence[Buffer], limit: float, more: bool = False) -> None:
+        """Send all of them, in order, straight from where they lie. more: at once comes more."""
         rest = [memoryview(buffer) for buffer in buffers]
         per_call = _per_call(rest, _SEND_BYTES)
+        flags = _MSG_MORE if more else 0
         first = 0
         while first < len(rest):
             _check(limit)
             try:
                 if self._tls is None:
-                    sent = self._socket.sendmsg(rest[first : first + per_call])
+                    sent = self._socket.sendmsg(rest[first : first + per_call], (), flags)
                 else:
                     sent = self._tls.send(rest[first])
             except (BlockingIOError, ssl.SSLWantWriteError):
@@ -165,10 +174,9 @@ class Stream:
                 return received
 
     def _set_low_water(self, num_bytes: int) -> None:
-        """How many bytes must have come before the socket counts as readable; plain only."""
-        if self._tls is None and num_bytes != self._low_water:
+        if self._tls is None and num_bytes != self.low_water.value:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
-            self._low_water = num_bytes
+            self.low_water.value = num_bytes
 
 
 def _check(limit: float) -> float:

@@ -22,17 +22,18 @@ import logging
 import select
 import socket
 import ssl
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Final
 
-from baton.fabric.arena import KEY_BYTES, kv_format_hash
-from baton.fabric.exchange import Exchange, split, view_of
+from baton.fabric.arena import kv_format_hash
+from baton.fabric.exchange import Exchange, ask_bytes, exchanges
 from baton.fabric.stream import Stream
 from baton.fabric.transport import Peer, ReadResult, Wanted
-from baton.fabric.wire import MAX_MESSAGE_BYTES, RAW, Codec, Malformed
+from baton.fabric.wire import MAX_BLOCKS, MAX_MESSAGE_BYTES, RAW, Codec, Malformed
 from baton.types import Grant, KvFormat
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 CONNECT_S: Final = 1.0
 NUM_STREAMS: Final = 2
 _NUM_AHEAD: Final = 2
-_MAX_FRAME: Final = 1 << 32
 
 Resolve = Callable[[str], Peer | None]
 """Where a worker id listens, if that is known. Called on the thread that fetches."""
@@ -65,6 +65,7 @@ class TcpTransport:
         self._resolve = resolve
         self._kv_format = kv_format
         self._kv_format_hash = kv_format_hash(kv_format)
+        self._block_bytes = kv_format.block_bytes
         self._tls = tls
         self._num_streams = num_streams
         self._codecs = codecs or {}
@@ -84,20 +85,9 @@ class TcpTransport:
             result = ReadResult.UNREACHABLE if peer is None else ReadResult.STALE_EPOCH
             _log(grant, result, "no address is known for it")
             return [result] * len(wanted)
-        views = [view_of(block) for block in wanted]
-        results = [_unaskable(block, view) for block, view in zip(wanted, views, strict=True)]
-        asked = [index for index, result in enumerate(results) if result is None]
-        if len(asked) < len(wanted):
-            wanted, views = [wanted[n] for n in asked], [views[n] for n in asked]
-        exchanges = [
-            Exchange(wanted[start:end], views[start:end])
-            for start, end in split([view.nbytes for view in views], self._num_streams)
-        ]
-        fetch = _Fetch(grant, peer, exchanges, deadline, codec)
+        fetch = _Fetch(grant, peer, wanted, deadline, codec, self._num_streams, self._block_bytes)
         self._run_all(fetch)
-        for index, result in zip(asked, fetch.results(), strict=True):
-            results[index] = result
-        return [result or ReadResult.UNREACHABLE for result in results]
+        return fetch.results()
 
     def close(self) -> None:
         """Close every connection, and end the helpers."""
@@ -111,7 +101,7 @@ class TcpTransport:
 
     def _run_all(self, fetch: _Fetch) -> None:
         self._idle.setdefault(fetch.at, [])  # before the helpers look
-        num_helpers = min(self._num_streams, len(fetch.queue) // _NUM_AHEAD) - 1
+        num_helpers = min(self._num_streams, fetch.num_asks // _NUM_AHEAD) - 1
         helping = []
         try:
             for _ in range(num_helpers):
@@ -128,9 +118,9 @@ class TcpTransport:
         """Put asks over one stream until the queue is empty, or the stream fails."""
         stream: Stream | None = None
         try:
-            if fetch.queue:
+            if (first := fetch.next()) is not None:
                 stream = self._take(fetch)
-                self._converse(fetch, stream)
+                self._converse(fetch, stream, first)
                 self._idle[fetch.at].append(stream)
                 stream = None
         except (OSError, Malformed) as error:
@@ -139,19 +129,22 @@ class TcpTransport:
             if stream is not None:
                 stream.close()
 
-    def _converse(self, fetch: _Fetch, stream: Stream) -> None:
+    def _converse(self, fetch: _Fetch, stream: Stream, first: Exchange) -> None:
         codec = None if fetch.codec == RAW else self._codecs[fetch.codec]
         asked: deque[Exchange] = deque()
+        following: Exchange | None = first
         while True:
-            while len(asked) < _NUM_AHEAD and (exchange := fetch.next()) is not None:
-                ask = exchange.ask(fetch.grant, self._kv_format_hash, fetch.codec)
+            while following is not None:
+                ask = following.ask(fetch.grant, self._kv_format_hash, fetch.codec)
                 if len(ask) > MAX_MESSAGE_BYTES:
                     raise Malformed(f"an ask of {len(ask)} bytes")  # for a grant like a book
                 stream.send([ask], fetch.deadline)
-                asked.append(exchange)
+                asked.append(following)
+                following = fetch.next() if len(asked) < _NUM_AHEAD else None
             if not asked:
                 return
             asked.popleft().receive(stream, fetch.deadline, self._kv_format, codec)
+            following = fetch.next()
 
     def _take(self, fetch: _Fetch) -> Stream:
         """A connection to the source: one that is idle and still stands, or a new one."""
@@ -169,25 +162,39 @@ class TcpTransport:
 
 
 class _Fetch:
-    """The asks of one fetch that no stream has taken yet, and why a stream failed, if one did."""
+    """The asks of one fetch, made as streams take them, and why a stream failed, if one did."""
 
     def __init__(
-        self, grant: Grant, peer: Peer, exchanges: list[Exchange], deadline: float, codec: str
+        self,
+        grant: Grant,
+        peer: Peer,
+        wanted: Sequence[Wanted],
+        deadline: float,
+        codec: str,
+        num_streams: int,
+        block_bytes: int,
     ) -> None:
         self.grant = grant
         self.peer = peer
         self.deadline = deadline
         self.codec = codec
         self.at = (grant.source, grant.epoch)
-        self._exchanges = exchanges
-        self.queue = deque(exchanges)
+        num_bytes = len(wanted) * block_bytes
+        most = ask_bytes(num_bytes, num_streams)
+        self.num_asks = max(num_bytes // most, len(wanted) // MAX_BLOCKS)
+        self._results: list[ReadResult | None] = [None] * len(wanted)
+        self._rest = exchanges(wanted, self._results, most)
+        self._taken: list[Exchange] = []
+        self._lock = threading.Lock()  # over the two
         self._failure = ReadResult.UNREACHABLE
 
     def next(self) -> Exchange | None:
-        try:
-            return self.queue.popleft()
-        except IndexError:
-            return None
+        """The next ask, for whichever stream is first; None when there is no more."""
+        with self._lock:
+            exchange = next(self._rest, None)
+            if exchange is not None:
+                self._taken.append(exchange)
+            return exchange
 
     def fail(self, error: Exception) -> None:
         late = isinstance(error, TimeoutError) and time.monotonic() >= self.deadline
@@ -195,10 +202,13 @@ class _Fetch:
         _log(self.grant, self._failure, str(error))
 
     def results(self) -> list[ReadResult]:
-        """One for each block, in order."""
-        return [
-            result or self._failure for exchange in self._exchanges for result in exchange.results
-        ]
+        """One for each block, in order; no stream is at work any more."""
+        for exchange in self._taken:
+            for index, result in zip(exchange.indices, exchange.results, strict=True):
+                self._results[index] = result
+        for _ in self._rest:  # not asked for; but some could not have been
+            pass
+        return [result or self._failure for result in self._results]
 
 
 def connect(peer: Peer, tls: ssl.SSLContext | None, limit: float) -> Stream:
@@ -235,17 +245,6 @@ def connect(peer: Peer, tls: ssl.SSLContext | None, limit: float) -> Stream:
         stream.close()
         raise
     return stream
-
-
-def _unaskable(block: Wanted, destination: memoryview) -> ReadResult | None:
-    """What a block gets that no ask can be made for; frames are hints of a peer."""
-    if len(block.key) != KEY_BYTES:
-        return ReadResult.MISSING
-    if not 0 <= block.frame < _MAX_FRAME:
-        return ReadResult.OUT_OF_RANGE
-    if not destination.nbytes:
-        return ReadResult.WRONG_SIZE
-    return None
 
 
 def _log(grant: Grant, result: ReadResult, reason: str) -> None:

@@ -20,16 +20,19 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from baton.core.lease import verify_mac
 from baton.fabric.arena import Arena, MappedArena
+from baton.fabric.bulk import send_pieces
 from baton.fabric.stream import Stream
 from baton.fabric.transport import Bytes
 from baton.fabric.wire import (
+    BLOCK_RESULTS,
     PROTOCOL_VERSION,
     RAW,
     Ask,
@@ -38,7 +41,6 @@ from baton.fabric.wire import (
     End,
     Received,
     Refusal,
-    State,
     decode_ask,
     pack,
 )
@@ -49,8 +51,19 @@ logger = logging.getLogger(__name__)
 Allows = Callable[[str, bytes, float], bool]
 """`LeaseTable.allows`: whether a grant's lease covers a key at an instant. Called by any thread."""
 
-_Sent = tuple[int, int, int]
-"""A block that may be sent: its index in the ask, its frame, the frame's generation."""
+_OK, _MISSING, _OUT_OF_RANGE, _WRONG_SIZE, _REFUSED = range(len(BLOCK_RESULTS))
+_Integers = npt.NDArray[np.int64]
+
+
+class _Judged(NamedTuple):
+    """What is said of an ask's blocks; and of those that are sent, all [num_sent]: their indices
+    in the ask, frames, generations (uint64) and stored lengths."""
+
+    answer: Blocks
+    good: _Integers
+    frames: _Integers
+    generations: npt.NDArray[np.uint64]
+    num_bytes: _Integers
 
 
 class Answers:
@@ -111,57 +124,59 @@ class Answers:
             return "codec"
         return None
 
-    def _judge(self, ask: Ask, encoded_bytes: int = 0) -> tuple[list[State], list[_Sent]]:
+    def _judge(self, ask: Ask, encoded_bytes: int = 0) -> _Judged:
         """What to say of each block, and which to send: as long as stored, or `encoded_bytes`."""
-        now, grant_id = time.monotonic(), ask.grant.grant_id
-        num_frames = self._store.geometry.num_frames
-        longest = self._store.geometry.frame_bytes
-        states: list[State] = []
-        good: list[_Sent] = []
-        for index, block in enumerate(ask.blocks):
-            key, frame = block.key, block.frame
-            if not self._allows(grant_id, key, now):
-                states.append(("refused", 0))
-                continue
-            if frame >= num_frames:
-                states.append(("out_of_range", 0))
-                continue
-            generation, num_bytes, stored_key, _ = self._store.header(frame)
-            fits = block.num_bytes == num_bytes and 0 < num_bytes <= longest
-            fits = fits and block.num_tokens <= self._kv_format.block_size
-            if generation % 2 or stored_key != key:
-                states.append(("missing", 0))
-            elif not fits or (encoded_bytes and num_bytes != self._kv_format.block_bytes):
-                states.append(("wrong_size", 0))
-            else:
-                states.append(("ok", encoded_bytes or num_bytes))
-                good.append((index, frame, generation))
-        return states, good
+        now, grant_id, store = time.monotonic(), ask.grant.grant_id, self._store
+        frames, num_bytes, num_tokens = ask.each_number()
+        keys = np.frombuffer(ask.keys, "<u8").reshape(-1, 4)
+        is_outside = frames >= store.geometry.num_frames
+        headers = store.headers(np.where(is_outside, 0, frames))
+        stored = headers["num_bytes"]
+        fits = (num_bytes == stored) & (stored > 0) & (stored <= store.geometry.frame_bytes)
+        fits &= num_tokens <= self._kv_format.block_size
+        if encoded_bytes:
+            fits &= stored == self._kv_format.block_bytes
+        is_missing = (headers["generation"] % 2 == 1) | (headers["key"] != keys).any(axis=1)
+        is_refused = np.array([not self._allows(grant_id, key, now) for key in ask.each_key()])
+        is_good = fits & ~(is_missing | is_outside | is_refused)
+        results = np.full(len(frames), _OK, np.uint8)
+        if not is_good.all():
+            results[~fits] = _WRONG_SIZE
+            results[is_missing] = _MISSING  # what comes later weighs more
+            results[is_outside] = _OUT_OF_RANGE
+            results[is_refused] = _REFUSED
+        good = np.flatnonzero(is_good)
+        sizes = np.full(len(good), encoded_bytes) if encoded_bytes else num_bytes[good]
+        answer = Blocks(ask.ask_id, results.tobytes(), int(sizes.sum()))
+        return _Judged(answer, good, frames[good], headers["generation"][good], num_bytes[good])
 
     def _send_stored(self, ask: Ask, stream: Stream, limit: float) -> None:
-        states, good = self._judge(ask)
-        stored = [self._store.stored(frame, states[index][1]) for index, frame, _ in good]
-        stream.send([pack(Blocks(ask.ask_id, tuple(states))), *stored], limit)
-        stream.send([pack(End(ask.ask_id, changed=self._changed(good)))], limit)
+        judged = self._judge(ask)
+        stream.send([pack(judged.answer)], limit, more=len(judged.good) > 0)
+        starts = self._store.starts_at(judged.frames)
+        send_pieces(stream, self._store.memory, starts, judged.num_bytes, limit)
+        stream.send([pack(End(ask.ask_id, changed=self._changed(judged)))], limit)
 
     def _send_encoded(self, ask: Ask, stream: Stream, limit: float) -> None:
         codec, encoded_bytes = self._codecs[ask.codec]
-        states, good = self._judge(ask, encoded_bytes)
-        stream.send([pack(Blocks(ask.ask_id, tuple(states)))], limit)
+        judged = self._judge(ask, encoded_bytes)
+        stream.send([pack(judged.answer)], limit)
         encoded: Bytes = np.zeros(encoded_bytes, np.uint8)
+        filled = ask.each_number()[2].tolist()
         corrupt, digests = [], []
-        for index, frame, _ in good:
-            stored = self._store.stored(frame, ask.blocks[index].num_bytes)
+        for index, frame, num_bytes in zip(
+            judged.good.tolist(), judged.frames.tolist(), judged.num_bytes.tolist(), strict=True
+        ):
+            stored = self._store.stored(frame, num_bytes)
             if xxhash.xxh3_128_digest(stored) == self._store.header(frame)[3]:
-                num_tokens = ask.blocks[index].num_tokens or None
-                codec.encode(self._kv_format, stored, encoded, num_tokens)
+                codec.encode(self._kv_format, stored, encoded, filled[index] or None)
             else:
                 corrupt.append(index)
             digests.append(xxhash.xxh3_128_digest(encoded.data))
             stream.send([encoded.data], limit)
-        end = End(ask.ask_id, self._changed(good), tuple(corrupt), tuple(digests))
+        end = End(ask.ask_id, self._changed(judged), tuple(corrupt), tuple(digests))
         stream.send([pack(end)], limit)
 
-    def _changed(self, sent: list[_Sent]) -> tuple[int, ...]:
-        header = self._store.header
-        return tuple(index for index, frame, was in sent if header(frame)[0] != was)
+    def _changed(self, judged: _Judged) -> tuple[int, ...]:
+        is_changed = self._store.headers(judged.frames)["generation"] != judged.generations
+        return tuple(judged.good[is_changed].tolist())

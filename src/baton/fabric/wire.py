@@ -10,7 +10,8 @@ end closes the connection: nothing is skipped to find the next message.
 
 A message is its length (4 bytes, big endian, 1 to `MAX_MESSAGE_BYTES`) and as many bytes of
 msgpack: an array that begins with the message's name and has exactly the fields below. The length
-is checked before memory is taken for it, the number of blocks before any is decoded.
+is checked before memory is taken for it. What there is for each block lies in one piece, so that
+an ask for many blocks costs little more than one for few.
 
     Ask       "ask"
       protocol    int          PROTOCOL_VERSION; another one is refused
@@ -19,19 +20,19 @@ is checked before memory is taken for it, the number of blocks before any is dec
       kv_format   32 bytes     SHA-256 of the reader's kv_format; an unlike one is refused
       codec       str          how the blocks are to travel; `raw` is as they are stored
       grant       map          `types.Grant`; its MAC covers grant_id, source, tenant and epoch
-      blocks      1 to 256 of
-        key         32 bytes
-        frame       int        hint: the server trusts it only if the frame's header has the key
-        num_bytes   int        the stored length that the reader expects
-        num_tokens  int        how many slots are filled, 0 for all: what an encoder looks at
+      keys        32 bytes for each of 1 to 256 blocks
+      numbers     u32, little endian, one for each block of each kind:
+        frame                  hint: the server trusts it only if the frame's header has the key
+        num_bytes              the stored length that the reader expects
+        num_tokens             how many slots are filled, 0 for all: what an encoder looks at
 
     Blocks    "blocks"
       ask_id      16 bytes
-      states      one for each block asked for, in order
-        result      str        ok, missing, out_of_range, wrong_size, refused (not covered by the
-                               grant's lease, or the lease is over)
-        num_bytes   int        how many bytes of it follow: 0 unless ok; else, with `raw`, what
-                               was asked for, and with another codec its constant encoded length
+      results     1 byte for each block asked for, in order: 0 ok, 1 missing, 2 out_of_range,
+                  3 wrong_size, 4 refused (not covered by the grant's lease, or that is over)
+      num_bytes   int          how many bytes follow, of all blocks that are ok: of each, with
+                               `raw`, what was asked for, and with another codec its constant
+                               encoded length
 
     Refusal   "refusal"
       ask_id      16 bytes
@@ -51,21 +52,38 @@ With `raw` the reader's own digest of what it received decides, so a block is go
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Annotated, Final, Literal, Protocol, TypeVar
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from msgspec import Meta
 
 from baton.errors import BatonError
-from baton.fabric.transport import Bytes, ReadableBlock, WritableBlock
+from baton.fabric.transport import Bytes, ReadableBlock, ReadResult, WritableBlock
 from baton.types import Grant, KvFormat
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 RAW: Final = "raw"
 MAX_MESSAGE_BYTES: Final = 16 << 10
 MAX_BLOCKS: Final = 256
 ASK_ID_BYTES: Final = 16
 LENGTH: Final = struct.Struct(">I")
+
+BLOCK_RESULTS: Final = (
+    ReadResult.OK,
+    ReadResult.MISSING,
+    ReadResult.OUT_OF_RANGE,
+    ReadResult.WRONG_SIZE,
+    ReadResult.REFUSED,
+)
+"""What is said of a block, by its number."""
+MAX_NUMBER: Final = (1 << 32) - 1
+
+_KEY_BYTES: Final = 32
+_NUMBERS: Final = 3
+_NUMBER_BYTES: Final = 4
 
 Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 AskId = Annotated[bytes, Meta(min_length=ASK_ID_BYTES, max_length=ASK_ID_BYTES)]
@@ -78,15 +96,6 @@ class Malformed(BatonError):
     """Bytes from a peer that are not what the protocol has at this place."""
 
 
-class AskedBlock(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One block of an `Ask`."""
-
-    key: Sha256
-    frame: Natural
-    num_bytes: Natural
-    num_tokens: Annotated[int, Meta(ge=0, le=0xFFFF)]
-
-
 class Ask(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ask"):
     """reader → server."""
 
@@ -95,20 +104,30 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     kv_format: Sha256
     codec: Annotated[str, Meta(max_length=32)]
     grant: Grant
-    blocks: Annotated[tuple[AskedBlock, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
+    keys: Annotated[bytes, Meta(min_length=_KEY_BYTES, max_length=_KEY_BYTES * MAX_BLOCKS)]
+    numbers: Annotated[bytes, Meta(max_length=_NUMBERS * _NUMBER_BYTES * MAX_BLOCKS)]
 
+    def each_key(self) -> list[bytes]:
+        """The keys, in order."""
+        keys = self.keys
+        return [keys[at : at + _KEY_BYTES] for at in range(0, len(keys), _KEY_BYTES)]
 
-BlockResult = Literal["ok", "missing", "out_of_range", "wrong_size", "refused"]
-State = tuple[BlockResult, Natural]
+    def each_number(self) -> npt.NDArray[np.int64]:
+        """Frames, stored lengths and filled slots, [3, num_blocks]."""
+        return np.frombuffer(self.numbers, "<u4").astype(np.int64).reshape(_NUMBERS, -1)
 
 
 class Blocks(
     msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="blocks"
 ):
-    """server → reader; the bytes of the blocks that are ok follow, and then `End`."""
+    """server → reader; the bytes of the blocks that are ok follow, and then `End`.
+
+    results: indices into `BLOCK_RESULTS`.
+    """
 
     ask_id: AskId
-    states: Annotated[tuple[State, ...], Meta(max_length=MAX_BLOCKS)]
+    results: Annotated[bytes, Meta(max_length=MAX_BLOCKS)]
+    num_bytes: Natural
 
 
 class Refusal(
@@ -178,14 +197,28 @@ def decode_length(data: Received) -> int:
     return int(length)
 
 
+def pack_numbers(
+    frames: Sequence[int], num_bytes: Sequence[int], num_tokens: Sequence[int]
+) -> bytes:
+    """For an ask: of each block one of each, none over `MAX_NUMBER`."""
+    return struct.pack(f"<{_NUMBERS * len(frames)}I", *frames, *num_bytes, *num_tokens)
+
+
 def decode_ask(data: Received) -> Ask:
     """Raises `Malformed` if it is none."""
-    return _decode(_ask_decoder, data)
+    ask = _decode(_ask_decoder, data)
+    num_blocks, rest = divmod(len(ask.keys), _KEY_BYTES)
+    if rest or len(ask.numbers) != num_blocks * _NUMBERS * _NUMBER_BYTES:
+        raise Malformed(f"keys of {len(ask.keys)} bytes, numbers of {len(ask.numbers)}")
+    return ask
 
 
 def decode_answer(data: Received) -> Blocks | Refusal:
     """Raises `Malformed` if it is neither."""
-    return _decode(_answer_decoder, data)
+    answer = _decode(_answer_decoder, data)
+    if isinstance(answer, Blocks) and max(answer.results, default=0) >= len(BLOCK_RESULTS):
+        raise Malformed("a result that no block has")
+    return answer
 
 
 def decode_end(data: Received) -> End:

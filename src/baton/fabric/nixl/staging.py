@@ -1,7 +1,7 @@
 """Memory of ours that blocks land in, before they are copied and digested into their places.
 
     pages of headers, read before the frames, and again after them
-    bank 0, bank 1: frames; one is copied out while the next lands in the other
+    banks of frames; some are copied out while the next lands in another
 
 A read that missed its deadline keeps its whole `Staging` until it has ended. On a GPU `Banks` would
 be device memory: `kind`, `device`, `address`, `num_bytes` and `take_out` are all that is asked of
@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.fabric.arena import FRAME_HEADERS, PAGE_BYTES
-from baton.fabric.digest import gather_and_digest, num_bytes_of
+from baton.fabric.digest import gather_and_digest
 from baton.fabric.nixl.agent import MEMORY
 from baton.fabric.transport import Bytes, WritableBlock
 
-BANK_BYTES: Final = 4 << 20
+BANK_BYTES: Final = 2 << 20
 """Small enough to be copied out of a cache, large enough for the hand-over not to be felt."""
-NUM_BANKS: Final = 2
+NUM_BANKS: Final = 4
 NUM_PAGES: Final = 257
 """Of headers at one time; page 0 of the arena is one of them."""
 
@@ -42,11 +42,19 @@ class Banks:
         self._bytes: Bytes = np.frombuffer(mmap.mmap(-1, self.num_bytes), dtype=np.uint8)
         self.address = int(self._bytes.ctypes.data)
 
-    def take_out(self, bank: int, destinations: Sequence[WritableBlock]) -> list[bytes]:
-        """Copy the first frames of `bank` to `destinations`, in order; the copies' digests."""
+    def take_out(
+        self,
+        bank: int,
+        turns: Sequence[int],
+        sizes: Sequence[int],
+        destinations: Sequence[WritableBlock],
+    ) -> list[bytes]:
+        """Copy frames of `bank`, `sizes` bytes of each, to `destinations`; the copies' digests.
+
+        turns: which frames, counted from the bank's first.
+        """
         first = bank * self.frames_per_bank
-        starts = [(first + turn) * self.stride for turn in range(len(destinations))]
-        sizes = [num_bytes_of(destination) for destination in destinations]
+        starts = [(first + turn) * self.stride for turn in turns]
         return gather_and_digest(self._bytes, starts, sizes, destinations)
 
 

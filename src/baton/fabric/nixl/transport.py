@@ -2,17 +2,22 @@
 
 A fetch is cut into sections, each into batches of one bank:
 
-    pages of headers ► check ► frames of batch 1 ► frames of batch 2 ► … ► pages of headers ► check
-                                        └► copied out     └► copied out
+    reads    pages of headers ► frames of batch 1 ► of batch 2 ► … ► pages of headers ► next section
+    helper                             └► check, copy out  └► check, copy out
+
+The fetching thread does nothing but read, section after section; a thread of the transport's does
+the rest meanwhile. So frames are read before their headers are looked at, into staging memory; but
+only what the headers say is right is copied from there.
 
 `NixlTransport` owns the peers, the memory they land in (`MAX_STAGINGS` at most, quarantined ones
-included) and a thread that copies one batch out while the next one lands.
+included) and the helper.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final
@@ -20,8 +25,8 @@ from typing import Final
 from baton.fabric.arena import PAGE_BYTES, Geometry, first_bytes, kv_format_hash
 from baton.fabric.nixl.agent import warm_up
 from baton.fabric.nixl.door import Doors, knock
-from baton.fabric.nixl.peer import Numbers, Peer, PeerLost
-from baton.fabric.nixl.sections import judge, sections
+from baton.fabric.nixl.peer import Peer, PeerLost
+from baton.fabric.nixl.sections import Landing, sections
 from baton.fabric.nixl.staging import NUM_BANKS, Staging
 from baton.fabric.nixl.wire import Unreadable
 from baton.fabric.transport import ReadResult, Wanted
@@ -140,58 +145,40 @@ class NixlTransport:
         results: list[ReadResult | None],
         deadline: float,
     ) -> None:
-        for section in sections(peer.geometry, wanted, results):
-            blocks = [wanted[index] for index in section.indices]
-            peer.read_pages(staging, False, section.pages, deadline)
-            _check_epoch(peer.geometry, staging.page_0(False))
-            before = staging.headers(False, section.places)
-            found = judge(peer.geometry, before, blocks)
-            todo = [turn for turn, result in enumerate(found) if result is ReadResult.OK]
-            if todo:
-                frames = section.frames[todo]
-                digests = self._copy(
-                    peer, staging, frames, [blocks[turn] for turn in todo], deadline
-                )
+        """Read section after section, while the helper takes out what has been read.
+
+        Neither destinations nor `staging` are touched any more by us when this returns or raises.
+        """
+        per_bank = staging.banks.frames_per_bank
+        under_way: deque[Future[None]] = deque()  # one for each bank that is not empty
+        turn = 0
+        landed: list[Landing] = []
+        try:
+            for section in sections(peer.geometry, wanted, results):
+                peer.read_pages(staging, False, section.pages, deadline)
+                _check_epoch(peer.geometry, staging.page_0(False))
+                here = Landing(section, wanted, staging.headers(False, section.places))
+                for start in range(0, len(section.frames), per_bank):
+                    if len(under_way) == NUM_BANKS:
+                        under_way.popleft().result()
+                    bank, turn = turn % NUM_BANKS, turn + 1
+                    batch = slice(start, start + per_bank)
+                    peer.read_frames(staging, bank, section.frames[batch], deadline)
+                    under_way.append(
+                        self._helper.submit(
+                            here.take_out, peer.geometry, staging.banks, bank, batch
+                        )
+                    )
                 peer.read_pages(staging, True, section.pages, deadline)
                 _check_epoch(peer.geometry, staging.page_0(True))
-                after = staging.headers(True, section.places)
-                changed = before["generation"] != after["generation"]
-                for turn, digest in zip(todo, digests, strict=True):
-                    if changed[turn]:
-                        found[turn] = ReadResult.MISSING
-                    elif digest != blocks[turn].digest:
-                        found[turn] = ReadResult.CORRUPT
-            for index, result in zip(section.indices, found, strict=True):
-                results[index] = result
-
-    def _copy(
-        self,
-        peer: Peer,
-        staging: Staging,
-        frames: Numbers,
-        blocks: Sequence[Wanted],
-        deadline: float,
-    ) -> list[bytes]:
-        """Copy frames to their destinations; the digests of the copies, in order.
-
-        The destinations are not touched any more when this returns or raises.
-        """
-        per_bank, take_out = staging.banks.frames_per_bank, staging.banks.take_out
-        copies: list[Future[list[bytes]]] = []
-        try:
-            for turn, start in enumerate(range(0, len(blocks), per_bank)):
-                if turn >= NUM_BANKS:
-                    copies[turn - NUM_BANKS].result()
-                bank = turn % NUM_BANKS
-                batch = slice(start, start + per_bank)
-                peer.read_frames(staging, bank, frames[batch], deadline)
-                destinations = [block.destination for block in blocks[batch]]
-                if batch.stop < len(blocks):
-                    copies.append(self._helper.submit(take_out, bank, destinations))
-            last = take_out(bank, destinations)
-            return [digest for copy in copies for digest in copy.result()] + last
+                here.after = staging.headers(True, section.places)
+                landed.append(here)
         finally:
-            wait(copies)
+            wait(under_way)
+            for here in landed:
+                here.finish(results)
+        for copy in under_way:
+            copy.result()
 
     def _peer(self, grant: Grant, deadline: float) -> Peer:
         if time.monotonic() >= deadline:
