@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -31,6 +32,7 @@ EXAMPLES = """\
   baton explain cmpl-0c4e5f2a…                         the waterfall, from the running gateway
 """
 DEFAULT_URL = "http://127.0.0.1:8001"
+WIDTH = 100
 _PREFIXES = ("chatcmpl-", "cmpl-")
 
 
@@ -107,7 +109,7 @@ def print_explanation(found: Explanation, out: TextIO) -> None:
     lengths = f"{found.num_prompt_tokens:,} tokens in, {found.num_output_tokens:,} out"
     print(f"Request {found.request_id}{choice}: {lengths}", file=out)
     for note in found.notes:
-        print(note, file=out)
+        _say(note, out)
     for attempt, why in zip(found.attempts, found.why, strict=True):
         _print_attempt(attempt, why, len(found.attempts) > 1, out)
     if found.parts:
@@ -122,7 +124,8 @@ def print_explanation(found: Explanation, out: TextIO) -> None:
     if found.twin and found.measured is not None:
         _print_turns(found, found.measured, out)
     elif found.no_twin:
-        print(f"\nNothing is told of other turns: {found.no_twin}", file=out)
+        print(file=out)
+        _say(f"nothing is told of other turns: {found.no_twin}", out)
 
 
 def _print_attempt(attempt: Attempt, why: Sequence[str], several: bool, out: TextIO) -> None:
@@ -153,7 +156,7 @@ def _print_attempt(attempt: Attempt, why: Sequence[str], several: bool, out: Tex
     title = f"Candidates{number} (* taken): tokens, blocks, and the seconds predicted from them"
     print_table((*columns, "a token"), rows, title=title, file=out)
     for sentence in why:
-        print(f"  {sentence}", file=out)
+        _say(sentence, out)
 
 
 def _print_turns(found: Explanation, measured: Served, out: TextIO) -> None:
@@ -164,20 +167,27 @@ def _print_turns(found: Explanation, measured: Served, out: TextIO) -> None:
     columns = ("placement", "TTFT", "TPOT", "E2E", "others' ITL", "others' TTFT", "")
     print_table(columns, rows, title="What the twin says (* taken)", file=out)
     chosen = next(turn.served for turn in found.twin if turn.is_chosen)
-    errors = (
-        _share(_error(chosen.ttft_s, measured.ttft_s)),
-        _share(_error(chosen.tpot_s, measured.tpot_s)),
-        _share(_error(chosen.e2e_s, measured.e2e_s)),
-    )
-    print(f"  the twin's own error: TTFT {errors[0]}, TPOT {errors[1]}, E2E {errors[2]}", file=out)
+    errors = [
+        f"{name} {_share(_error(twin, real))}"
+        for name, twin, real in (
+            ("TTFT", chosen.ttft_s, measured.ttft_s),
+            ("TPOT", chosen.tpot_s, measured.tpot_s),
+            ("E2E", chosen.e2e_s, measured.e2e_s),
+        )
+    ]
+    _say(f"the twin's own error: {', '.join(errors)}", out)
     others = f"{measured.num_others:,} others were under way while it was"
-    print(f"  {others}; the twin served {found.num_before:,} requests before it", file=out)
+    _say(f"{others}; the twin served {found.num_before:,} requests before it", out)
     if found.held_out:
         named = ", ".join(
             f"{name} {'not known' if error is None else f'{error:.0%}'}"
             for name, error in found.held_out.items()
         )
-        print(f"  steps cost as logged; median error held out: {named}", file=out)
+        _say(f"steps cost as logged; median error held out: {named}", out)
+
+
+def _say(sentence: str, out: TextIO) -> None:
+    print(textwrap.fill(sentence, WIDTH, initial_indent="  ", subsequent_indent="    "), file=out)
 
 
 def _turn(turn: Turn) -> str:
