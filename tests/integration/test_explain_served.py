@@ -16,6 +16,7 @@ import pytest
 from integration.deployment import Deployment
 from integration.runs import COMMON_FLAGS, EXTRA
 
+from baton.cli.explain import request_id
 from baton.planner.explain.explanation import Explanation, explain
 from baton.planner.explain.logs import Logs
 
@@ -68,7 +69,7 @@ def explained(
         ids = asyncio.run(ask_all(served))
         by_id = {each["request_id"]: each for each in served.requests()}
         live = run_explain(ids[5], "--url", served.admin_url)
-        waterfalls = [by_id[name.removeprefix("cmpl-")] for name in ids]
+        waterfalls = [by_id[request_id(name)] for name in ids]
         assert f"{1000 * waterfalls[5]['ttft_s']:.3g} ms" in live
     return ids, waterfalls, logs
 
@@ -111,10 +112,10 @@ def test_a_request_is_explained_by_the_id_of_its_answer(
 def test_the_twin_is_near_what_was_measured(
     explained: tuple[list[str], list[dict[str, Any]], Path],
 ) -> None:
-    ids, waterfalls, logs = explained
-    found: list[Explanation] = []
-    for name in ids[8:20:2]:
-        found.append(explain(Logs(logs), (name.removeprefix("cmpl-"), 0), {}, 1000))
+    ids, _, logs = explained
+    found: list[Explanation] = [
+        explain(Logs(logs), (request_id(name), 0), {}, 1000) for name in ids[8:20:2]
+    ]
     ratios: dict[str, list[float]] = {"ttft_s": [], "tpot_s": [], "e2e_s": []}
     for each in found:
         assert each.measured is not None and each.measured.num_others >= AT_A_TIME - 1
@@ -127,6 +128,13 @@ def test_the_twin_is_near_what_was_measured(
     for figure, of_all in ratios.items():
         assert 1 / NEAR < statistics.median(of_all) < NEAR, (figure, of_all)
     # With a prompt on it, a decode worker's answers wait: the twin sees that as well.
-    alone = [turn.served.others_itl_s for each in found for turn in each.twin if not turn.candidate.prefill]
-    split = [turn.served.others_itl_s for each in found for turn in each.twin if turn.candidate.prefill]
+    alone = [
+        turn.served.others_itl_s
+        for each in found
+        for turn in each.twin
+        if not turn.candidate.prefill
+    ]
+    split = [
+        turn.served.others_itl_s for each in found for turn in each.twin if turn.candidate.prefill
+    ]
     assert statistics.mean(filter(None, alone)) > statistics.mean(filter(None, split))

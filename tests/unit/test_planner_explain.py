@@ -300,7 +300,7 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_unknown_requests_and_missing_logs_are_told_apart(
     logs: Path, run: list[RequestResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "knows request cafe" in fails(capsys, "cmpl-cafe", "--logs", str(logs))
+    assert "knows request cafe.0:" in fails(capsys, "cmpl-cafe", "--logs", str(logs))
     assert "choice 3" in fails(capsys, "r3", "--choice", "3", "--logs", str(logs))
     (tmp_path / "empty").mkdir()
     for nothing in ("empty", "nowhere"):
@@ -399,7 +399,7 @@ def test_another_decision_than_the_logs_is_noted(logs: Path, run: list[RequestRe
 def test_prints_tables_and_json(
     logs: Path, run: list[RequestResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["explain", "cmpl-r20", "--logs", str(logs), "--json", str(tmp_path / "x")]) == 0
+    assert main(["explain", "r20", "--logs", str(logs), "--json", str(tmp_path / "x")]) == 0
     out = capsys.readouterr().out
     for words in (
         "Request r20:",
@@ -425,7 +425,7 @@ def test_the_running_gateway_tells_the_waterfall(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = Waterfall(
-        request_id="abc",
+        request_id="abc.1",
         choice=0,
         num_prompt_tokens=9,
         num_generated_tokens=5,
@@ -444,11 +444,19 @@ def test_the_running_gateway_tells_the_waterfall(
         return httpx.Response(200, content=body, request=httpx.Request("GET", url))
 
     monkeypatch.setattr(httpx, "get", get)
-    assert main(["explain", "chatcmpl-abc"]) == 0
+    assert main(["explain", "chatcmpl-abc.1"]) == 0
     out = capsys.readouterr().out
-    for words in ("prefill-0 > decode-1", "11 ms", "22 ms", "33 ms", "44 ms", "55 ms", "--logs DIR"):
+    for words in (
+        "prefill-0 > decode-1",
+        "11 ms",
+        "22 ms",
+        "33 ms",
+        "44 ms",
+        "55 ms",
+        "--logs DIR",
+    ):
         assert words in out
-    assert "among the last 1" in fails(capsys, "abd")
+    assert "no request abc.0 among the last 1" in fails(capsys, "chatcmpl-abc")
 
 
 def test_a_gateway_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

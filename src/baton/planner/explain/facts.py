@@ -27,9 +27,10 @@ class Facts:
     """One start of a worker. Durations in seconds; None where the log shows none.
 
     depth: steps in flight at most. pause_s: between two steps, if no copies are waited for.
-    copy_s: for a block, into its own store. fetches: for a block out of a peer's, each. num_tokens: of the answer
-    of each choice, as far as this worker drew it. received: legs that found it with nothing to do, by
-    its clock. took_early: blocks were offered to it before the handoff.
+    copy_s: for a block, into its own store. fetches: for a block out of a peer's, each.
+    num_tokens: of the answer of each choice, as far as this worker drew it. received: legs that
+    found it with nothing to do, by its clock. took_early: blocks were offered to it before the
+    handoff.
     """
 
     worker_id: str

@@ -72,8 +72,8 @@ class World(msgspec.Struct, frozen=True):
 class WhatIf:
     """The twin at one placement; `serve` turns it one way or another.
 
-    held_out: by worker, the error of its steps' cost on steps that the fit had not seen. num_before:
-    requests that are served before the one in question.
+    held_out: by worker, the error of its steps' cost on steps that the fit had not seen.
+    num_before: requests that are served before the one in question.
 
     Raises:
         NoTwin: it cannot be led there.
