@@ -2,7 +2,8 @@
 
 A log is a sequence of records, each a 4-byte little-endian length and a msgpack body. The first
 is a header; the others are inputs in the order of the calls. Decisions are not in it: of each
-plan and placement only an 8-byte hash, so `replay` must come to them by itself.
+plan and placement only an 8-byte hash, so `replay` must come to them by itself. `now` is seconds of
+the process's monotonic clock; the router needs none, and gets it for who reads the log.
 
 `LoggedScheduler` and `LoggedRouter` are the real ones with a pen in hand.
 """
@@ -123,6 +124,7 @@ class Placed(msgspec.Struct, frozen=True, tag="p", array_like=True):
     num_tokens: int
     keys: tuple[bytes, ...]
     key_class: str
+    now: float
     decision: bytes
 
 
@@ -139,11 +141,13 @@ class Kept(msgspec.Struct, frozen=True, tag="k", array_like=True):
 class Prefilled(msgspec.Struct, frozen=True, tag="q", array_like=True):
     request_id: str
     choice: int
+    now: float
 
 
 class Finished(msgspec.Struct, frozen=True, tag="f", array_like=True):
     request_id: str
     choice: int
+    now: float
 
 
 Header = WorkerHeader | RouterHeader
@@ -345,14 +349,16 @@ class LoggedRouter(Router):
         num_tokens: int,
         keys: Sequence[bytes],
         key_class: str = "",
+        now: float = 0.0,
     ) -> Placement:
         placement: Placement | None = None
         try:
-            placement = super().place(request_id, choice, num_tokens, keys, key_class)
+            placement = super().place(request_id, choice, num_tokens, keys, key_class, now)
             return placement
         finally:
             decision = placement_hash(placement)
-            self._write(Placed(request_id, choice, num_tokens, tuple(keys), key_class, decision))
+            asked = (request_id, choice, num_tokens, tuple(keys), key_class, now)
+            self._write(Placed(*asked, decision))
 
     def timed(self, worker_id: str, times: StageTimes) -> None:
         self._write(Timed(worker_id, times))
@@ -362,10 +368,10 @@ class LoggedRouter(Router):
         self._write(Kept(worker_id, tuple(keys)))
         super().kept(worker_id, keys)
 
-    def prefilled(self, request_id: str, choice: int) -> None:
-        self._write(Prefilled(request_id, choice))
-        super().prefilled(request_id, choice)
+    def prefilled(self, request_id: str, choice: int, now: float = 0.0) -> None:
+        self._write(Prefilled(request_id, choice, now))
+        super().prefilled(request_id, choice, now)
 
-    def finished(self, request_id: str, choice: int) -> None:
-        self._write(Finished(request_id, choice))
-        super().finished(request_id, choice)
+    def finished(self, request_id: str, choice: int, now: float = 0.0) -> None:
+        self._write(Finished(request_id, choice, now))
+        super().finished(request_id, choice, now)

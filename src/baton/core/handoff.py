@@ -260,7 +260,7 @@ class RequestTable:
         num_tokens = len(request.prompt) + len(life.tokens)
         keys = life.extend_keys(content, num_tokens, self._extend_keys)
         sought = [] if life.num_crashes else keys  # a suspect goes where there is the least work
-        placement = self._router.place(request.id, request.choice, num_tokens, sought, key_class)
+        placement = self._router.place(*life.key, num_tokens, sought, key_class, now)
         prefill = self._members.info(placement.prefill)
         if life.tokens and prefill and num_tokens > prefill.num_frames * prefill.block_size:
             # The answer has outgrown the store it would be handed off from.
@@ -363,7 +363,7 @@ class RequestTable:
         life.end(finish, now)
         self._waiting.pop(life.key, None)
         del self._lives[life.key]
-        self._router.finished(*life.key)
+        self._router.finished(*life.key, now)
 
     def _remember(self, life: Life, worker_id: str) -> None:
         """What the last worker has computed beyond the placed keys may serve the next turn."""
@@ -379,7 +379,7 @@ class RequestTable:
     def _drew_first(self, life: Life, delta: TokenDelta, now: float) -> None:
         """The present attempt has computed its prompt."""
         self._held.return_loan(life)
-        self._router.prefilled(*life.key)
+        self._router.prefilled(*life.key, now)
         life.drew_first(delta.num_cached or 0, now)
 
     def _tell(self, instruction: Instruction) -> None:
