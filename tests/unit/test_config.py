@@ -63,6 +63,10 @@ def test_every_flag_sets_its_own_field_and_has_help() -> None:
             text = "false"
         elif flag.field.endswith("cpus"):
             text = "0-3,8"
+        elif flag.field.endswith("attainment"):
+            text = "0.5"
+        elif flag.path in ("plan.prompt_tokens", "plan.output_tokens"):
+            text = "1 2 3 4 5 6 7 8 9"
         elif flag.path in ("fabric.tcp_host", "rpc.host"):
             text = "::1"
         elif ".tls_" in flag.path:

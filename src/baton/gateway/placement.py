@@ -19,6 +19,7 @@ from baton.core.instructions import Ask, Instruction, Offer, Release, Renew, Sub
 from baton.core.life import Content, HandoffPolicy, Life
 from baton.core.router import Router, WorkerInfo
 from baton.errors import ServeError, WorkerLost
+from baton.gateway.auditor import Auditor
 from baton.gateway.dispatch import Readiness, ServedModel
 from baton.gateway.fabric_check import FabricCheck
 from baton.gateway.registry import Registry
@@ -58,6 +59,7 @@ class PlacingDispatcher:
         *,
         router: Router,
         policy: HandoffPolicy,
+        auditor: Auditor | None = None,
     ) -> None:
         self.registry = Registry(
             gateway_id,
@@ -71,6 +73,7 @@ class PlacingDispatcher:
         )
         self.fabric_check = FabricCheck(self.registry, router)
         self.recent = RecentRequests()
+        self.auditor = auditor or Auditor()
         self._table = RequestTable(router, policy)
         self._readers: dict[tuple[str, int], _Reader] = {}
         self._crashed: set[str] = set()
@@ -88,7 +91,9 @@ class PlacingDispatcher:
 
     async def generate(self, request: Request) -> AsyncIterator[TokenDelta]:
         """See `Dispatcher.generate`."""
-        life = self._table.add(request, time.monotonic())
+        now = time.monotonic()
+        life = self._table.add(request, now)
+        self.auditor.arrived(now)
         reader = self._readers[life.key] = _Reader(life)
         self._carry_out()
         try:
@@ -129,6 +134,7 @@ class PlacingDispatcher:
             key_class=f"{hello.numerics}/{fmt.dtype}/{fmt.block_size}",
         )
         content = Content(hello.fingerprint, hello.numerics, fmt.block_size)
+        self.auditor.joined(hello.worker_id, hello.role)
         self._table.join(info, content, time.monotonic())
         self._carry_out()
 
@@ -136,6 +142,7 @@ class PlacingDispatcher:
         # The reason holds addresses: it is for the log, where the registry has put it.
         crashed = worker_id in self._crashed
         self._crashed.discard(worker_id)
+        self.auditor.lost(worker_id)
         self._table.lose(worker_id, time.monotonic(), crashed=crashed)
         self._carry_out()
 
@@ -156,11 +163,15 @@ class PlacingDispatcher:
             life = table.timed(worker_id, times)
             if life is not None:
                 self._readers[life.key].waterfall.add(times, took_over=life.took_over)
+                self.auditor.leg(worker_id, life, times, life.took_over)
         for delta in report.deltas:
             table.delivered(worker_id, delta, now)
         for handoff in report.handoffs:
             table.handed_off(worker_id, handoff, now)
         self._carry_out()
+        if report.step is not None:
+            self.auditor.stepped(worker_id, report.step)
+        self.auditor.tick(now)
 
     # What follows -------------------------------------------------------------------------------
 
@@ -234,6 +245,7 @@ class PlacingDispatcher:
             waterfall.ttft_s = life.first_token_at - life.received
         waterfall.e2e_s = life.ended_at - life.received
         self.recent.add(waterfall)
+        self.auditor.finished(waterfall)
         logger.info(
             "finished request=%s choice=%d reason=%s prefill=%s decode=%s prompt=%d cached=%d "
             "generated=%d attempt=%d ttft_ms=%.0f e2e_ms=%.0f",

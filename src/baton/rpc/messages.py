@@ -24,6 +24,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from baton.core.step_cost import MeasuredStep
 from baton.errors import BatonError, WireError
 from baton.types import (
     Handoff,
@@ -177,6 +178,7 @@ class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     `sealed` are blocks that this worker opens to readers, `landed` those that it fetched early.
     `counters` are the worker's running totals (tokens computed, hits, preemptions, fallbacks).
+    `step` is one that ran since the last report, with its shape and time; not every one is told.
     `fatal` is the last word of a worker that is about to exit. `index` and `ack` (the last
     Instructions acted upon) are set by the server.
     """
@@ -190,6 +192,7 @@ class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     handoffs: tuple[Handoff, ...] = ()
     times: tuple[StageTimes, ...] = ()
     counters: dict[str, int] = {}
+    step: MeasuredStep | None = None
     draining: bool = False
     fatal: WireError | None = None
     ack: int = 0

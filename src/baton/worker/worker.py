@@ -18,6 +18,7 @@ from pathlib import Path
 from baton.config import Config
 from baton.core.decision_log import Sink
 from baton.core.sequence import SequenceId
+from baton.core.step_cost import MeasuredStep
 from baton.engine import inbox
 from baton.engine.build import Built, build_engine
 from baton.engine.engine import Emitted
@@ -245,11 +246,11 @@ class Worker:
                 if mine.concerns(times):
                     mine.times.append(times)
         for gateway_id, mine in news.items():
-            self._report(gateway_id, mine)
+            self._report(gateway_id, mine, emitted.step)
         if emitted.drained and not self._live:
             self.end(0)
 
-    def _report(self, gateway_id: str, news: _News) -> None:
+    def _report(self, gateway_id: str, news: _News, step: MeasuredStep | None = None) -> None:
         self._server.report(
             gateway_id,
             load=self._load,
@@ -259,6 +260,7 @@ class Worker:
             handoffs=tuple(news.handoffs),
             times=tuple(news.times),
             counters=self._counters,
+            step=step,
             draining=self._draining,
         )
 
