@@ -297,6 +297,7 @@ class StageTimes(msgspec.Struct, frozen=True):
     Sent once, with the leg's last delta. `started_s` is the time from receipt to the first chunk
     (queue); prefill and decode are until the last prompt token and the last token; export is
     from there to the sealed last block; import is from receipt to the last verified block.
+    `num_decoded` tokens were drawn in `decode_s`.
     """
 
     request_id: str
@@ -309,6 +310,7 @@ class StageTimes(msgspec.Struct, frozen=True):
     decode_s: float = 0.0
     num_prompt_computed: int = 0
     num_imported_blocks: int = 0
+    num_decoded: int = 0
 
 
 class WorkerLoad(msgspec.Struct, frozen=True):

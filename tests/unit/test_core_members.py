@@ -46,9 +46,10 @@ class NotingRouter(Router):
         num_tokens: int,
         keys: Sequence[bytes],
         key_class: str = "",
+        now: float = 0.0,
     ) -> Placement:
         self.placed.append((list(keys), key_class))
-        return super().place(request_id, choice, num_tokens, keys, key_class)
+        return super().place(request_id, choice, num_tokens, keys, key_class, now)
 
     def kept(self, worker_id: str, keys: Sequence[bytes]) -> None:
         self.keeping.append((worker_id, list(keys)))

@@ -6,9 +6,10 @@ import random
 
 import pytest
 
-from baton.core.router import Router, WorkerInfo
+from baton.core.predicted import Predicted
+from baton.core.router import RATE_WEIGHT, Pair, Router, WorkerInfo
 from baton.errors import Unavailable
-from baton.types import Role
+from baton.types import Role, StageTimes
 
 
 def _router(**roles: Role) -> Router:
@@ -165,3 +166,57 @@ def test_nothing_is_believed_of_workers_that_have_other_keys() -> None:
     router.finished("r3", 0)
     again = router.place("r4", 0, 12, keys, "a")
     assert (again.prefill, again.predicted_tokens, again.lender) == ("p0", 1, None)
+
+
+def test_candidates_are_every_pair_and_change_nothing() -> None:
+    router = _router(
+        p1=Role.PREFILL, p0=Role.PREFILL, d0=Role.DECODE, d1=Role.DECODE, u=Role.UNIFIED
+    )
+    router.place("a", 0, 100, _keys("1", "2"))
+    before = router.candidates(20, _keys("1", "2"))
+    assert [each.name for each in before] == [
+        "u", "p0 > d0", "p0 > d1", "p1 > d0", "p1 > d1", "d0", "d1",
+    ]  # fmt: skip
+    assert [each.name for each in before if not each.considered] == ["d0", "d1"]
+    assert router.candidates(20, _keys("1", "2")) == before
+    placement = router.place("b", 0, 20, _keys("1", "2"))
+    chosen = next(c for c in before if (c.prefill, c.decode) == (placement.prefill, placement.decode))
+    assert (chosen.work, chosen.predicted) == (placement.predicted_tokens, placement.predicted)
+
+
+def test_candidates_tell_what_each_would_have_to_do() -> None:
+    router = _split(1, 2)
+    router.place("a", 0, 100, _keys("1", "2"))
+    same, other = router.candidates(20, _keys("1", "2"))[:2]
+    assert (same.name, same.queue_tokens, same.prefill_tokens) == ("p0 > d0", 100, 20 - 8)
+    assert (same.context_tokens, same.num_requests, same.transfer_blocks) == (100, 1, 5 - 2)
+    assert (other.context_tokens, other.num_requests, other.transfer_blocks) == (0, 0, 5)
+
+
+def test_seconds_follow_from_what_legs_told() -> None:
+    router = _split(1, 1)
+    nothing = router.place("a", 0, 40, []).predicted
+    assert nothing == Predicted(queue_s=0.0)
+    router.timed("p0", StageTimes("a", 0, 0, prefill_s=2.0, num_prompt_computed=40))
+    router.prefilled("a", 0)
+    router.timed("d0", StageTimes("a", 0, 0, import_s=0.5, decode_s=3.0, num_decoded=30))
+    router.place("b", 0, 10, [])
+    assert router.candidates(20, [])[0].predicted == Predicted(
+        queue_s=10 * 0.05, prefill_s=20 * 0.05, transfer_s=5 * 0.05, decode_step_s=0.1
+    )
+    router.timed("d0", StageTimes("b", 0, 0, import_s=0.0, decode_s=3.0, num_decoded=30))
+    early = router.candidates(20, [])[0].predicted
+    assert early.transfer_s == pytest.approx(5 * 0.05 * (1 - RATE_WEIGHT)), "no wait counts as well"
+
+
+def test_a_pinned_request_goes_where_it_is_told_while_that_is_there() -> None:
+    router = Router({("a", 0): Pair("p1", "d1"), ("b", 0): Pair(None, "d0")})
+    for name, role in (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode")):
+        router.join(WorkerInfo(name, Role(role), 1, 100, 4))
+    told = [router.place(name, 0, 10, []) for name in ("a", "b", "c")]
+    assert [(p.prefill, p.decode) for p in told] == [("p1", "d1"), (None, "d0"), ("p0", "d0")]
+    router.leave("p1")
+    assert router.place("a", 0, 10, []).prefill == "p0"
+    for name in ("a", "b", "c"):
+        router.finished(name, 0)
+    _assert_zero(router)

@@ -16,8 +16,9 @@ from sim_engine import (
 )
 
 from baton.core import prompt_order
+from baton.core.keys import chain, root_key
 from baton.core.plan import StepPlan, Update
-from baton.types import FinishReason
+from baton.types import FinishReason, Lend
 
 
 def _plan(worker: SimWorker, now: float = 0.0) -> StepPlan:
@@ -385,4 +386,23 @@ def test_stage_times() -> None:
     times = [t for now in (2.0, 4.0, 7.0, 11.0) for t in worker.step(now).times]
     (t,) = times
     assert (t.queue_s, t.prefill_s, t.decode_s, t.export_s, t.import_s) == (1, 2, 7, 0, 0)
-    assert t.num_prompt_computed == 6
+    assert (t.num_prompt_computed, t.num_decoded) == (6, 2)
+
+
+def test_stage_times_of_a_prompt_that_begins_with_borrowed_blocks() -> None:
+    prompt = [1, 2, 3, 4, 5, 6]
+    lender = SimWorker(make_config(keep_blocks=True), "lender")
+    lender.scheduler.add(make_request("a", prompt, 1), 0.0)
+    lender.step(0.0)
+    while lender.exports:
+        lender.finish_export(0, 0.0)
+    keys = chain(root_key(b"weights", "exact", b""), prompt, 2)[:2]
+    lender.scheduler.lend(Lend("b", 0, 0, "", 0, tuple(keys)), 0.0)
+    (lent,) = lender.scheduler.take().sealed
+    worker = SimWorker(make_config())
+    worker.scheduler.add(make_request("b", prompt, 3, prefix=lent), 1.0)
+    worker.step(2.0)
+    worker.finish_import(0, lender, 5.0)
+    (t,) = [t for now in (9.0, 14.0, 20.0) for t in worker.step(now).times]
+    assert (t.queue_s, t.import_s, t.prefill_s, t.decode_s) == (1, 3, 4, 11)
+    assert (t.num_prompt_computed, t.num_imported_blocks, t.num_decoded) == (2, 2, 2)

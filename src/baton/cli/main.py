@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("Run", "talk to a served model in the terminal"),
     "bench": ("Compare", "load any OpenAI-compatible server; latency, goodput, frontier"),
     "fabric": ("Operate", "measure what the ways that KV blocks travel do to a model"),
+    "explain": ("Operate", "why a request went where it did, and what else it might have got"),
     "replay": ("Operate", "repeat the decisions of a logged run, and show any difference"),
     "config": ("Operate", "show the configuration that a file and flags make"),
     "worker": ("Parts that serve starts", "run one worker"),

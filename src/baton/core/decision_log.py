@@ -24,7 +24,7 @@ from baton.core.store_index import StoreIndex
 from baton.errors import BatonError
 from baton.types import Lend, Request, Sealed, StageTimes
 
-VERSION = 3
+VERSION = 4
 MAX_RECORD_BYTES = 64 << 20
 
 Sink = Callable[[bytes], object]
@@ -123,6 +123,7 @@ class Placed(msgspec.Struct, frozen=True, tag="p", array_like=True):
     num_tokens: int
     keys: tuple[bytes, ...]
     key_class: str
+    now: float
     decision: bytes
 
 
@@ -139,11 +140,13 @@ class Kept(msgspec.Struct, frozen=True, tag="k", array_like=True):
 class Prefilled(msgspec.Struct, frozen=True, tag="q", array_like=True):
     request_id: str
     choice: int
+    now: float
 
 
 class Finished(msgspec.Struct, frozen=True, tag="f", array_like=True):
     request_id: str
     choice: int
+    now: float
 
 
 Header = WorkerHeader | RouterHeader
@@ -345,14 +348,16 @@ class LoggedRouter(Router):
         num_tokens: int,
         keys: Sequence[bytes],
         key_class: str = "",
+        now: float = 0.0,
     ) -> Placement:
         placement: Placement | None = None
         try:
-            placement = super().place(request_id, choice, num_tokens, keys, key_class)
+            placement = super().place(request_id, choice, num_tokens, keys, key_class, now)
             return placement
         finally:
             decision = placement_hash(placement)
-            self._write(Placed(request_id, choice, num_tokens, tuple(keys), key_class, decision))
+            asked = (request_id, choice, num_tokens, tuple(keys), key_class, now)
+            self._write(Placed(*asked, decision))
 
     def timed(self, worker_id: str, times: StageTimes) -> None:
         self._write(Timed(worker_id, times))
@@ -362,10 +367,10 @@ class LoggedRouter(Router):
         self._write(Kept(worker_id, tuple(keys)))
         super().kept(worker_id, keys)
 
-    def prefilled(self, request_id: str, choice: int) -> None:
-        self._write(Prefilled(request_id, choice))
-        super().prefilled(request_id, choice)
+    def prefilled(self, request_id: str, choice: int, now: float = 0.0) -> None:
+        self._write(Prefilled(request_id, choice, now))
+        super().prefilled(request_id, choice, now)
 
-    def finished(self, request_id: str, choice: int) -> None:
-        self._write(Finished(request_id, choice))
-        super().finished(request_id, choice)
+    def finished(self, request_id: str, choice: int, now: float = 0.0) -> None:
+        self._write(Finished(request_id, choice, now))
+        super().finished(request_id, choice, now)

@@ -252,7 +252,7 @@ class RequestTable:
         content, key_class = reference
         num_tokens = len(request.prompt) + len(life.tokens)
         keys = life.extend_keys(content, num_tokens, self._extend_keys)
-        placement = self._router.place(request.id, request.choice, num_tokens, keys, key_class)
+        placement = self._router.place(*life.key, num_tokens, keys, key_class, now)
         prefill = self._members.info(placement.prefill)
         if life.tokens and prefill and num_tokens > prefill.num_frames * prefill.block_size:
             # The answer has outgrown the store it would be handed off from.
@@ -359,7 +359,7 @@ class RequestTable:
         life.ended_at = now
         self._waiting.pop(life.key, None)
         del self._lives[life.key]
-        self._router.finished(*life.key)
+        self._router.finished(*life.key, now)
 
     def _remember(self, life: Life, worker_id: str) -> None:
         """What the last worker has computed beyond the placed keys may serve the next turn."""
@@ -376,7 +376,7 @@ class RequestTable:
         """The present attempt has computed its prompt."""
         life.drew = True
         self._held.return_loan(life)
-        self._router.prefilled(*life.key)
+        self._router.prefilled(*life.key, now)
         if life.first_token_at is None:
             life.first_token_at = now
             life.num_cached = delta.num_cached or 0

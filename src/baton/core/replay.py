@@ -8,6 +8,7 @@ first one on, the inputs are those of another history, so only its place is mean
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -15,7 +16,7 @@ from baton.core import decision_log as log
 from baton.core.in_flight import MAX_DEPTH
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
-from baton.core.plan import StepOutput, StepPlan
+from baton.core.plan import StepOutput, StepPlan, Update
 from baton.core.router import Placement, Router
 from baton.core.scheduler import Scheduler
 from baton.core.store_index import StoreIndex
@@ -47,13 +48,8 @@ def replay(data: bytes, changes: Mapping[str, int] | None = None) -> ReplayRepor
     header, records = log.read(data)
     if isinstance(header, log.RouterHeader):
         return _Comparison(header.gateway_id).run(_route(records))
-    if not _is_possible(header.config):
-        raise log.BadLog("the log is damaged: it names a worker that cannot be")
-    config = _changed(header.config, changes or {})
-    index = StoreIndex(config.num_frames)
-    # The secret only signs grants; no decision depends on it.
-    leases = LeaseTable(header.worker_id, header.epoch, bytes(32), index)
-    return _Comparison(header.worker_id).run(_drive(Scheduler(config, leases, index), records))
+    worker = WorkerReplay(header, changes)
+    return _Comparison(header.worker_id).run(_drive(worker, records))
 
 
 def _changed(config: SchedulerConfig, changes: Mapping[str, int]) -> SchedulerConfig:
@@ -85,7 +81,7 @@ def _is_possible(config: SchedulerConfig) -> bool:
     return min(positive) > 0 and config.num_frames >= 0
 
 
-class _Parted(Exception):
+class Parted(Exception):
     """The replayed policy cannot take the log's next input."""
 
 
@@ -106,7 +102,7 @@ class _Comparison:
                     if decided[0] != decided[1]:
                         num_differences += 1
                         first = first or num_decisions
-        except _Parted as error:
+        except Parted as error:
             parted = str(error)
             num_differences += 1
             first = first or num_decisions
@@ -115,12 +111,47 @@ class _Comparison:
         )
 
 
-def _drive(
-    scheduler: Scheduler, records: Iterator[log.Record]
-) -> Iterator[tuple[bytes, bytes] | None]:
-    plans: dict[int, StepPlan] = {}
-    for record in records:
-        decided = None
+class Fed(NamedTuple):
+    """What one record of a worker's log brought.
+
+    decided: logged and replayed hash of a plan. planned: that plan, which has no chunks if nothing
+    could run. ended: the plan of the step that the record ends. update: for the outside.
+    """
+
+    decided: tuple[bytes, bytes] | None
+    planned: StepPlan | None
+    ended: StepPlan | None
+    update: Update
+
+
+class WorkerReplay:
+    """The policy of one worker, fed with its log. `plans`: of the steps in flight, by number.
+
+    Raises:
+        BadLog: no worker can be as the header says.
+    """
+
+    def __init__(
+        self, header: log.WorkerHeader, changes: Mapping[str, int] | None = None
+    ) -> None:
+        if not _is_possible(header.config):
+            raise log.BadLog("the log is damaged: it names a worker that cannot be")
+        config = _changed(header.config, changes or {})
+        index = StoreIndex(config.num_frames)
+        # The secret only signs grants; no decision depends on it.
+        leases = LeaseTable(header.worker_id, header.epoch, bytes(32), index)
+        self.scheduler = Scheduler(config, leases, index)
+        self.plans: dict[int, StepPlan] = {}
+
+    def feed(self, record: log.Record) -> Fed:
+        """Give the scheduler what it was given.
+
+        Raises:
+            Parted: it has come to another state than it was in.
+            BadLog: a record of a router.
+        """
+        scheduler, plans = self.scheduler, self.plans
+        decided = planned = ended = None
         match record:
             case log.Added(request, now):
                 scheduler.add(request, now)
@@ -130,13 +161,13 @@ def _drive(
                 scheduler.drain()
             case log.Exported(key, digest, now):
                 if not scheduler.exports.is_copying(key):
-                    raise _Parted("the log seals a block that was not given to the store")
+                    raise Parted("the log seals a block that was not given to the store")
                 scheduler.exported(key, digest, now)
             case log.Linked(source):
                 scheduler.link(source)
             case log.Imported(number, results, now, elapsed_s):
                 if scheduler.fetches.num_wanted(number) != len(results):
-                    raise _Parted("the log ends a fetch that was not asked for")
+                    raise Parted("the log ends a fetch that was not asked for")
                 scheduler.imported(number, results, now, elapsed_s)
             case log.Offered(sealed, now):
                 scheduler.offer(sealed, now)
@@ -148,49 +179,67 @@ def _drive(
                 scheduler.release(grant_ids)
             case log.Scheduled(now, decision):
                 if len(plans) == MAX_DEPTH:
-                    raise _Parted(f"step {next(iter(plans))} did not end")
-                plan = scheduler.schedule(now)
-                if plan.chunks:
-                    plans[plan.step] = plan
-                decided = (decision, log.plan_hash(plan))
+                    raise Parted(f"step {next(iter(plans))} did not end")
+                planned = scheduler.schedule(now)
+                if planned.chunks:
+                    plans[planned.step] = planned
+                decided = (decision, log.plan_hash(planned))
             case log.Updated(step, token_ids, elapsed_s, now):
                 if step != next(iter(plans), None):
-                    raise _Parted(f"step {step} is not the next to end")
-                done = plans.pop(step)
-                if [c.samples for c in done.chunks] != [bool(t) for t in token_ids]:
-                    raise _Parted(f"step {step} drew tokens for other sequences")
+                    raise Parted(f"step {step} is not the next to end")
+                ended = plans.pop(step)
+                if [c.samples for c in ended.chunks] != [bool(t) for t in token_ids]:
+                    raise Parted(f"step {step} drew tokens for other sequences")
                 output = StepOutput(token_ids, [None] * len(token_ids), elapsed_s)
-                scheduler.update(done, output, now)
+                scheduler.update(ended, output, now)
             case _:
                 raise log.BadLog("a router's record in a worker's log")
-        scheduler.take()
-        yield decided
+        return Fed(decided, planned, ended, scheduler.take())
+
+
+def feed_router(
+    router: Router, record: log.Record
+) -> tuple[tuple[bytes, bytes], Placement | Unavailable] | None:
+    """Give the router what it was given; of a placement, both hashes and what it came to.
+
+    Raises:
+        BadLog: a record of a worker.
+    """
+    match record:
+        case log.Joined(info):
+            router.join(info)
+        case log.Left(worker_id):
+            router.leave(worker_id)
+        case log.Placed(request_id, choice, num_tokens, keys, key_class, now, decision):
+            placement: Placement | Unavailable
+            try:
+                placement = router.place(request_id, choice, num_tokens, keys, key_class, now)
+                found = log.placement_hash(placement)
+            except Unavailable as refusal:
+                placement, found = refusal, log.placement_hash(None)
+            return (decision, found), placement
+        case log.Timed(worker_id, told):
+            router.timed(worker_id, told)
+        case log.Kept(worker_id, keys):
+            router.kept(worker_id, keys)
+        case log.Prefilled(request_id, choice, now):
+            router.prefilled(request_id, choice, now)
+        case log.Finished(request_id, choice, now):
+            router.finished(request_id, choice, now)
+        case _:
+            raise log.BadLog("a worker's record in a router's log")
+    return None
+
+
+def _drive(
+    worker: WorkerReplay, records: Iterator[log.Record]
+) -> Iterator[tuple[bytes, bytes] | None]:
+    for record in records:
+        yield worker.feed(record).decided
 
 
 def _route(records: Iterator[log.Record]) -> Iterator[tuple[bytes, bytes] | None]:
     router = Router()
     for record in records:
-        decided = None
-        match record:
-            case log.Joined(info):
-                router.join(info)
-            case log.Left(worker_id):
-                router.leave(worker_id)
-            case log.Placed(request_id, choice, num_tokens, keys, key_class, decision):
-                placement: Placement | None = None
-                try:
-                    placement = router.place(request_id, choice, num_tokens, keys, key_class)
-                except Unavailable:
-                    placement = None
-                decided = (decision, log.placement_hash(placement))
-            case log.Timed(worker_id, times):
-                router.timed(worker_id, times)
-            case log.Kept(worker_id, keys):
-                router.kept(worker_id, keys)
-            case log.Prefilled(request_id, choice):
-                router.prefilled(request_id, choice)
-            case log.Finished(request_id, choice):
-                router.finished(request_id, choice)
-            case _:
-                raise log.BadLog("a worker's record in a router's log")
-        yield decided
+        placed = feed_router(router, record)
+        yield None if placed is None else placed[0]

@@ -181,10 +181,13 @@ class Sequence:
 
     def stage_times(self) -> StageTimes:
         """Where the time of a finished sequence went."""
+        took_over = self.request.handoff is not None
         started = self.first_scheduled or self.finished
-        imported = bool(self.import_done)
-        computing = self.import_done or started
-        prefilled = computing if imported else (self.prefilled or self.finished)
+        # What is fetched after the first token restores a preempted sequence: it is decode's time.
+        is_restored = 0.0 < self.prefilled < self.import_done
+        computing = started if is_restored else self.import_done or started
+        prefilled = computing if took_over else (self.prefilled or self.finished)
+        num_drawn = self.num_generated - len(self.request.emitted)
         return StageTimes(
             *self.id,
             queue_s=started - self.arrived,
@@ -194,4 +197,5 @@ class Sequence:
             decode_s=0.0 if self.exported else self.finished - prefilled,
             num_prompt_computed=self.num_prompt_computed,
             num_imported_blocks=self.num_imported_blocks,
+            num_decoded=0 if self.exported else max(0, num_drawn - (not took_over)),
         )

@@ -1,0 +1,130 @@
+"""What a worker's decision log tells of the time that things took there.
+
+The log is replayed through the real scheduler, which comes to every plan again: so each step's
+shape is known beside its seconds, each copy and each fetch, and how long every answer became.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from baton.core import decision_log as log
+from baton.core.cost import shape
+from baton.core.limits import SchedulerConfig
+from baton.core.plan import StepPlan
+from baton.core.replay import Parted, WorkerReplay
+from baton.core.sequence import SequenceId
+from baton.planner.calibrate import Observation
+
+QUICK = 0.1
+"""Quantile of copies: an engine looks at their ends between steps, so most look slower."""
+
+
+@dataclass(slots=True)
+class Facts:
+    """One start of a worker. Durations in seconds; None where the log shows none.
+
+    depth: steps in flight at most. overhead_s: between two steps, on top of what they took.
+    copy_s, fetch_s: for a block, into its own store and out of a peer's. num_tokens: of the answer
+    of each choice, as far as this worker drew it. received: each leg, by this worker's clock.
+    took_early: blocks were offered to it before the handoff.
+    """
+
+    worker_id: str
+    config: SchedulerConfig
+    depth: int = 1
+    steps: list[Observation] = field(default_factory=list)
+    overhead_s: float = 0.0
+    copy_s: float | None = None
+    fetch_s: float | None = None
+    num_tokens: dict[tuple[str, int], int] = field(default_factory=dict)
+    received: dict[SequenceId, float] = field(default_factory=dict)
+    took_early: bool = False
+
+
+def read_facts(header: log.WorkerHeader, records: Iterator[log.Record]) -> Facts:
+    """Replay a worker's log.
+
+    Raises:
+        BadLog: it cannot be read, or does not lead to the decisions that were made.
+    """
+    reading = _Reading(header)
+    try:
+        for record in records:
+            reading.take(record)
+    except Parted as parted:
+        raise log.BadLog(f"it does not replay: {parted}") from None
+    return reading.facts()
+
+
+class _Reading:
+    def __init__(self, header: log.WorkerHeader) -> None:
+        self._replay = WorkerReplay(header)
+        self._facts = Facts(header.worker_id, header.config)
+        self._pauses: list[float] = []
+        self._copies: list[float] = []
+        self._fetches: list[float] = []
+        self._ordered: dict[bytes, tuple[float, int]] = {}  # when, and how many copies with it
+        self._orders: dict[int, int] = {}  # fetches from peers, and their blocks
+        self._began: float | None = None  # the last step, if nothing but it was there to do
+        self._elapsed_s = 0.0
+
+    def facts(self) -> Facts:
+        found = self._facts
+        if self._pauses and found.depth == 1:
+            found.overhead_s = max(0.0, statistics.median(self._pauses))
+        if self._copies:
+            found.copy_s = sorted(self._copies)[int(QUICK * len(self._copies))]
+        if self._fetches:
+            found.fetch_s = statistics.median(self._fetches)
+        return found
+
+    def take(self, record: log.Record) -> None:
+        fed = self._replay.feed(record)
+        facts = self._facts
+        match record:
+            case log.Added(request, now):
+                facts.received.setdefault((request.id, request.choice, request.attempt), now)
+            case log.Offered():
+                facts.took_early = True
+            case log.Scheduled(now, _):
+                if fed.decided is not None and fed.decided[0] != fed.decided[1]:
+                    raise log.BadLog("it does not replay: another step would be planned today")
+                assert fed.planned is not None
+                self._planned(fed.planned, now)
+            case log.Updated(_, _, elapsed_s, now):
+                assert fed.ended is not None
+                self._elapsed_s = elapsed_s
+                self._step(fed.ended, elapsed_s)
+                keys = [order.key for order in fed.update.exports]
+                self._ordered.update((key, (now, i)) for i, key in enumerate(keys, 1))
+            case log.Exported(key, _, now):
+                ordered = self._ordered.pop(key, None)
+                if ordered is not None and now > ordered[0]:
+                    self._copies.append((now - ordered[0]) / ordered[1])
+            case log.Imported(number, _, _, elapsed_s):
+                num_blocks = self._orders.pop(number, 0)
+                if num_blocks and elapsed_s > 0:
+                    self._fetches.append(elapsed_s / num_blocks)
+        for delta in fed.update.deltas:
+            key_ = (delta.request_id, delta.choice)
+            drawn = delta.first_index + len(delta.token_ids)
+            facts.num_tokens[key_] = max(drawn, facts.num_tokens.get(key_, 0))
+
+    def _planned(self, plan: StepPlan, now: float) -> None:
+        facts = self._facts
+        facts.depth = max(facts.depth, len(self._replay.plans))
+        if self._began is not None and plan.chunks:
+            self._pauses.append(now - self._began - self._elapsed_s)
+        self._began = now if plan.chunks else None
+        for order in plan.imports:
+            if order.grant is not None:
+                self._orders[order.number] = len(order.wanted)
+
+    def _step(self, plan: StepPlan, elapsed_s: float) -> None:
+        if elapsed_s > 0:
+            shaped = shape(plan)
+            kind = "prefill" if shaped.num_tokens > shaped.num_seqs else "decode"
+            self._facts.steps.append(Observation(shaped, elapsed_s, kind, group=shaped))
