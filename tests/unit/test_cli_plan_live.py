@@ -22,9 +22,9 @@ from baton.planner.profiles import read_profile
 
 URL = "http://127.0.0.1:8001"
 PROFILE = msgspec.structs.replace(offer().profile, device="H100")
-STEPS = [
-    StepShape.of([ChunkShape(1, 10 * i, True)] * (1 + i % 8)) for i in range(60)
-] + [StepShape.of([ChunkShape(100 + i, 0, True)]) for i in range(40)]
+STEPS = [StepShape.of([ChunkShape(1, 10 * i, True)] * (1 + i % 8)) for i in range(60)] + [
+    StepShape.of([ChunkShape(100 + i, 0, True)]) for i in range(40)
+]
 
 
 def view(**changes: Any) -> AuditView:

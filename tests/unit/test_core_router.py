@@ -180,7 +180,9 @@ def test_candidates_are_every_pair_and_change_nothing() -> None:
     assert [each.name for each in before if not each.considered] == ["d0", "d1"]
     assert router.candidates(20, _keys("1", "2")) == before
     placement = router.place("b", 0, 20, _keys("1", "2"))
-    chosen = next(c for c in before if (c.prefill, c.decode) == (placement.prefill, placement.decode))
+    chosen = next(
+        c for c in before if (c.prefill, c.decode) == (placement.prefill, placement.decode)
+    )
     assert (chosen.work, chosen.predicted) == (placement.predicted_tokens, placement.predicted)
 
 

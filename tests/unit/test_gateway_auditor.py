@@ -18,6 +18,7 @@ from baton.errors import ConfigError
 from baton.gateway.app import create_admin_app
 from baton.gateway.auditor import Auditor
 from baton.gateway.worker_metrics import export_audit
+from baton.observe.audit import Stage
 from baton.observe.audit_view import AuditView
 from baton.observe.events import Waterfall
 from baton.observe.metrics import (
@@ -30,7 +31,6 @@ from baton.observe.metrics import (
 )
 from baton.observe.metrics_docs import REASONS, STAGES
 from baton.observe.plan_watch import WINDOW, Reason
-from baton.observe.audit import Stage
 from baton.types import Role, StageTimes
 
 PROFILE = offer().profile

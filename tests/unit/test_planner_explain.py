@@ -446,7 +446,15 @@ def test_the_running_gateway_tells_the_waterfall(
     monkeypatch.setattr(httpx, "get", get)
     assert main(["explain", "chatcmpl-abc"]) == 0
     out = capsys.readouterr().out
-    for words in ("prefill-0 > decode-1", "11 ms", "22 ms", "33 ms", "44 ms", "55 ms", "--logs DIR"):
+    for words in (
+        "prefill-0 > decode-1",
+        "11 ms",
+        "22 ms",
+        "33 ms",
+        "44 ms",
+        "55 ms",
+        "--logs DIR",
+    ):
         assert words in out
     assert "among the last 1" in fails(capsys, "abd")
 

@@ -131,9 +131,7 @@ class WorkerReplay:
         BadLog: no worker can be as the header says.
     """
 
-    def __init__(
-        self, header: log.WorkerHeader, changes: Mapping[str, int] | None = None
-    ) -> None:
+    def __init__(self, header: log.WorkerHeader, changes: Mapping[str, int] | None = None) -> None:
         if not _is_possible(header.config):
             raise log.BadLog("the log is damaged: it names a worker that cannot be")
         config = _changed(header.config, changes or {})

@@ -119,8 +119,9 @@ class Engine:
 
     def _note(self, plan: StepPlan, elapsed_s: float, began: float) -> None:
         """Keep, for the next report, what a step took with the engine's own work around it."""
-        now = self._clock()
-        if now >= self._note_at:
+        # By when it began: a choice by when it ends would fall on the long ones.
+        if began >= self._note_at:
+            now = self._clock()
             self._note_at = now + NOTE_EVERY_S
             self._noted = MeasuredStep(shape(plan), max(elapsed_s, now - began))
 

@@ -13,9 +13,9 @@ from baton.config import Config
 from baton.core.cost import ModelShape, Profile, model_shape
 from baton.core.life import Life
 from baton.core.step_cost import MeasuredStep
-from baton.errors import ConfigError
+from baton.errors import ConfigError, ModelError
 from baton.model_spec import load_model_spec
-from baton.observe.audit import Audit, StageError
+from baton.observe.audit import STEPS, Audit, StageError
 from baton.observe.audit_view import AuditView
 from baton.observe.events import Waterfall
 from baton.observe.plan_watch import Ended, Finding, PlanWatch, Reason
@@ -50,8 +50,7 @@ class Auditor:
         Raises:
             ConfigError: the profile cannot be read, or is none.
         """
-        dtype = None if config.model.dtype == "auto" else config.model.dtype
-        shape = model_shape(load_model_spec(model_dir), config.model.name, dtype)
+        shape = _shape(config, model_dir)
         name = config.plan.profile_file
         if name is None:
             return cls(config, shape)
@@ -103,7 +102,7 @@ class Auditor:
         if self._judged_at is not None and now - self._judged_at < JUDGE_EVERY_S:
             return
         self._judged_at = now
-        before, found = self._findings, self._watch.judge(now, self._audit.errors())
+        before, found = self._findings, self._watch.judge(now, self._audit.errors(STEPS))
         self._findings = {each.reason: each for each in found}
         for each in found:
             was_stale = each.reason in before and before[each.reason].is_stale
@@ -138,3 +137,12 @@ class Auditor:
             self.errors(),
             list(self._audit.steps()),
         )
+
+
+def _shape(config: Config, model_dir: Path) -> ModelShape | None:
+    """What is served; None where this host has no more of it than a gateway needs."""
+    dtype = None if config.model.dtype == "auto" else config.model.dtype
+    try:
+        return model_shape(load_model_spec(model_dir), config.model.name, dtype)
+    except ModelError:
+        return None

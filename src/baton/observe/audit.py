@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -34,6 +34,9 @@ class Stage(enum.StrEnum):
 
 LEAST_S = {Stage.QUEUE: 1e-3, Stage.PREFILL: 1e-3, Stage.TRANSFER: 1e-3}
 """Less counts as so much: twice of next to nothing is no error that steers anything."""
+
+
+STEPS = (Stage.PROMPT_STEP, Stage.DECODE_STEP)
 
 
 class StageError(msgspec.Struct, frozen=True):
@@ -113,12 +116,12 @@ class Audit:
             stage = Stage.PROMPT_STEP if shape.has_prompt else Stage.DECODE_STEP
             self._compare(worker_id, stage, self._cost.step_s(shape), step.elapsed_s)
 
-    def errors(self) -> list[StageError]:
-        """Of every worker and stage that something is known of, in a fixed order."""
+    def errors(self, stages: Iterable[Stage] = tuple(Stage)) -> list[StageError]:
+        """Of every worker and each of `stages` that something is known of, in a fixed order."""
         return [
             _error(name, worker.role, stage, worker.counts[stage], list(pairs))
             for name, worker in sorted(self._workers.items())
-            for stage in Stage
+            for stage in stages
             if (pairs := worker.pairs.get(stage))
         ]
 
@@ -161,7 +164,7 @@ def _error(
     name: str, role: Role, stage: Stage, count: int, pairs: list[tuple[float, float]]
 ) -> StageError:
     ratios = [measured / predicted for predicted, measured in pairs]
-    errors = [abs(ratio - 1) for ratio in ratios]
+    errors = sorted(abs(ratio - 1) for ratio in ratios)  # once for both quantiles
     return StageError(
         name,
         role,

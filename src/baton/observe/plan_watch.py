@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import math
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 
@@ -156,6 +157,8 @@ class PlanWatch:
             return []
         kept = sum(each.keeps(self._slo) for each in self._ended) / count
         says = f"{kept:.1%} of the last {count} requests kept {self._slo}, promised {share:.1%}"
+        if (foreseen := self._plan.predicted_attainment) is not None:
+            says += f", foreseen {foreseen:.1%}"
         # One late request in the window is none too many.
         allowed = max(1 - share, 1 / WINDOW)
         return [(Reason.ATTAINMENT, (1 - kept) / allowed, count, says)]
@@ -182,10 +185,10 @@ class PlanWatch:
 
 def shift(deciles: Sequence[float], values: Sequence[float]) -> float:
     """The most by which the share of values up to a decile is not what it was: 0 to 1."""
-    worst, count = 0.0, len(values)
+    worst, count, ordered = 0.0, len(values), sorted(values)
     for number, decile in enumerate(deciles, 1):
         share = number / (len(deciles) + 1)
-        below = sum(value < decile for value in values) / count
-        up_to = sum(value <= decile for value in values) / count
+        below = bisect_left(ordered, decile) / count
+        up_to = bisect_right(ordered, decile) / count
         worst = max(worst, below - share, share - up_to)
     return worst

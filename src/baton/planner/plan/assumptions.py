@@ -1,4 +1,4 @@
-"""What a plan rests on, as the section of its file that `baton serve` compares with what happens."""
+"""What a plan rests on: the section of its file that `baton serve` compares with what happens."""
 
 from __future__ import annotations
 
