@@ -10,6 +10,7 @@ import httpx
 import msgspec
 import pytest
 from plan_worlds import offer
+from test_gateway_placement import Harness, begin, delta
 
 from baton.config import Config, PlanConfig
 from baton.core.predicted import Predicted
@@ -31,7 +32,7 @@ from baton.observe.metrics import (
 )
 from baton.observe.metrics_docs import REASONS, STAGES
 from baton.observe.plan_watch import WINDOW, Reason
-from baton.types import Role, StageTimes
+from baton.types import FinishReason, Role, StageTimes
 
 PROFILE = offer().profile
 DECODE = StepShape(4, 4, 4, 400, 400.0)
@@ -177,3 +178,50 @@ def test_legs_go_to_the_worker_that_tells_of_them() -> None:
     made.leg("u0", life, told, took_over=False)
     found = {each.stage: each.ratio for each in made.errors()}
     assert found == {Stage.QUEUE: 1.0, Stage.PREFILL: pytest.approx(1.5)}
+
+
+def test_the_dispatcher_tells_of_all_that_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router learns from the first request what it predicts of the second one."""
+
+    async def serve(here: Harness) -> None:
+        tokens = here.read()
+        asked = await begin(tokens)
+        here.report("u0", deltas=(delta(0),))
+        await asked
+        told = StageTimes("r", 0, 0, 0.5, 2.0, decode_s=0.1, num_prompt_computed=8, num_decoded=1)
+        here.report("u0", times=(told,), deltas=(delta(1, finish=FinishReason.LENGTH),))
+        _ = [each async for each in tokens]
+
+    async def run() -> None:
+        here = Harness(monkeypatch, "u0")
+        await serve(here)
+        # An empty queue needs no rate to be predicted by.
+        assert [each.stage for each in here.dispatcher.auditor.errors()] == [Stage.QUEUE]
+        await serve(here)
+        here.report("u0", step=MeasuredStep(DECODE, 0.5))
+        found = {each.stage: each for each in here.dispatcher.auditor.errors()}
+        assert found.keys() == {Stage.QUEUE, Stage.PREFILL, Stage.DECODE}
+        assert found[Stage.DECODE].measured_s == pytest.approx(0.1)
+        assert len(here.dispatcher.auditor.view().steps) == 1
+        here.lose("u0")
+        assert here.dispatcher.auditor.errors() == []
+
+    asyncio.run(run())
+
+
+def test_the_dispatcher_tells_the_plan_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        here = Harness(monkeypatch, "u0")
+        told: list[str] = []
+        auditor = here.dispatcher.auditor
+        monkeypatch.setattr(auditor, "arrived", lambda now: told.append("arrived"))
+        monkeypatch.setattr(auditor, "finished", lambda waterfall: told.append(waterfall.finish))
+        monkeypatch.setattr(auditor, "tick", lambda now: told.append("tick"))
+        tokens = here.read()
+        asked = await begin(tokens)
+        here.report("u0", deltas=(delta(0, finish=FinishReason.LENGTH),))
+        await asked
+        await tokens.aclose()  # type: ignore[attr-defined]
+        assert told == ["arrived", "length", "tick"]
+
+    asyncio.run(run())

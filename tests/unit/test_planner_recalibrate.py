@@ -74,6 +74,23 @@ def test_one_shape_alone_scales_the_whole() -> None:
         assert ratio == pytest.approx(3, rel=0.02)
 
 
+def test_what_was_not_served_stays_as_it_was() -> None:
+    """Answers of one at a time say nothing of long prompts, and noise must not seem to."""
+    rng = random.Random(3)
+    measured = []
+    for _ in range(120):
+        shape = StepShape.of([ChunkShape(1, rng.randint(50, 800), True)] * rng.randint(1, 3))
+        measured.append(MeasuredStep(shape, TRUE.step_s(shape) * rng.lognormvariate(0, 0.15)))
+    found = recalibrate(WRONG, measured)
+    assert found is not None
+    for shape in (
+        StepShape.of([ChunkShape(2048, 0, True)]),
+        StepShape.of([ChunkShape(1, 30_000, True)] * 16),
+    ):
+        ratio = found.profile.cost().step_s(shape) / WRONG.cost().step_s(shape)
+        assert ratio == pytest.approx(found.ratio, rel=0.35)
+
+
 def test_slower_is_slower_in_every_term() -> None:
     rates = msgspec.structs.replace(
         WRONG.coefficients, activation_bytes_per_s=1e11, layer_s=1e-5, sequence_s=1e-5,

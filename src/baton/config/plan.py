@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated
 
 from msgspec import Meta
@@ -91,7 +92,7 @@ def parse_deciles(text: str | None, name: str) -> tuple[float, ...]:
         values = tuple(float(word) for word in text.split())
     except ValueError:
         values = ()
-    rising = all(0 <= a <= b < 1e9 for a, b in zip(values, values[1:], strict=False))
+    rising = all(0 <= a <= b < 1e9 for a, b in pairwise(values))
     if len(values) != NUM_DECILES or not rising:
         raise ConfigError(
             f"plan.{name} {text!r}: write {NUM_DECILES} rising numbers with spaces between, the "
