@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -14,6 +15,7 @@ import msgspec
 from baton.cli.parser import Parser, UsageError
 from baton.cli.simulate import profiles
 from baton.cli.terminal import print_table
+from baton.core.candidate import ttft_s
 from baton.errors import BatonError, ConfigError
 from baton.observe.events import Waterfall
 from baton.planner.explain.explanation import Explanation, Turn, explain, from_waterfall
@@ -31,12 +33,17 @@ EXAMPLES = """\
   baton explain cmpl-0c4e5f2a…                         the waterfall, from the running gateway
 """
 DEFAULT_URL = "http://127.0.0.1:8001"
+WIDTH = 100
 _PREFIXES = ("chatcmpl-", "cmpl-")
 
 
 def add_arguments(parser: Parser) -> None:
     parser.usage = "baton explain ID [--logs DIR | --url URL] [options]"
-    parser.add_argument("id", metavar="ID", help="The id of an answer, as the client got it.")
+    parser.add_argument(
+        "id",
+        metavar="ID",
+        help="Of an answer, as the client got it; with .N for prompt N of a list, from 0 on.",
+    )
     add = parser.add_argument
     add("--logs", metavar="DIR", help="Where baton serve --decision-log wrote, all processes.")
     add("--url", help=f"The gateway's admin listener, without --logs. [{DEFAULT_URL}]")
@@ -64,10 +71,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("give --logs or --url: the logs tell all that the gateway does")
     if args.history < 0 or args.choice < 0:
         raise UsageError("--history and --choice are whole numbers from 0 on")
-    name = args.id
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    wanted = (name, args.choice)
+    wanted = (request_id(args.id), args.choice)
     if args.logs is None:
         found = from_waterfall(_fetch(args.url or DEFAULT_URL, wanted))
     else:
@@ -77,6 +81,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         _write_json(found, args.json)
     return 0
+
+
+def request_id(answer_id: str) -> str:
+    """What the gateway calls the first prompt of an answer; its own names are left as they are."""
+    for prefix in _PREFIXES:
+        if answer_id.startswith(prefix):
+            name = answer_id.removeprefix(prefix)
+            return name if "." in name else f"{name}.0"
+    return answer_id
 
 
 def _fetch(url: str, wanted: Key) -> Waterfall:
@@ -107,7 +120,7 @@ def print_explanation(found: Explanation, out: TextIO) -> None:
     lengths = f"{found.num_prompt_tokens:,} tokens in, {found.num_output_tokens:,} out"
     print(f"Request {found.request_id}{choice}: {lengths}", file=out)
     for note in found.notes:
-        print(note, file=out)
+        _say(note, out)
     for attempt, why in zip(found.attempts, found.why, strict=True):
         _print_attempt(attempt, why, len(found.attempts) > 1, out)
     if found.parts:
@@ -122,7 +135,8 @@ def print_explanation(found: Explanation, out: TextIO) -> None:
     if found.twin and found.measured is not None:
         _print_turns(found, found.measured, out)
     elif found.no_twin:
-        print(f"\nNothing is told of other turns: {found.no_twin}", file=out)
+        print(file=out)
+        _say(f"nothing is told of other turns: {found.no_twin}", out)
 
 
 def _print_attempt(attempt: Attempt, why: Sequence[str], several: bool, out: TextIO) -> None:
@@ -143,41 +157,50 @@ def _print_attempt(attempt: Attempt, why: Sequence[str], several: bool, out: Tex
                 f"{each.context_tokens:,}",
                 _time(predicted.queue_s),
                 _time(predicted.prefill_s),
+                _time(ttft_s(predicted)),
                 _time(predicted.transfer_s),
                 _time(predicted.decode_step_s),
             )
         )
     print(file=out)
-    columns = ("candidate", "ahead", "to do", "blocks", "context", "queue", "prefill", "transfer")
+    columns = ("candidate", "ahead", "to do", "blocks", "context", "queue", "prefill", "TTFT")
     number = f", attempt {attempt.number}" if several else ""
     title = f"Candidates{number} (* taken): tokens, blocks, and the seconds predicted from them"
-    print_table((*columns, "a token"), rows, title=title, file=out)
+    print_table((*columns, "transfer", "a token"), rows, title=title, file=out)
     for sentence in why:
-        print(f"  {sentence}", file=out)
+        _say(sentence, out)
 
 
 def _print_turns(found: Explanation, measured: Served, out: TextIO) -> None:
     rows = [("measured", *_served(measured), "")]
-    for turn in found.twin:
-        rows.append((_turn(turn), *_served(turn.served), turn.served.failure))
+    rows += [(_turn(turn), *_served(turn.served), turn.served.failure) for turn in found.twin]
     print(file=out)
     columns = ("placement", "TTFT", "TPOT", "E2E", "others' ITL", "others' TTFT", "")
     print_table(columns, rows, title="What the twin says (* taken)", file=out)
     chosen = next(turn.served for turn in found.twin if turn.is_chosen)
-    errors = (
-        _share(_error(chosen.ttft_s, measured.ttft_s)),
-        _share(_error(chosen.tpot_s, measured.tpot_s)),
-        _share(_error(chosen.e2e_s, measured.e2e_s)),
-    )
-    print(f"  the twin's own error: TTFT {errors[0]}, TPOT {errors[1]}, E2E {errors[2]}", file=out)
+    errors = [
+        f"{name} {_share(_error(twin, real))}"
+        for name, twin, real in (
+            ("TTFT", chosen.ttft_s, measured.ttft_s),
+            ("TPOT", chosen.tpot_s, measured.tpot_s),
+            ("E2E", chosen.e2e_s, measured.e2e_s),
+        )
+    ]
+    _say(f"the twin's own error: {', '.join(errors)}", out)
     others = f"{measured.num_others:,} others were under way while it was"
-    print(f"  {others}; the twin served {found.num_before:,} requests before it", file=out)
+    _say(f"{others}; the twin served {found.num_before:,} requests before it", out)
+    if left := max(len(each.candidates) for each in found.attempts) - len(found.twin):
+        _say(f"{left} more candidates were not asked about", out)
     if found.held_out:
         named = ", ".join(
             f"{name} {'not known' if error is None else f'{error:.0%}'}"
             for name, error in found.held_out.items()
         )
-        print(f"  steps cost as logged; median error held out: {named}", file=out)
+        _say(f"steps cost as logged; median error held out: {named}", out)
+
+
+def _say(sentence: str, out: TextIO) -> None:
+    print(textwrap.fill(sentence, WIDTH, initial_indent="  ", subsequent_indent="    "), file=out)
 
 
 def _turn(turn: Turn) -> str:

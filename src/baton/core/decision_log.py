@@ -2,7 +2,8 @@
 
 A log is a sequence of records, each a 4-byte little-endian length and a msgpack body. The first
 is a header; the others are inputs in the order of the calls. Decisions are not in it: of each
-plan and placement only an 8-byte hash, so `replay` must come to them by itself.
+plan and placement only an 8-byte hash, so `replay` must come to them by itself. `now` is seconds of
+the process's monotonic clock; the router needs none, and gets it for who reads the log.
 
 `LoggedScheduler` and `LoggedRouter` are the real ones with a pen in hand.
 """

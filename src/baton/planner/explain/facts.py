@@ -26,19 +26,20 @@ QUICK = 0.1
 class Facts:
     """One start of a worker. Durations in seconds; None where the log shows none.
 
-    depth: steps in flight at most. overhead_s: between two steps, on top of what they took.
-    copy_s, fetch_s: for a block, into its own store and out of a peer's. num_tokens: of the answer
-    of each choice, as far as this worker drew it. received: each leg, by this worker's clock.
-    took_early: blocks were offered to it before the handoff.
+    depth: steps in flight at most. pause_s: between two steps, if no copies are waited for.
+    copy_s: for a block, into its own store. fetches: for a block out of a peer's, each.
+    num_tokens: of the answer of each choice, as far as this worker drew it. received: legs that
+    found it with nothing to do, by its clock. took_early: blocks were offered to it before the
+    handoff.
     """
 
     worker_id: str
     config: SchedulerConfig
     depth: int = 1
     steps: list[Observation] = field(default_factory=list)
-    overhead_s: float = 0.0
+    pause_s: float | None = None
     copy_s: float | None = None
-    fetch_s: float | None = None
+    fetches: list[float] = field(default_factory=list)
     num_tokens: dict[tuple[str, int], int] = field(default_factory=dict)
     received: dict[SequenceId, float] = field(default_factory=dict)
     took_early: bool = False
@@ -65,20 +66,19 @@ class _Reading:
         self._facts = Facts(header.worker_id, header.config)
         self._pauses: list[float] = []
         self._copies: list[float] = []
-        self._fetches: list[float] = []
         self._ordered: dict[bytes, tuple[float, int]] = {}  # when, and how many copies with it
         self._orders: dict[int, int] = {}  # fetches from peers, and their blocks
-        self._began: float | None = None  # the last step, if nothing but it was there to do
+        self._began: float | None = None  # the last step; None: there was nothing to do
         self._elapsed_s = 0.0
+        self._seals = False
 
     def facts(self) -> Facts:
         found = self._facts
-        if self._pauses and found.depth == 1:
-            found.overhead_s = max(0.0, statistics.median(self._pauses))
+        if self._pauses:
+            # With two steps in flight, what lies between them is hidden behind one of them.
+            found.pause_s = statistics.median(self._pauses) if found.depth == 1 else 0.0
         if self._copies:
             found.copy_s = sorted(self._copies)[int(QUICK * len(self._copies))]
-        if self._fetches:
-            found.fetch_s = statistics.median(self._fetches)
         return found
 
     def take(self, record: log.Record) -> None:
@@ -86,7 +86,8 @@ class _Reading:
         facts = self._facts
         match record:
             case log.Added(request, now):
-                facts.received.setdefault((request.id, request.choice, request.attempt), now)
+                if self._began is None:
+                    facts.received[request.id, request.choice, request.attempt] = now
             case log.Offered():
                 facts.took_early = True
             case log.Scheduled(now, _):
@@ -97,6 +98,7 @@ class _Reading:
             case log.Updated(_, _, elapsed_s, now):
                 assert fed.ended is not None
                 self._elapsed_s = elapsed_s
+                self._seals = self._replay.scheduler.exports.num_awaited > 0
                 self._step(fed.ended, elapsed_s)
                 keys = [order.key for order in fed.update.exports]
                 self._ordered.update((key, (now, i)) for i, key in enumerate(keys, 1))
@@ -107,7 +109,7 @@ class _Reading:
             case log.Imported(number, _, _, elapsed_s):
                 num_blocks = self._orders.pop(number, 0)
                 if num_blocks and elapsed_s > 0:
-                    self._fetches.append(elapsed_s / num_blocks)
+                    facts.fetches.append(elapsed_s / num_blocks)
         for delta in fed.update.deltas:
             key_ = (delta.request_id, delta.choice)
             drawn = delta.first_index + len(delta.token_ids)
@@ -116,8 +118,8 @@ class _Reading:
     def _planned(self, plan: StepPlan, now: float) -> None:
         facts = self._facts
         facts.depth = max(facts.depth, len(self._replay.plans))
-        if self._began is not None and plan.chunks:
-            self._pauses.append(now - self._began - self._elapsed_s)
+        if self._began is not None and plan.chunks and not self._seals:
+            self._pauses.append(max(0.0, now - self._began - self._elapsed_s))
         self._began = now if plan.chunks else None
         for order in plan.imports:
             if order.grant is not None:

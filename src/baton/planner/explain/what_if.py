@@ -9,6 +9,7 @@ state by the same decisions, not copied into it: what caches held before that mo
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -31,8 +32,8 @@ from baton.types import Role
 
 HORIZON = 2.0
 """Requests that came later than so many times the life of the one in question are left out."""
-QUICK, MAX_MESSAGE_S = 0.1, 0.02
-"""A message's time is this quantile of what legs took to a worker; clocks that agree see less."""
+MAX_MESSAGE_S = 0.02
+"""Where a message seems to take longer, or less than nothing, the clocks are not one host's."""
 
 
 class NoTwin(BatonError):
@@ -71,8 +72,8 @@ class World(msgspec.Struct, frozen=True):
 class WhatIf:
     """The twin at one placement; `serve` turns it one way or another.
 
-    held_out: by worker, the error of its steps' cost on steps that the fit had not seen. num_before:
-    requests that are served before the one in question.
+    held_out: by worker, the error of its steps' cost on steps that the fit had not seen.
+    num_before: requests that are served before the one in question.
 
     Raises:
         NoTwin: it cannot be led there.
@@ -113,12 +114,15 @@ class WhatIf:
         if world.profiles:
             return {name: world.profiles[role].cost() for name, role in roles.items()}
         costs: dict[str, CostModel] = {}
+        pauses = [each.pause_s for each in world.facts.values() if each.pause_s is not None]
+        usual_s = statistics.median(pauses) if pauses else 0.0
         for name, (cost, error) in fit_logged(
             {name: each.steps for name, each in world.facts.items()}
         ).items():
             self.held_out[name] = error
-            pause_s = world.facts[name].overhead_s
-            costs[name] = msgspec.structs.replace(cost, fixed_s=cost.fixed_s + pause_s)
+            pause_s = world.facts[name].pause_s
+            fixed_s = cost.fixed_s + (usual_s if pause_s is None else pause_s)
+            costs[name] = msgspec.structs.replace(cost, fixed_s=fixed_s)
         return costs
 
 
@@ -224,8 +228,10 @@ def _trace(world: World, keys: Sequence[Key]) -> list[TraceRequest]:
 def _deployment(world: World, costs: Mapping[str, CostModel]) -> Deployment:
     """All workers in one place; what their links take is in the time of a block."""
     profiles, facts = list(world.profiles.values()), world.facts
-    fetches = [each.fetch_s for each in facts.values() if each.fetch_s is not None]
-    fetch_s = max((each.import_s for each in profiles), default=0.0) or max(fetches, default=0.0)
+    fetches = [fetch_s for each in facts.values() for fetch_s in each.fetches]
+    fetch_s = max((each.import_s for each in profiles), default=0.0)
+    if not fetch_s and fetches:
+        fetch_s = statistics.median(fetches)
     workers = []
     for name, info in world.history.workers.items():
         mine = facts[name]
@@ -255,7 +261,7 @@ def _deployment(world: World, costs: Mapping[str, CostModel]) -> Deployment:
 
 
 def _message_s(world: World) -> float:
-    """What quick legs took from the gateway to the engine, if the clocks are one host's."""
+    """What legs take from the gateway to an engine that has nothing else to do."""
     waits = []
     for facts in world.facts.values():
         for (request_id, choice, attempt), received in facts.received.items():
@@ -267,5 +273,5 @@ def _message_s(world: World) -> float:
                 waits.append(received - passed.placed_s)
     if not waits:
         return MESSAGE_S
-    quick_s = sorted(waits)[int(QUICK * len(waits))]
-    return quick_s if 0.0 <= quick_s <= MAX_MESSAGE_S else MESSAGE_S
+    usual_s = statistics.median(waits)
+    return usual_s if 0.0 <= usual_s <= MAX_MESSAGE_S else MESSAGE_S
