@@ -46,6 +46,8 @@ from baton.observe.results import RequestResult
 
 KV_TOKENS = 40_960
 TAIL_TIMEOUT_S = 300.0
+SETTLE_S = 3.0
+"""An engine's threads may spin for a while after its last step, beside the probe's."""
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -146,6 +148,7 @@ def _window(
     seed = f"{key.kind}/{key.rate}/{key.round}"
     is_tail = key.kind == "tail"
     planned = tail(workload) if is_tail else mixed(workload, key.rate, seed, key.kind == "bursty")
+    time.sleep(SETTLE_S)
     bandwidth = probe.ask({"kind": "bandwidth"})
     timeout_s = TAIL_TIMEOUT_S if is_tail else workload.timeout_s
     results = _send(endpoint, planned, timeout_s, setting.spec.vocab_size)

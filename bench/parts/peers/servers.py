@@ -128,7 +128,8 @@ def _vllm_process(
     extra: tuple[str, ...] = (),
 ) -> tuple[Process, str]:  # fmt: skip
     tuned = ("--dtype", "bfloat16", "--max-num-batched-tokens", str(budget))
-    sizes = ("--max-num-seqs", str(MAX_NUM_SEQS), "--max-model-len", "4096")
+    num_seqs = min(MAX_NUM_SEQS, budget)  # it refuses more sequences than tokens a step
+    sizes = ("--max-num-seqs", str(num_seqs), "--max-model-len", "4096")
     words = (str(setting.peers / "vllm" / "bin" / "vllm"), "serve", str(setting.model), *tuned)
     words += (*sizes, "--port", str(port), "--host", "127.0.0.1", "--disable-uvicorn-access-log")
     kv_bytes = setting.kv_tokens * setting.spec.kv_bytes_per_token()
