@@ -61,6 +61,20 @@ def test_serve_refuses_what_baton_cannot_run(
     assert "needs what Baton cannot run yet: tensor parallelism" in error
 
 
+def test_serve_reads_what_a_plan_assumed(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _plan(trace) == 0
+    plan = load_config(trace.parent / "plan.yaml").plan
+    assert plan.slo == SLO
+    assert plan.rate == pytest.approx(4.0)
+    assert plan.max_rate is not None
+    assert plan.max_rate >= plan.rate
+    assert plan.prompt_tokens == " ".join(["400"] * 9)
+    assert plan.profile_file == str(trace.parent / "plan.profile.json")
+    Path(plan.profile_file).unlink()
+    assert main(["serve", "--config", str(trace.parent / "plan.yaml")]) == 2
+    assert f"cannot read the profile {plan.profile_file}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -63,6 +63,10 @@ def test_every_flag_sets_its_own_field_and_has_help() -> None:
             text = "false"
         elif flag.field.endswith("cpus"):
             text = "0-3,8"
+        elif flag.field.endswith("attainment"):
+            text = "0.5"
+        elif flag.path in ("plan.prompt_tokens", "plan.output_tokens"):
+            text = "1 2 3 4 5 6 7 8 9"
         elif flag.path in ("fabric.tcp_host", "rpc.host"):
             text = "::1"
         elif ".tls_" in flag.path:
@@ -97,6 +101,11 @@ def test_every_flag_sets_its_own_field_and_has_help() -> None:
         ("engine: [", r"is not YAML"),
         ("log: {}\nlog: {}", r"log stands twice.*line 2"),
         ("gateway: {port: 1, port: 2}", r"port stands twice"),
+        ("plan: {prompt_tokens: 1 2 3}", r"plan.prompt_tokens '1 2 3': write 9 rising numbers"),
+        ("plan: {output_tokens: 1 2 3 4 5 6 7 9 8}", r"plan.output_tokens .*: write 9 rising"),
+        ("plan: {output_tokens: 1 2 3 4 5 6 7 8 nan}", r"plan.output_tokens .*: write 9 rising"),
+        ("plan: {min_rate: 2.0, max_rate: 1.0}", r"plan.min_rate 2 is above plan.max_rate 1"),
+        ("plan: {rate: 0.0}", r"`\$.plan.rate`"),
         ("gateway: {port: 8001}", r"give the admin listener a port"),
         ("engine: {cpus: 0-}", r"engine.cpus '0-' is not a list of cores: write it as 0-3,8"),
         ("launch: {prefill_cpus: '1,0-1'}", r"launch.prefill_cpus '1,0-1' names a core twice"),

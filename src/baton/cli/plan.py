@@ -13,6 +13,8 @@ from pathlib import Path
 import msgspec
 
 from baton.cli.parser import Parser
+from baton.cli.plan_live import live_subject
+from baton.cli.plan_subject import Subject
 from baton.cli.terminal import print_table
 from baton.core.cost import Link, ModelShape, model_shape
 from baton.errors import ConfigError
@@ -21,13 +23,15 @@ from baton.observe.progress import counting_progress
 from baton.observe.slo import Slo
 from baton.planner.analyze.workers import DEFAULT_HARDWARE
 from baton.planner.models import find_model
+from baton.planner.plan.assumptions import assumptions, profile_of
 from baton.planner.plan.frontier import plot
 from baton.planner.plan.kinds import kinds, offers
 from baton.planner.plan.plan_file import plan_yaml
 from baton.planner.plan.report import COLUMNS, basis, document, runners_up, sentences
 from baton.planner.plan.search import Space
 from baton.planner.plan.today import parse_today
-from baton.planner.plan.verdict import Tell, Wish, plan
+from baton.planner.plan.traffic import busiest
+from baton.planner.plan.verdict import Plan, Tell, Wish, plan
 from baton.planner.profiles import read_profile
 from baton.planner.traces import read_trace, spread
 from baton.twin.workload import TraceRequest, scale
@@ -42,7 +46,9 @@ EXAMPLES = """\
   baton plan --model ./my-model --trace t.jsonl --slo ttft=1s,tpot=40ms --hardware H100,L40S \\
       --link 100 --today 4U:H100 --plot frontier.svg
   baton serve --config plan.yaml
+  baton plan --from-live http://127.0.0.1:8001            anew, from what it has measured
 """
+DEFAULT_BUDGETS = (2048, 8192)
 CODECS = {"raw": 1.0, "fp8": 0.52, "int8": 0.52, "int4": 0.28}
 """Of a block's bytes, scales included."""
 
@@ -51,10 +57,11 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("What is asked for").add_argument
     add("--model", metavar="NAME", help="Model, or its directory.")
     add("--trace", metavar="FILE", help="Any form that baton analyze reads.")
+    add("--from-live", metavar="URL", help="Traffic and steps of a gateway's admin listener.")
     add("--columns", default="", metavar="MAP", help="Such as arrival=ts:ms,prompt=in,output=out.")
     add("--rate", type=float, help="Requests per second; scales the trace.")
     add("--slo", default="", help="Such as ttft=2s,tpot=50ms,e2e=30s.")
-    add("--attainment", type=_share, default=0.9, help="Share of requests that must keep it. [0.9]")
+    add("--attainment", type=_share, help="Share of requests that must keep it. [0.9]")
     add("--confidence", type=_share, default=0.8, help="Least probability that it holds. [0.8]")
     add("--today", metavar="LAYOUT", help="What runs now, such as 4U or 2P2D:H100+L40S.")
     add = parser.add_argument_group("What may be used").add_argument
@@ -63,7 +70,7 @@ def add_arguments(parser: Parser) -> None:
     add("--price", action="append", default=[], metavar="DEVICE=USD", help="Per device and hour.")
     add("--max-devices", type=_count, default=64, metavar="N", help="In all. [64]")
     add("--pipeline", type=_count, default=1, metavar="N", help="Most pipeline stages. [1]")
-    add("--budgets", default="2048,8192", metavar="LIST", help="Tokens of a step. [2048,8192]")
+    add("--budgets", default="", metavar="LIST", help="Tokens of a step. [2048,8192]")
     add("--link", default="", metavar="GBIT", help="Links to try; by default the devices' own.")
     add("--link-latency", type=float, default=0.02, metavar="MS", help="Of a transfer. [0.02]")
     add("--codecs", default="raw", metavar="LIST", help=f"Of {', '.join(CODECS)}. [raw]")
@@ -85,28 +92,30 @@ def run(args: argparse.Namespace) -> int:
     for name in (args.write, args.plot, args.json):
         if name and name != "-" and not Path(name).absolute().parent.is_dir():
             raise ConfigError(f"cannot write {name}: there is no such directory")
+    subject = _live(args) if args.from_live else _subject(args)
     wish = Wish(
-        Slo.parse(args.slo), args.attainment, args.confidence, args.draws, args.num_requests,
-        args.transfer_price, args.seed,
+        Slo.parse(args.slo or subject.slo or ""),
+        args.attainment or subject.attainment or 0.9,
+        args.confidence, args.draws, args.num_requests, args.transfer_price, args.seed,
     )  # fmt: skip
     if not wish.slo.limits:
         raise ConfigError("a plan needs a promise to keep: give --slo such as ttft=2s,tpot=50ms")
-    model, trace = _model(args.model), _trace(args)
-    profiles = [read_profile(Path(name)) for name in args.profile]
-    names = args.hardware or ("" if profiles else DEFAULT_HARDWARE)
-    offered = offers(_list(names), model, profiles, _prices(args.price))
+    model, trace = subject.model, subject.trace
+    if args.rate is not None:
+        trace = scale(trace, args.rate)
+    offered = offers(subject.hardware, model, subject.profiles, _prices(args.price))
     longest = max(each.num_prompt_tokens + each.num_output_tokens for each in trace)
-    budgets = [max(1, int(_number(text, "--budgets"))) for text in _list(args.budgets)]
+    budgets = _budgets(args.budgets, subject.budget)
     usable = kinds(model, offered, longest=longest, budgets=budgets, max_pipeline=args.pipeline)
     links = _links(args.link, args.link_latency)
-    today = parse_today(args.today, offered, usable, links) if args.today else None
+    today = parse_today(subject.today, offered, usable, links) if subject.today else None
     space = Space(tuple(usable), tuple(links), _codecs(args.codecs), args.max_devices)
     with _progress() as tell:
         found = plan(
             trace, space, wish, today=today, tell=tell,
             num_processes=args.processes or len(os.sched_getaffinity(0)),
         )  # fmt: skip
-    said = list(sentences(found))
+    said = [*sentences(found), *(f"{note}." for note in subject.notes)]
     for line in said:
         print(textwrap.fill(line, 100, subsequent_indent="  "), file=out)
     print(file=out)
@@ -119,8 +128,7 @@ def run(args: argparse.Namespace) -> int:
     print(file=out)
     for line in basis(offered):
         print(textwrap.fill(line, 100, subsequent_indent="  "), file=out)
-    chosen = found.chosen.candidate
-    Path(args.write).write_text(plan_yaml(chosen, longest, args.model, said), encoding="utf-8")
+    _write(Path(args.write), found, subject.model_path, trace, said)
     print(f"\nwrote {args.write}, for baton serve --config {args.write}", file=out)
     if args.plot:
         Path(args.plot).write_text(plot(found), encoding="utf-8")
@@ -131,6 +139,45 @@ def run(args: argparse.Namespace) -> int:
         else:
             Path(args.json).write_bytes(text + b"\n")
     return 0 if found.holds else 1
+
+
+def _write(
+    file: Path, found: Plan, model_path: str, trace: list[TraceRequest], said: list[str]
+) -> None:
+    """The plan, and beside it the cost model that it rests on."""
+    profile_file = file.absolute().with_suffix(".profile.json")
+    profile_file.write_bytes(profile_of(found).to_json())
+    assumed = assumptions(found, busiest(trace, found.wish.num_requests), str(profile_file))
+    longest = max(each.num_prompt_tokens + each.num_output_tokens for each in trace)
+    text = plan_yaml(found.chosen.candidate, longest, model_path, said, assumed)
+    file.write_text(text, encoding="utf-8")
+
+
+def _subject(args: argparse.Namespace) -> Subject:
+    model, trace = _model(args.model), _trace(args)
+    profiles = [read_profile(Path(name)) for name in args.profile]
+    names = args.hardware or ("" if profiles else DEFAULT_HARDWARE)
+    return Subject(model, args.model, trace, profiles, _list(names), today=args.today)
+
+
+def _live(args: argparse.Namespace) -> Subject:
+    if args.trace:
+        raise ConfigError("--trace and --from-live are two traffics: give one of them")
+    found = live_subject(
+        args.from_live,
+        model=_model(args.model) if args.model else None,
+        profiles=[read_profile(Path(name)) for name in args.profile],
+        hardware=_list(args.hardware),
+        today=args.today,
+        seed=args.seed,
+    )
+    return msgspec.structs.replace(found, model_path=args.model or found.model_path)
+
+
+def _budgets(text: str, today: int | None) -> list[int]:
+    given = [max(1, int(_number(each, "--budgets"))) for each in _list(text)]
+    found = given or list(DEFAULT_BUDGETS)
+    return found if today is None else sorted({*found, today})
 
 
 def _model(name: str | None) -> ModelShape:
@@ -147,7 +194,7 @@ def _trace(args: argparse.Namespace) -> list[TraceRequest]:
     read = spread(read_trace(Path(args.trace), mapping=args.columns, seed=args.seed), args.seed)
     if not read.has_arrivals:
         raise ConfigError(f"{args.trace} has lengths but no times: a plan needs both")
-    return read.requests if args.rate is None else scale(read.requests, args.rate)
+    return read.requests
 
 
 def _prices(given: list[str]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from baton.cli.parser import Parser, add_config_flags, config_from
 from baton.errors import ConfigError
@@ -32,6 +33,10 @@ def run(args: argparse.Namespace) -> int:
             f"this configuration needs what Baton cannot run yet: {config.launch.needs}; choose "
             "another layout, or take launch.needs out if that is no longer so"
         )
+    if config.plan.profile_file:
+        from baton.planner.profiles import read_profile
+
+        read_profile(Path(config.plan.profile_file).expanduser())
     from baton.launch.local import serve
 
     return serve(config)

@@ -11,6 +11,7 @@ from baton.config.cpus import SHARED, format_cpus, parse_cpus
 from baton.config.flags import Flag, flags, format_size, format_value, parse_size, sections
 from baton.config.layout import Layout
 from baton.config.load import Overrides, load_config, to_yaml
+from baton.config.plan import PlanConfig, parse_deciles
 from baton.config.sections import (
     EngineConfig,
     FabricConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "Overrides",
+    "PlanConfig",
     "RpcConfig",
     "Section",
     "StoreConfig",
@@ -48,6 +50,7 @@ __all__ = [
     "is_loopback",
     "load_config",
     "parse_cpus",
+    "parse_deciles",
     "parse_size",
     "sections",
     "to_yaml",

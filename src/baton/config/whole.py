@@ -8,6 +8,7 @@ import msgspec
 
 from baton.config.cpus import SHARED, parse_cpus
 from baton.config.layout import Layout
+from baton.config.plan import PlanConfig
 from baton.config.sections import (
     DecodeConfig,
     EngineConfig,
@@ -38,6 +39,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gateway: GatewayConfig = GatewayConfig()
     launch: LaunchConfig = LaunchConfig()
     log: LogConfig = LogConfig()
+    plan: PlanConfig = PlanConfig()
 
     def for_role(self, role: Role) -> Config:
         """What a worker of this role goes by: its own settings in place of everybody's."""
@@ -78,6 +80,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             _check_listeners(gateway)
         _check_rpc(self.rpc)
         _check_fabric(self)
+        self.plan.validate()
         if gateway.port == gateway.admin_port != 0:
             raise ConfigError(
                 f"gateway.port and gateway.admin_port are both {gateway.port}: "

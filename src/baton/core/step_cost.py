@@ -42,6 +42,11 @@ class StepShape(msgspec.Struct, frozen=True):
     kv_tokens: int
     attention_pairs: float
 
+    @property
+    def has_prompt(self) -> bool:
+        """Whether it computes more than the next token of each sequence."""
+        return self.num_tokens > self.num_seqs
+
     @classmethod
     def of(cls, chunks: Iterable[ChunkShape]) -> StepShape:
         """Sum up chunks that were made by hand."""
@@ -67,6 +72,13 @@ def shape(plan: StepPlan) -> StepShape:
         kv_tokens += context + tokens
         pairs += tokens * (context + tokens / 2)
     return StepShape(num_tokens, num_samples, len(plan.chunks), kv_tokens, pairs)
+
+
+class MeasuredStep(msgspec.Struct, frozen=True):
+    """A step that an engine ran, and the seconds until it could begin the next one."""
+
+    shape: StepShape
+    elapsed_s: float
 
 
 class CostModel(Protocol):

@@ -26,6 +26,7 @@ from baton.core.pacing import SEAL_WAIT_SHARE, STEP_TIME_WEIGHT
 from baton.core.plan import ExportOrder, ImportOrder, Runner, StepPlan, Update
 from baton.core.scheduler import Scheduler
 from baton.core.sequence import SequenceId
+from baton.core.step_cost import MeasuredStep, shape
 from baton.core.step_times import StepTimes
 from baton.engine import inbox as messages
 from baton.engine.inbox import Inbox, Message
@@ -42,17 +43,22 @@ from baton.fabric.transport import Wanted
 from baton.model.kv_cache import KvCache
 from baton.types import Pulse, WorkerLoad
 
+NOTE_EVERY_S = 0.02
+"""Between two steps whose shape and time are told: enough to judge by, too few to cost time."""
+
 
 class Emitted(msgspec.Struct, frozen=True):
     """What one turn brought for the outside; totals of the counters are cumulative.
 
     `drained`: the engine was asked to drain, nothing is left, and nobody holds a lease any more.
+    `step`: one that ended since the last turn that told of one; not every step is told.
     """
 
     update: Update
     load: WorkerLoad
     counters: dict[str, int]
     drained: bool
+    step: MeasuredStep | None = None
 
 
 class Engine:
@@ -85,9 +91,12 @@ class Engine:
         self._rests = True
         self._submitted: deque[tuple[StepPlan, int]] = deque()  # with their numbers of tokens
         self._told: WorkerLoad | None = None
+        self._noted: MeasuredStep | None = None
+        self._note_at = 0.0
 
     def step(self) -> bool:
         """One turn. Returns whether a step ran; if not, there is nothing to do until news comes."""
+        began = self._clock()
         self._drain_inbox()
         plan = self.scheduler.schedule(self._clock())
         for order in plan.imports:
@@ -98,14 +107,17 @@ class Engine:
             self._predicted_s = sum(self._step_times.predict(num) for _, num in self._submitted)
             self._runner.submit(plan)
         pending = self._runner.pending
-        if pending and (pending == self._runner.depth or not plan.chunks):
-            self._collect()
+        collects = pending and (pending == self._runner.depth or not plan.chunks)
+        collected = self._collect() if collects else None
         self._pass_on(stepped=bool(pending))
+        if collected is not None:
+            self._note(*collected, began)
         if self.scheduler.exports.num_awaited:
             self._await_seals()
         return bool(pending)
 
-    def _collect(self) -> None:
+    def _collect(self) -> tuple[StepPlan, float]:
+        """Take in the oldest step; what it was, and how long the runner took for it."""
         output = self._runner.collect()
         plan, num_tokens = self._submitted[0]
         self._step_s += STEP_TIME_WEIGHT * (output.elapsed_s - self._step_s)
@@ -113,6 +125,15 @@ class Engine:
         self._num_moves += 1
         self.scheduler.update(plan, output, self._clock())
         self._submitted.popleft()
+        return plan, output.elapsed_s
+
+    def _note(self, plan: StepPlan, elapsed_s: float, began: float) -> None:
+        """Keep, for the next report, what a step took with the engine's own work around it."""
+        # By when it began: a choice by when it ends would fall on the long ones.
+        if began >= self._note_at:
+            now = self._clock()
+            self._note_at = now + NOTE_EVERY_S
+            self._noted = MeasuredStep(shape(plan), max(elapsed_s, now - began))
 
     def wait(self) -> None:
         """Sleep until there is a message, or until a deadline or lease runs out."""
@@ -167,7 +188,9 @@ class Engine:
         news = update.deltas or update.sealed or update.landed or update.handoffs
         if stepped or news or load != self._told or drained:
             self._told = load
-            self._emit(Emitted(update, load, dict(self.scheduler.counters), drained))
+            counters, noted = dict(self.scheduler.counters), self._noted
+            self._noted = None
+            self._emit(Emitted(update, load, counters, drained, noted))
 
     def _await_seals(self) -> None:
         """Give the copies for handoffs a moment: their answers would else wait for a whole step.

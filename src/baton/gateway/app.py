@@ -99,11 +99,12 @@ def create_admin_app(
     readiness: Callable[[], Readiness] = lambda: Readiness(True),
     frozen: Callable[[], dict[str, float]] = dict,
     check_fabric: Callable[[], Awaitable[msgspec.Struct]] | None = None,
+    audit: Callable[[], msgspec.Struct] | None = None,
 ) -> FastAPI:
-    """For operators: `/metrics` (Prometheus), `/requests` (waterfalls, newest first), `/frozen`
-    (seconds, by id, for which workers have been known to stand still), `/health` and `/ready`,
-    which the supervisor asks: it has no key for the public one; and a POST to `/fabric/check`,
-    which measures the ways between workers.
+    """For operators: `/metrics` (Prometheus), `/requests` (waterfalls, newest first), `/audit`
+    (predicted beside measured), `/frozen` (seconds, by id, for which workers have been known to
+    stand still), `/health` and `/ready`, which the supervisor asks: it has no key for the public
+    one; and a POST to `/fabric/check`, which measures the ways between workers.
 
     It asks for no key: keep it on loopback. `refresh` brings the metrics up to date first.
     """
@@ -130,6 +131,12 @@ def create_admin_app(
             return Response(body, media_type="application/json")
 
         app.add_api_route("/fabric/check", fabric, methods=["POST"])
+    if audit is not None:
+
+        async def audited() -> Response:
+            return _reply(audit())
+
+        app.add_api_route("/audit", audited, methods=["GET"])
     app.add_api_route("/metrics", exposition, methods=["GET"])
     app.add_api_route("/requests", requests, methods=["GET"])
     app.add_api_route("/frozen", stands_still, methods=["GET"])

@@ -23,6 +23,7 @@ from baton.core.life import HandoffPolicy
 from baton.core.router import Router
 from baton.errors import ConfigError
 from baton.gateway.app import create_admin_app, create_app
+from baton.gateway.auditor import Auditor
 from baton.gateway.auth import ApiKeys
 from baton.gateway.limits import Limits
 from baton.gateway.placement import PlacingDispatcher
@@ -78,6 +79,7 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
                 lease_ttl_s=config.store.lease_ttl_s, fetch_early=config.fabric.fetch_early
             ),
             patience_s=gateway.frozen_after_s,
+            auditor=Auditor.open(config, model_dir),
         )
         metrics = Metrics()
         app = create_app(
@@ -101,6 +103,7 @@ async def _serve(config: Config, runtime_dir: Path) -> int:
             readiness=dispatcher.readiness,
             frozen=dispatcher.watch.frozen,
             check_fabric=dispatcher.fabric_check.run,
+            audit=dispatcher.auditor.view,
         )
         servers = [
             _server(

@@ -21,6 +21,7 @@ from baton.core.liveness import PATIENCE_S, Frozen
 from baton.core.router import Router, WorkerInfo
 from baton.core.sequence import SequenceId
 from baton.errors import ServeError, WorkerLost
+from baton.gateway.auditor import Auditor
 from baton.gateway.dispatch import Readiness, ServedModel
 from baton.gateway.fabric_check import FabricCheck
 from baton.gateway.registry import Registry
@@ -62,6 +63,7 @@ class PlacingDispatcher:
         router: Router,
         policy: HandoffPolicy,
         patience_s: float = PATIENCE_S,
+        auditor: Auditor | None = None,
     ) -> None:
         self.registry = Registry(
             gateway_id,
@@ -76,6 +78,7 @@ class PlacingDispatcher:
         self.fabric_check = FabricCheck(self.registry, router)
         self.recent = RecentRequests()
         self.watch = Watch(patience_s, self._froze)
+        self.auditor = auditor or Auditor()
         self._table = RequestTable(router, policy)
         self._readers: dict[tuple[str, int], _Reader] = {}
         self._suspects: dict[str, tuple[SequenceId, ...]] = {}  # of workers about to exit
@@ -93,7 +96,9 @@ class PlacingDispatcher:
 
     async def generate(self, request: Request) -> AsyncIterator[TokenDelta]:
         """See `Dispatcher.generate`."""
-        life = self._table.add(request, time.monotonic())
+        now = time.monotonic()
+        life = self._table.add(request, now)
+        self.auditor.arrived(now)
         reader = self._readers[life.key] = _Reader(life)
         self._carry_out()
         try:
@@ -136,12 +141,14 @@ class PlacingDispatcher:
         )
         content = Content(hello.fingerprint, hello.numerics, fmt.block_size)
         self.watch.joined(hello.worker_id)
+        self.auditor.joined(hello.worker_id, hello.role)
         self._table.join(info, content, time.monotonic())
         self._carry_out()
 
     def _lost(self, worker_id: str, reason: str) -> None:
         # The reason holds addresses: it is for the log, where the registry has put it.
         self.watch.left(worker_id)
+        self.auditor.lost(worker_id)
         self._table.lose(worker_id, time.monotonic(), self._suspects.pop(worker_id, ()))
         self._carry_out()
 
@@ -167,6 +174,7 @@ class PlacingDispatcher:
             life = table.timed(worker_id, times)
             if life is not None:
                 self._readers[life.key].waterfall.add(times, took_over=life.took_over)
+                self.auditor.leg(worker_id, life, times, life.took_over)
         for delta in report.deltas:
             table.delivered(worker_id, delta, now)
         for handoff in report.handoffs:
@@ -176,6 +184,9 @@ class PlacingDispatcher:
             if not report.draining:
                 table.thaw(worker_id, now)
         self._carry_out()
+        if report.step is not None:
+            self.auditor.stepped(worker_id, report.step)
+        self.auditor.tick(now)
 
     # What follows -------------------------------------------------------------------------------
 
@@ -249,6 +260,7 @@ class PlacingDispatcher:
             waterfall.ttft_s = life.first_token_at - life.received
         waterfall.e2e_s = life.ended_at - life.received
         self.recent.add(waterfall)
+        self.auditor.finished(waterfall)
         logger.info(
             "finished request=%s choice=%d reason=%s prefill=%s decode=%s prompt=%d cached=%d "
             "generated=%d attempt=%d ttft_ms=%.0f e2e_ms=%.0f",

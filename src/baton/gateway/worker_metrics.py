@@ -1,9 +1,11 @@
-"""What workers report of themselves, and what befell their requests, as metrics of the gateway."""
+"""What workers report of themselves, what befell their requests, and how far predictions were off,
+as metrics of the gateway."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from baton.gateway.auditor import Auditor
 from baton.gateway.placement import PlacingDispatcher
 from baton.gateway.registry import Member
 from baton.observe import metrics as table
@@ -13,6 +15,7 @@ from baton.observe.metrics import Metrics
 def export(dispatcher: PlacingDispatcher, metrics: Metrics) -> None:
     """Bring everything that is kept elsewhere up to now."""
     export_workers(dispatcher.registry.joined(), metrics)
+    export_audit(dispatcher.auditor, metrics)
     for event, total in dispatcher.counters.items():
         metrics.set_total(table.GATEWAY_EVENTS, total, event=event)
 
@@ -39,6 +42,23 @@ def export_workers(members: Iterable[Member], metrics: Metrics) -> None:
         )
         for event, total in member.counters.items():
             metrics.set_total(table.WORKER_EVENTS, total, worker=worker, event=event)
+
+
+def export_audit(auditor: Auditor, metrics: Metrics) -> None:
+    """Bring predictions beside measurements up to now. A worker that is gone has none."""
+    for gauge in (table.PREDICTION_ERROR, table.PREDICTION_RATIO, table.PLAN_STALE):
+        metrics.clear(gauge)
+    metrics.clear(table.PLAN_STRAIN)
+    for each in auditor.errors():
+        labels = {"worker": each.worker, "stage": each.stage.value}
+        metrics.set_total(table.PREDICTIONS, each.count, **labels)
+        metrics.set(table.PREDICTION_ERROR, each.median, **labels, quantile="0.5")
+        metrics.set(table.PREDICTION_ERROR, each.p90, **labels, quantile="0.9")
+        metrics.set(table.PREDICTION_RATIO, each.ratio, **labels)
+    for finding in auditor.findings():
+        reason = finding.reason.value
+        metrics.set(table.PLAN_STALE, float(finding.is_stale), reason=reason)
+        metrics.set(table.PLAN_STRAIN, finding.strain, reason=reason)
 
 
 def _share(part: int, whole: int) -> float:

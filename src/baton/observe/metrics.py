@@ -157,6 +157,37 @@ GATEWAY_EVENTS = Metric(
     ("event",),
 )
 
+PREDICTIONS = Metric(
+    "baton_predictions_total",
+    "counter",
+    "Predictions that were compared with what then happened, by worker and stage.",
+    ("worker", "stage"),
+)
+PREDICTION_ERROR = Metric(
+    "baton_prediction_error_ratio",
+    "gauge",
+    "Quantiles of abs(measured / predicted - 1) over the last 256 of a stage.",
+    ("worker", "stage", "quantile"),
+)
+PREDICTION_RATIO = Metric(
+    "baton_prediction_measured_ratio",
+    "gauge",
+    "Median of measured / predicted over the last 256 of a stage.",
+    ("worker", "stage"),
+)
+PLAN_STALE = Metric(
+    "baton_plan_stale",
+    "gauge",
+    "1 where what was assumed in planning this deployment no longer holds, else 0.",
+    ("reason",),
+)
+PLAN_STRAIN = Metric(
+    "baton_plan_strain_ratio",
+    "gauge",
+    "Measured over allowed by the plan; above 1 the assumption is broken.",
+    ("reason",),
+)
+
 METRICS: tuple[Metric, ...] = (
     WORKER_UP,
     WORKER_FROZEN,
@@ -171,6 +202,11 @@ METRICS: tuple[Metric, ...] = (
     STEP_SECONDS,
     WORKER_EVENTS,
     GATEWAY_EVENTS,
+    PREDICTIONS,
+    PREDICTION_ERROR,
+    PREDICTION_RATIO,
+    PLAN_STALE,
+    PLAN_STRAIN,
     HTTP_REQUESTS,
     RUNNING,
     REQUESTS_FINISHED,

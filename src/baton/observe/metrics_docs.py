@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from baton.observe.metrics import GATEWAY_EVENTS, METRICS, WORKER_EVENTS, Metric
+from baton.observe.audit import Stage
+from baton.observe.metrics import (
+    GATEWAY_EVENTS,
+    METRICS,
+    PLAN_STALE,
+    PREDICTION_ERROR,
+    WORKER_EVENTS,
+    Metric,
+)
+from baton.observe.plan_watch import Reason
 
 _INTRODUCTION = f"""\
 The gateway serves these at `/metrics` on its admin listener (`gateway.admin_host`,
@@ -62,6 +71,29 @@ REQUEST_EVENTS: dict[str, str] = {
 """What the label `event` of `GATEWAY_EVENTS` may be."""
 
 
+STAGES: dict[Stage, str] = {
+    Stage.QUEUE: "Until the first chunk of the prompt.",
+    Stage.PREFILL: "From there to the first token.",
+    Stage.TRANSFER: "What the decode worker waited for blocks of the prompt.",
+    Stage.DECODE: "The mean gap between two tokens of a request.",
+    Stage.PROMPT_STEP: "A step with prompts in it, by `plan.profile_file`.",
+    Stage.DECODE_STEP: "A step without, by `plan.profile_file`.",
+}
+"""What the label `stage` of `PREDICTION_ERROR` may be."""
+
+
+REASONS: dict[Reason, str] = {
+    Reason.RATE_HIGH: "More requests a second than the plan holds for (`plan.max_rate`).",
+    Reason.RATE_LOW: "For a day so few that another plan wins (`plan.min_rate`).",
+    Reason.PROMPT_LENGTHS: "Prompts of other lengths (`plan.prompt_tokens`).",
+    Reason.OUTPUT_LENGTHS: "Answers of other lengths (`plan.output_tokens`).",
+    Reason.ATTAINMENT: "Fewer requests keep the promise (`plan.slo`, `plan.attainment`).",
+    Reason.STEP_ERROR: "Steps are further off than the profile's held-out error explains "
+    "(`plan.prompt_step_error`, `plan.decode_step_error`).",
+}
+"""What the label `reason` of `PLAN_STALE` may be."""
+
+
 def reference() -> str:
     """The page, in Markdown."""
     lines = ["# Metrics", "", *_INTRODUCTION.splitlines(), ""]
@@ -74,6 +106,13 @@ def reference() -> str:
     lines += ["", f"## Events of `{GATEWAY_EVENTS.name}`", ""]
     lines += ["| event | meaning |", "|---|---|"]
     lines += [f"| `{event}` | {meaning} |" for event, meaning in REQUEST_EVENTS.items()]
+    lines += ["", f"## Stages of `{PREDICTION_ERROR.name}`", ""]
+    lines += ["Requests are predicted by the router when it places them. See `audit.md`.", ""]
+    lines += ["| stage | what is predicted and measured |", "|---|---|"]
+    lines += [f"| `{stage}` | {meaning} |" for stage, meaning in STAGES.items()]
+    lines += ["", f"## Reasons of `{PLAN_STALE.name}`", ""]
+    lines += ["| reason | what no longer holds |", "|---|---|"]
+    lines += [f"| `{reason}` | {meaning} |" for reason, meaning in REASONS.items()]
     lines += ["", "## Buckets of the histograms", "", "| name | upper bounds |", "|---|---|"]
     lines += [
         f"| `{metric.name}` | {', '.join(f'{bound:g}' for bound in metric.buckets)} |"

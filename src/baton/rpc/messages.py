@@ -24,6 +24,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from baton.core.step_cost import MeasuredStep
 from baton.errors import BatonError, WireError
 from baton.types import (
     Handoff,
@@ -178,10 +179,11 @@ class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     `sealed` are blocks that this worker opens to readers, `landed` those that it fetched early.
     `counters` are the worker's running totals (tokens computed, hits, preemptions, fallbacks).
+    `step` is one that ran since the last report, with its shape and time; not every one is told.
     `pulse` comes every half second, whatever the engine does. `fatal` is the last word of a worker
     that is about to exit, and `suspects` are those, as (request id, choice, attempt), that were in
-    the step which failed. `index` and `ack` (the last
-    Instructions acted upon) are set by the server.
+    the step which failed. `index` and `ack` (the last Instructions acted upon) are set by the
+    server.
     """
 
     index: int
@@ -193,6 +195,7 @@ class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     handoffs: tuple[Handoff, ...] = ()
     times: tuple[StageTimes, ...] = ()
     counters: dict[str, int] = {}
+    step: MeasuredStep | None = None
     draining: bool = False
     pulse: Pulse | None = None
     fatal: WireError | None = None

@@ -21,6 +21,7 @@ import grpc
 import grpc.aio
 import msgspec
 
+from baton.core.step_cost import MeasuredStep
 from baton.errors import WireError
 from baton.rpc.channel import GATEWAY_SERVICE, WORKER_SERVICE, caller_host, unbroken
 from baton.rpc.listener import Code, Listener, Refused, Tcp, decoded, version_text
@@ -160,6 +161,7 @@ class WorkerServer:
         handoffs: tuple[Handoff, ...] = (),
         times: tuple[StageTimes, ...] = (),
         counters: dict[str, int] | None = None,
+        step: MeasuredStep | None = None,
         draining: bool = False,
         pulse: Pulse | None = None,
         fatal: WireError | None = None,
@@ -185,6 +187,7 @@ class WorkerServer:
                 handoffs=handoffs,
                 times=times,
                 counters=counters or {},
+                step=step,
                 draining=draining,
                 pulse=pulse,
                 fatal=fatal,

@@ -21,6 +21,7 @@ from baton.config import Config
 from baton.core.decision_log import Sink
 from baton.core.liveness import HEARTBEAT_S
 from baton.core.sequence import SequenceId
+from baton.core.step_cost import MeasuredStep
 from baton.engine import inbox
 from baton.engine.build import Built, build_engine
 from baton.engine.engine import Emitted
@@ -247,11 +248,18 @@ class Worker:
                 if mine.concerns(times):
                     mine.times.append(times)
         for gateway_id, mine in news.items():
-            self._report(gateway_id, mine)
+            self._report(gateway_id, mine, step=emitted.step)
         if emitted.drained and not self._live:
             self.end(0)
 
-    def _report(self, gateway_id: str, news: _News, pulse: Pulse | None = None) -> None:
+    def _report(
+        self,
+        gateway_id: str,
+        news: _News,
+        *,
+        step: MeasuredStep | None = None,
+        pulse: Pulse | None = None,
+    ) -> None:
         self._server.report(
             gateway_id,
             load=self._load,
@@ -261,6 +269,7 @@ class Worker:
             handoffs=tuple(news.handoffs),
             times=tuple(news.times),
             counters=self._counters,
+            step=step,
             draining=self._draining,
             pulse=pulse,
         )
@@ -316,7 +325,7 @@ class Worker:
             last = pulse.progress
             for gateway_id in self._server.gateways():
                 mine = msgspec.structs.replace(pulse, batch=self._of(gateway_id, batch))
-                self._report(gateway_id, _News(), mine)
+                self._report(gateway_id, _News(), pulse=mine)
 
     def _hello(self) -> Hello:
         scheduler = self._built.scheduler_config

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import msgspec
 
-from baton.config import Config, EngineConfig, LaunchConfig, ModelConfig, StoreConfig
+from baton.config import (
+    Config,
+    EngineConfig,
+    LaunchConfig,
+    ModelConfig,
+    PlanConfig,
+    StoreConfig,
+)
 from baton.config.sections import FabricConfig
 from baton.planner.plan.bounds import MAX_SEQS
 from baton.planner.plan.candidates import Candidate
@@ -65,12 +72,14 @@ def config_of(candidate: Candidate, longest: int, model_path: str = "") -> Confi
 
 
 def plan_yaml(
-    candidate: Candidate, longest: int, model_path: str, remarks: Sequence[str] = ()
-) -> str:
-    """The file: remarks as comments, then what differs from the defaults."""
+    candidate: Candidate, longest: int, model_path: str, remarks: Sequence[str] = (),
+    assumed: PlanConfig | None = None,
+) -> str:  # fmt: skip
+    """The file: remarks as comments, then what differs from the defaults, what was assumed last."""
     import yaml
 
     config, default = config_of(candidate, longest, model_path), Config()
+    config = msgspec.structs.replace(config, plan=assumed or PlanConfig())
     tree: dict[str, dict[str, object]] = {}
     for section in msgspec.structs.fields(Config):
         mine, theirs = getattr(config, section.name), getattr(default, section.name)

@@ -21,7 +21,7 @@ NAME = "baton-events"
 FIELDS = ("request_id", "choice", "num_prompt_tokens", "num_generated_tokens")
 
 
-def read(source: Source, entries: Iterable[tuple[int, object]], unit: str) -> Trace:
+def read(source: Source | str, entries: Iterable[tuple[int, object]], unit: str) -> Trace:
     """Read (number, waterfall) pairs; `unit` says what is numbered.
 
     Raises:

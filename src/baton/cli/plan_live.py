@@ -1,0 +1,108 @@
+"""What `baton plan --from-live` asks of a running gateway: its traffic, its steps, its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import httpx
+import msgspec
+
+from baton.cli.plan_subject import Subject
+from baton.core.cost import ModelShape, Profile
+from baton.errors import BatonError, ConfigError
+from baton.observe.audit_view import AuditView
+from baton.planner.hardware import find_device
+from baton.planner.profiles import find_profile
+from baton.planner.recalibrate import MIN_STEPS, recalibrate
+from baton.planner.traces import lifecycle, spread
+
+T = TypeVar("T")
+TIMEOUT_S = 30.0
+
+
+def live_subject(
+    url: str, *, model: ModelShape | None, profiles: Sequence[Profile], hardware: Sequence[str],
+    today: str | None, seed: int,
+) -> Subject:  # fmt: skip
+    """The traffic and deployment behind a gateway's admin listener; what is given is not asked for.
+
+    Raises:
+        ConfigError: it has no requests yet, or it is not known what its steps cost.
+        BatonError: no gateway answers there.
+    """
+    root = url.rstrip("/")
+    view = _get(f"{root}/audit", AuditView)
+    entries = enumerate(_get(f"{root}/requests", list[object]), 1)
+    trace = spread(lifecycle.read(f"{root}/requests", entries, "entry"), seed)
+    shape = model or view.shape
+    if shape is None:
+        raise ConfigError(f"{root} does not say what it serves: give --model")
+    notes = list(trace.notes)
+    base = _base_profile(view, shape, profiles, hardware)
+    found = recalibrate(base, [each.step for each in view.steps], shape)
+    if found is None:
+        notes.append(
+            f"{len(view.steps)} measured steps are too few to recalibrate with ({MIN_STEPS} are "
+            "not): the cost model is as it was"
+        )
+    else:
+        notes.append(found.says)
+    notes += [f"The plan that is served is stale: {f.says}" for f in view.findings if f.is_stale]
+    config = view.config
+    device = find_device(base.device)
+    return Subject(
+        model=shape,
+        model_path=config.model.path,
+        trace=trace.requests,
+        profiles=[found.profile if found else base, *profiles[1:]],
+        hardware=[name for name in hardware if find_device(name) != device],
+        today=today or f"{config.launch.layout}:{device.name}",
+        slo=config.plan.slo,
+        attainment=config.plan.attainment,
+        budget=config.engine.max_num_batched_tokens,
+        notes=notes,
+    )
+
+
+def _base_profile(
+    view: AuditView, shape: ModelShape, given: Sequence[Profile], hardware: Sequence[str]
+) -> Profile:
+    """What steps were thought to cost where the deployment runs."""
+    profile = given[0] if given else view.profile
+    if profile is None:
+        if not hardware:
+            raise ConfigError(
+                "the deployment has no cost model (plan.profile_file): give --profile FILE, which "
+                "baton profile writes, or what it runs on as the first of --hardware"
+            )
+        return find_profile(find_device(hardware[0]), shape)
+    try:
+        find_device(profile.device)
+    except ConfigError:
+        if not hardware:
+            raise ConfigError(
+                f"the deployment runs on {profile.device!r}, whose memory and price are not known "
+                "here: give hardware that is like it as the first of --hardware, such as "
+                '"Server CPU"'
+            ) from None
+        return msgspec.structs.replace(profile, device=find_device(hardware[0]).name)
+    return profile
+
+
+def _get(url: str, kind: type[T]) -> T:
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--from-live {url!r} must begin with http:// or https://")
+    try:
+        response = httpx.get(url, timeout=TIMEOUT_S, trust_env=False)
+        response.raise_for_status()
+        return msgspec.json.decode(response.content, type=kind)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise BatonError(
+            f"no gateway answers at {url} ({error}): give the address of its admin listener, such "
+            "as http://127.0.0.1:8001"
+        ) from None
+    except msgspec.MsgspecError as error:
+        raise BatonError(
+            f"{url} is no audit of this version of Baton ({error}): is it the admin listener?"
+        ) from None
