@@ -4,7 +4,8 @@ Points, at which a worker of some role is hurt by a step with a sequence whose p
 
     HANG     at the second layer of the step, while FOLDER/hang-ROLE is there; the first worker that
              comes there takes the file (FOLDER/hung-ROLE), and goes on when it is gone
-    POISON   at the beginning of the step, as often as it happens, while FOLDER/poison-ROLE is there
+    POISON   at the beginning of the step, as often as it happens, while FOLDER/poison-ROLE is there;
+             FOLDER/crashes-ROLE has a line each time: how many sequences were in the step
 
 FOLDER is the environment's HURT_FOLDER. The gateway and the supervisor are as they are.
 """
@@ -41,6 +42,8 @@ def hurt_engine(role: str, folder: Path) -> None:
     def hurt_submit(self: TorchRunner, plan: StepPlan) -> None:
         tokens = {token for chunk in plan.chunks for token in chunk.seq.request.prompt}
         if POISON in tokens and (folder / f"poison-{role}").exists():
+            with (folder / f"crashes-{role}").open("a") as crashes:
+                crashes.write(f"{len(plan.chunks)}\n")
             raise RuntimeError("a poisoned step")
         hangs[0], layers[0] = HANG in tokens, 0
         submit(self, plan)

@@ -234,6 +234,9 @@ def test_a_request_that_takes_workers_along(served: Hurt, wanted: dict[int, list
         check(streams, wanted)
         failed = [line for line in served.lines[said:] if "RuntimeError: a poisoned step" in line]
         assert len(failed) == 2
+        crashes = (served.folder / "crashes-decode").read_text().split()
+        assert int(crashes[0]) > 1, "others were beside it"
+        assert crashes[1:] == ["1"], "and then it was alone"
         assert served.events()["given_up"] == before["given_up"] + 1
 
     asyncio.run(run())
