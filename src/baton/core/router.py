@@ -86,6 +86,8 @@ class _Worker:
         self.fetch_block_s = 0.0
 
     def uncached(self, num_tokens: int, keys: Sequence[bytes]) -> int:
+        if not keys or keys[0] not in self.known:
+            return num_tokens
         num_hits = _num_leading(keys, self.known)
         # The last token is always computed.
         return max(1, num_tokens - num_hits * self.info.block_size)
