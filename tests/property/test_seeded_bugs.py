@@ -22,6 +22,7 @@ from baton.core.block_pool import BlockPool
 from baton.core.exports import ExportState, ExportTable
 from baton.core.imports import ImportTable
 from baton.core.in_flight import InFlight
+from baton.core.outcome import publish
 from baton.core.plan import Chunk
 from baton.core.scheduler import Scheduler
 from baton.core.sequence import Sequence
@@ -169,7 +170,7 @@ def published_before_computed(patch: Patch) -> None:
         admitted = original(self, seq, *rest)  # type: ignore[arg-type]
         if admitted and seq.id in self._running:
             computed, seq.num_computed = seq.num_computed, seq.num_tokens
-            self._publish(seq)
+            publish(self, seq)
             seq.num_computed = computed
         return admitted
 

@@ -11,8 +11,8 @@ from baton.observe.slo import Slo
 from baton.planner.hardware import Device
 from baton.planner.plan.candidates import Candidate, Way
 from baton.planner.plan.kinds import Kind, Offer, kinds
+from baton.planner.plan.rows import Wish
 from baton.planner.plan.search import Space
-from baton.planner.plan.verdict import Wish
 from baton.twin.workload import TraceRequest
 from baton.types import Role
 

@@ -57,6 +57,43 @@ def test_the_first_token_leaves_before_the_commit_record() -> None:
     worker.check_empty()
 
 
+def test_what_is_sealed_between_two_reports_is_told_in_one_piece() -> None:
+    worker = SimWorker(make_config())
+    worker.scheduler.add(make_request("a", PROMPT, 4, hand_off=True), 1.0)
+    first, second, tail = worker.step(1.0).exports
+    for order in (first, second):
+        worker.scheduler.exported(order.key, b"digest", 2.0)
+    (told,) = worker.scheduler.take().sealed
+    assert told.keys == (first.key, second.key)
+    assert told.frames == (first.frame, second.frame)
+    assert told.first == 0
+    worker.scheduler.exported(tail.key, b"digest", 3.0)
+    update = worker.scheduler.take()
+    assert not update.sealed
+    assert update.handoffs[0].grant == told.grant
+
+
+def test_what_is_committed_by_then_is_told_by_the_commit_record_alone() -> None:
+    worker = SimWorker(make_config())
+    worker.scheduler.add(make_request("a", PROMPT, 4, hand_off=True), 1.0)
+    for order in worker.step(1.0).exports:
+        worker.scheduler.exported(order.key, b"digest", 2.0)
+    update = worker.scheduler.take()
+    assert not update.sealed
+    (handoff,) = update.handoffs
+    assert len(handoff.keys) == 3
+    assert len(worker.scheduler.exports.leases.keys(handoff.grant.grant_id)) == 3
+
+
+def test_an_abandoned_prompt_is_not_told_of() -> None:
+    worker = SimWorker(make_config())
+    worker.scheduler.add(make_request("a", PROMPT, 4, hand_off=True), 1.0)
+    orders = worker.step(1.0).exports
+    worker.scheduler.exported(orders[0].key, b"digest", 2.0)
+    worker.scheduler.abort(("a", 0, 0))
+    assert not worker.scheduler.take().sealed
+
+
 def test_full_blocks_leave_after_each_chunk() -> None:
     worker = SimWorker(make_config(max_num_batched_tokens=2))
     worker.scheduler.add(make_request("a", PROMPT, 4, hand_off=True), 0.0)

@@ -18,8 +18,9 @@ from baton.planner.plan.flips import price_flips
 from baton.planner.plan.frontier import MOST_STRAIN, frontier, plot
 from baton.planner.plan.plan_file import needs, plan_yaml
 from baton.planner.plan.report import document, runners_up, sentences
+from baton.planner.plan.rows import Wish
 from baton.planner.plan.trials import Bench, Question, Ratios, Scaled, Trial
-from baton.planner.plan.verdict import Plan, Wish, plan
+from baton.planner.plan.verdict import Plan, plan
 
 FAST = {"flops": 8e12, "memory": 2e10}
 WIDE = {"flops": 5e11, "memory": 2e11}

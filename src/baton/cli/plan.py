@@ -28,10 +28,11 @@ from baton.planner.plan.frontier import plot
 from baton.planner.plan.kinds import kinds, offers
 from baton.planner.plan.plan_file import plan_yaml
 from baton.planner.plan.report import COLUMNS, basis, document, runners_up, sentences
+from baton.planner.plan.rows import Tell, Wish
 from baton.planner.plan.search import Space
 from baton.planner.plan.today import parse_today
 from baton.planner.plan.traffic import busiest
-from baton.planner.plan.verdict import Plan, Tell, Wish, plan
+from baton.planner.plan.verdict import Plan, plan
 from baton.planner.profiles import read_profile
 from baton.planner.traces import read_trace, spread
 from baton.twin.workload import TraceRequest, scale
@@ -78,6 +79,7 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("Search").add_argument
     add("--num-requests", type=_count, default=300, metavar="N", help="That the twin runs. [300]")
     add("--draws", type=_whole, default=24, metavar="N", help="Of errors, a candidate. [24]")
+    add("--thorough", action="store_true", help="Run all candidates, under all errors: slow.")
     add("--processes", type=_count, metavar="N", help="By default one a core.")
     add("--seed", type=int, default=0, help="Same seed, same plan. [0]")
     add = parser.add_argument_group("Result").add_argument
@@ -97,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         Slo.parse(args.slo or subject.slo or ""),
         args.attainment or subject.attainment or 0.9,
         args.confidence, args.draws, args.num_requests, args.transfer_price, args.seed,
+        args.thorough,
     )  # fmt: skip
     if not wish.slo.limits:
         raise ConfigError("a plan needs a promise to keep: give --slo such as ttft=2s,tpot=50ms")

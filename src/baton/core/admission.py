@@ -87,7 +87,8 @@ class Admission:
         blocks = 0
         for seq in running:
             request = seq.request
-            rest = min(request.sampling.max_tokens, estimate) - seq.num_generated
+            most = request.sampling.max_tokens
+            rest = (most if most < estimate else estimate) + seq.num_prompt - len(seq.token_ids)
             if rest > 0 and not request.hand_off:
                 blocks += -(-rest // size)
         return blocks

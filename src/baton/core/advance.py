@@ -12,7 +12,9 @@ News ends it: messages are looked at between two steps, so whoever jumps must no
 that `Scheduler` would have acted upon. The same holds for `next_deadline`. What comes out is that
 of the k updates, but that a sequence's tokens are one delta.
 
-Depth 1 only: with a step planned ahead there is nothing steady.
+With a step planned ahead the same holds for the pair, if it is one: the second plan is the first
+one moved on by a token. Each update is then followed by the plan after the next, so blocks are
+wanted a step earlier; k updates leave one plan in flight, which must not run past an end.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
-from baton.core.outcome import finish_of, finish_sequence
-from baton.core.plan import StepPlan
+from baton.core.outcome import finish_of, finish_sequence, publish
+from baton.core.plan import Chunk, StepPlan
 from baton.core.sequence import Sequence
 from baton.types import TokenDelta
 
@@ -32,43 +34,48 @@ _PUBLISH, _ALLOCATE = 0, 1
 
 
 def steady_steps(scheduler: Scheduler, plan: StepPlan) -> int:
-    """See `Scheduler.steady_steps`; `plan` is the one in flight."""
+    """See `Scheduler.steady_steps`."""
     chunks = plan.chunks
-    running = scheduler._running
-    if len(chunks) != len(running) or len(scheduler._in_flight) != 1 or scheduler.fetches.orders:
+    if len(chunks) != len(scheduler._running) or scheduler.fetches.orders:
         return 1
+    if not chunks or chunks[-1].num_tokens != 1:
+        return 1  # prompts come last
+    ahead = scheduler._in_flight.num_like(plan.step, len(chunks)) - 1
     has_room = scheduler._budget > 0 and scheduler._num_active() < scheduler._max_running
-    if has_room and scheduler._waiting:
+    if ahead < 0 or (has_room and scheduler._waiting):
         return 1
-    steps = longest = scheduler.config.max_model_len
+    size = scheduler.config.kv_format.block_size
+    steps = scheduler.config.max_model_len
+    rooms = []  # for how many steps the blocks of each sequence last
     for chunk in chunks:
-        request, start = chunk.seq.request, chunk.start
-        sampling, num_prompt = request.sampling, len(request.prompt)
-        if chunk.num_tokens != 1 or not chunk.samples or start < num_prompt:
+        seq, start = chunk.seq, chunk.start
+        if chunk.num_tokens != 1 or start < seq.num_prompt:
             return 1  # it catches up with its prompt, or with what was drawn elsewhere
-        if sampling.stop_token_ids or request.hand_off:
+        request = seq.request
+        if request.hand_off or request.sampling.stop_token_ids or not chunk.samples:
             return 1
         # The next token is drawn when `start + 1` are there.
-        left = min(num_prompt + sampling.max_tokens, longest) - start - 1
+        left = seq.max_tokens - start - 1
         if left < steps:
             steps = left
-    return max(1, _within_room(scheduler, plan, steps))
+        rooms.append(len(seq.blocks) * size - start - ahead)
+    return max(1, _within_room(rooms, steps - ahead, scheduler.pool.num_free, size))
 
 
-def _within_room(scheduler: Scheduler, plan: StepPlan, steps: int) -> int:
+def _within_room(rooms: list[int], steps: int, num_free: int, block_size: int) -> int:
     """Of `steps`, as many as the free blocks last for."""
-    free, size = scheduler.pool.num_free, scheduler.config.kv_format.block_size
-    if len(plan.chunks) * (steps // size + 1) <= free:
+    if num_free >= len(rooms) * -(-steps // block_size):
+        return steps  # each has some room, so none wants more than that
+
+    def wanted(steps: int) -> int:
+        return sum([-(-(steps - room) // block_size) for room in rooms if room < steps])
+
+    if wanted(steps) <= num_free:
         return steps
-    low, high = 1, steps
+    low, high = 1, steps - 1
     while low < high:
         middle = (low + high + 1) // 2
-        wanted = 0
-        for chunk in plan.chunks:
-            missing = chunk.start + middle - len(chunk.seq.blocks) * size
-            if missing > 0:
-                wanted += -(-missing // size)
-        if wanted <= free:
+        if wanted(middle) <= num_free:
             low = middle
         else:
             high = middle - 1
@@ -77,50 +84,68 @@ def _within_room(scheduler: Scheduler, plan: StepPlan, steps: int) -> int:
 
 def advance(
     scheduler: Scheduler, plan: StepPlan, token_ids: Seq[list[int]], nows: Seq[float]
-) -> None:
+) -> StepPlan | None:
     """See `Scheduler.advance`."""
-    steps = len(nows)
+    steps, chunks = len(nows), plan.chunks
     assert steps >= 1
     size = scheduler.config.kv_format.block_size
+    ahead = len(scheduler._in_flight) - 1
     scheduler._in_flight.end(plan.step)
     scheduler._step += steps - 1
-    borders = []
-    for order, (chunk, tokens) in enumerate(zip(plan.chunks, token_ids, strict=True)):
-        start = chunk.start
-        chunk.seq.token_ids += tokens
+    borders: list[tuple[int, int, int]] = []
+    for order, (chunk, tokens) in enumerate(zip(chunks, token_ids, strict=True)):
+        seq, start = chunk.seq, chunk.start
+        seq.token_ids += tokens
         if start % size + steps >= size:
-            borders += _borders(chunk.seq, start, steps, size, order)
+            full = range(size - start % size, steps + 1, size)
+            lacking = range(len(seq.blocks) * size - start - ahead, steps, size)
+            borders += [(update, _PUBLISH, order) for update in full]
+            borders += [(update, _ALLOCATE, order) for update in lacking]
     at_end: set[int] = set()
     if borders:
         borders.sort()
         at_end = {order for update, _, order in borders if update == steps}
         _visit(scheduler, plan, borders[: len(borders) - len(at_end)])
-    for order, (chunk, tokens) in enumerate(zip(plan.chunks, token_ids, strict=True)):
+    tell, first, last = scheduler._update.deltas.append, nows[0], nows[-1]
+    for order, (chunk, tokens) in enumerate(zip(chunks, token_ids, strict=True)):
         seq = chunk.seq
-        seq.num_computed = seq.num_scheduled = chunk.start + steps
-        seq.num_expected = len(seq.token_ids)
+        seq.num_computed = chunk.start + steps
+        seq.num_scheduled = seq.num_computed + ahead
+        seq.num_expected = num_tokens = len(seq.token_ids) + ahead
         if order in at_end:
             _publish(scheduler, seq)
-        _tell_tokens(scheduler, seq, tokens, nows)
-    scheduler.counters["tokens_computed"] += steps * len(plan.chunks)
-    scheduler.counters["tokens_generated"] += steps * len(plan.chunks)
-
-
-def _borders(
-    seq: Sequence, start: int, steps: int, size: int, order: int
-) -> list[tuple[int, int, int]]:
-    """(update after which, what is due, whose): when `seq` fills a block, and when it wants one.
-
-    The update is counted from 1. After the last one nothing is planned, so nothing is wanted.
-    """
-    full = range(size - start % size, steps + 1, size)
-    lacking = range(len(seq.blocks) * size - start, steps, size)
-    due = [(update, _PUBLISH, order) for update in full]
-    return due + [(update, _ALLOCATE, order) for update in lacking]
+        if not seq.prefilled:
+            seq.prefilled = first
+        finish = finish_of(seq) if num_tokens >= seq.max_tokens and not ahead else None
+        request_id, choice, attempt = seq.id
+        tell(
+            TokenDelta(
+                request_id,
+                choice,
+                attempt,
+                num_tokens - ahead - seq.num_prompt - steps,
+                tuple(tokens),
+                None,
+                finish,
+                None,
+                None if seq.told_cached else seq.num_cached,
+            )
+        )
+        seq.told_cached = True
+        if finish is not None:
+            finish_sequence(scheduler, seq, last)
+    scheduler.counters["tokens_computed"] += steps * len(chunks)
+    scheduler.counters["tokens_generated"] += steps * len(chunks)
+    return _plan_ahead(scheduler, chunks, steps) if ahead else None
 
 
 def _visit(scheduler: Scheduler, plan: StepPlan, borders: list[tuple[int, int, int]]) -> None:
-    """Do what is due at block borders before the last update, in the order of the steps."""
+    """Do what is due at block borders before the last update, in the order of the steps.
+
+    borders: (update after which, what is due, whose): when a sequence fills a block, and when it
+    wants one. The update is counted from 1. After the last one nothing is planned, so nothing is
+    wanted.
+    """
     for update, due, order in borders:
         chunk = plan.chunks[order]
         seq = chunk.seq
@@ -132,31 +157,14 @@ def _visit(scheduler: Scheduler, plan: StepPlan, borders: list[tuple[int, int, i
 
 
 def _publish(scheduler: Scheduler, seq: Sequence) -> None:
-    scheduler._publish(seq)
+    publish(scheduler, seq)
     if scheduler.config.keep_blocks:
         scheduler._update.exports += scheduler.exports.keep(seq)
 
 
-def _tell_tokens(
-    scheduler: Scheduler, seq: Sequence, token_ids: list[int], nows: Seq[float]
-) -> None:
-    if not seq.prefilled:
-        seq.prefilled = nows[0]
-    finish = finish_of(seq, scheduler.config)
-    request_id, choice, attempt = seq.id
-    scheduler._update.deltas.append(
-        TokenDelta(
-            request_id,
-            choice,
-            attempt,
-            len(seq.token_ids) - len(seq.request.prompt) - len(token_ids),
-            tuple(token_ids),
-            None,
-            finish,
-            None,
-            None if seq.told_cached else seq.num_cached,
-        )
-    )
-    seq.told_cached = True
-    if finish is not None:
-        finish_sequence(scheduler, seq, nows[-1])
+def _plan_ahead(scheduler: Scheduler, chunks: Seq[Chunk], steps: int) -> StepPlan:
+    """The step that was planned last, and is in flight."""
+    moved = [Chunk(chunk.seq, chunk.start + steps, 1, True) for chunk in chunks]
+    scheduler._chunks = {chunk.seq.id: chunk for chunk in moved}
+    scheduler._in_flight.replace(scheduler._step, scheduler._chunks)
+    return StepPlan(scheduler._step, tuple(moved))

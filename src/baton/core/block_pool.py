@@ -31,6 +31,10 @@ class BlockPool:
         self._empty = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
 
+    def __contains__(self, key: bytes) -> bool:
+        """Whether a block with this content is here."""
+        return key in self._block_of
+
     @property
     def num_free(self) -> int:
         """Blocks that `allocate` could hand out now, evicting cached ones."""
@@ -49,18 +53,19 @@ class BlockPool:
         """
         if count > self.num_free:
             raise MemoryError(f"{count} blocks wanted, {self.num_free} free")
-        taken = []
-        for _ in range(count):
-            block = self._empty.pop() if self._empty else self._evict()
-            self._refs[block] = 1
-            taken.append(block)
+        empty, refs = self._empty, self._refs
+        taken = empty[: -count - 1 : -1]  # the last ones, the very last first
+        del empty[len(empty) - len(taken) :]
+        taken += [self._evict() for _ in range(count - len(taken))]
+        for block in taken:
+            refs[block] = 1
         return taken
 
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
         """Blocks of the longest prefix of `keys` that is present. Takes no reference."""
-        found = []
+        found, block_of = [], self._block_of
         for key in keys:
-            block = self._block_of.get(key)
+            block = block_of.get(key)
             if block is None:
                 break
             found.append(block)
@@ -72,22 +77,24 @@ class BlockPool:
 
     def acquire(self, blocks: Iterable[int]) -> None:
         """Add a reference to blocks that are in use or cached."""
+        refs, cached = self._refs, self._cached
         for block in blocks:
-            if self._refs[block] == 0:
-                del self._cached[block]
-            self._refs[block] += 1
+            if refs[block] == 0:
+                del cached[block]
+            refs[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference of each; what falls to zero is cached if it has a key, else empty.
 
         The last block goes first, so that eviction takes the end of a prefix before its start.
         """
+        refs, key_of = self._refs, self._key_of
         for block in reversed(blocks):
-            refs = self._refs[block] - 1
-            assert refs >= 0, f"block {block} released once too often"
-            self._refs[block] = refs
-            if refs == 0:
-                if self._key_of[block] is None:
+            left = refs[block] - 1
+            assert left >= 0, f"block {block} released once too often"
+            refs[block] = left
+            if left == 0:
+                if key_of[block] is None:
                     self._empty.append(block)
                 else:
                     self._cached[block] = None

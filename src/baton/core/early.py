@@ -47,18 +47,21 @@ class EarlyFetches:
     ) -> ImportOrder | None:
         """Fetch those of the offered blocks that are not here, into at most `num_spare` blocks."""
         places = zip(sealed.keys, sealed.frames, sealed.digests, strict=False)
+        under_way, pool, size = self._keys, self._pool, self._block_size
         missing = [
             (index, *place)
             for index, place in enumerate(places, sealed.first)
-            if (key := _class_key(place[0], codec)) not in self._keys
-            and not self._pool.lookup([key])
+            if (key := place[0] if codec == RAW else _class_key(place[0], codec)) not in under_way
+            and key not in pool
         ][: max(0, num_spare)]
         if not missing:
             return None
-        blocks = self._pool.allocate(len(missing))
+        blocks = pool.allocate(len(missing))
         wanted = tuple(
-            WantedBlock(index, block, key, frame, digest, self._block_size)
-            for block, (index, key, frame, digest) in zip(blocks, missing, strict=True)
+            [
+                WantedBlock(index, block, key, frame, digest, size)
+                for block, (index, key, frame, digest) in zip(blocks, missing, strict=True)
+            ]
         )
         deadline = now + sealed.grant.ttl_s * READ_WINDOW
         order = ImportOrder(number, None, sealed.grant, wanted, deadline, codec)

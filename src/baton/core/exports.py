@@ -6,9 +6,11 @@
     a copy that failed: FAILED, and the sequence ends with a typed error
 
 Full blocks are told of as they are sealed, from the first on and each once, so that a reader may
-fetch them early; the grant is minted with the first of them. The commit record is made when every
-block is sealed and not before. Until then the export holds its keys in the store; from then on the
-grant's lease does.
+fetch them early; the grant is minted with the first of them. What is sealed between two calls of
+`take_news` is told in one piece, since a fetch of many blocks costs a reader little more than a
+fetch of one; and what is committed meanwhile is told by the commit record alone. That is made when
+every block is sealed and not before. Until then the export holds its keys in the store; from then
+on the grant's lease does.
 
 Blocks of sequences that are not handed off go to the store as well, if they are to be kept and
 there is a frame for them: nobody waits for those.
@@ -69,6 +71,7 @@ class ExportTable:
         self._copying: dict[bytes, int] = {}
         self._exports: dict[SequenceId, _Export] = {}
         self._waiting: dict[bytes, list[tuple[_Export, _Part]]] = {}
+        self._news: dict[SequenceId, int] = {}  # the first block that was noted and not told yet
         self._num_grants = 0
 
     def __len__(self) -> int:
@@ -109,9 +112,9 @@ class ExportTable:
 
     def export_full_blocks(self, seq: Sequence) -> list[ExportOrder]:
         """Give every block that is full by now, and was not given before, to the store."""
-        begun = len(self._exports[seq.id].parts)
+        export = self._exports[seq.id]
         keys = seq.full_keys(seq.num_computed)
-        orders = [self._begin(seq, i, keys[i]) for i in range(begun, len(keys))]
+        orders = [self._begin(export, i, keys[i]) for i in range(len(export.parts), len(keys))]
         return [order for order in orders if order is not None]
 
     def close(self, seq: Sequence) -> list[ExportOrder]:
@@ -123,24 +126,23 @@ class ExportTable:
             return []
         index = seq.num_computed // seq.block_size
         tail_key = seq.handoff_keys(seq.num_computed, seq.request.attempt)[-1]
-        order = self._begin(seq, index, tail_key)
+        order = self._begin(export, index, tail_key)
         return [order] if order is not None else []
 
-    def _begin(self, seq: Sequence, index: int, key: bytes) -> ExportOrder | None:
+    def _begin(self, export: _Export, number: int, key: bytes) -> ExportOrder | None:
         """None when the store has, or is getting, that content already."""
-        export = self._exports[seq.id]
-        begun = self.index.begin(key)
+        index = self.index
+        begun = index.begin(key)
         export.credits -= 1
-        held = self.index.hold(key)
+        held = index.hold(key)
         assert held, "a key that was just begun can be held"
-        entry = self.index.lookup(key)
-        assert entry is not None
-        part = _Part(key, begun.frame, entry.digest or None)
+        entry = None if begun.write else index.lookup(key)
+        part = _Part(key, begun.frame, entry.digest or None if entry else None)
         if part.digest is None:
             export.num_unsealed += 1
             self._waiting.setdefault(key, []).append((export, part))
         export.parts.append(part)
-        return self._copy(seq, index, begun.frame, key) if begun.write else None
+        return self._copy(export.seq, number, begun.frame, key) if begun.write else None
 
     def sealed(self, key: bytes, digest: bytes | None) -> list[Sequence]:
         """A copy ended, with its digest or (None) badly. Returns the sequences it concerned."""
@@ -184,25 +186,38 @@ class ExportTable:
         self._copying[key] = block
         return ExportOrder(seq.id, index, block, frame, key)
 
-    def tell(self, seq_id: SequenceId, now: float) -> Sealed | None:
-        """The full blocks that are sealed, up to the first that is not, and were not told yet."""
+    def note(self, seq_id: SequenceId, now: float) -> None:
+        """Open to readers the full blocks that are sealed, up to the first that is not."""
         export = self._exports.get(seq_id)
         if export is None:
-            return None
+            return
         parts, first = export.parts, export.num_told
-        last = min(len(parts), export.seq.num_computed // export.seq.block_size)
-        while export.num_told < last and parts[export.num_told].digest:
-            export.num_told += 1
-        if export.num_told == first:
-            return None
-        told = parts[first : export.num_told]
+        last, told = min(len(parts), export.seq.num_computed // export.seq.block_size), first
+        while told < last and parts[told].digest:
+            told += 1
+        if told > first:
+            export.num_told = told
+            self._grant(export, told, now)
+            self._news.setdefault(seq_id, first)
+
+    def take_news(self) -> list[Sealed]:
+        """What was noted since the last call, a piece for each prompt."""
+        if not self._news:
+            return []
+        news, self._news = self._news, {}
+        return [self._piece(seq_id, first) for seq_id, first in news.items()]
+
+    def _piece(self, seq_id: SequenceId, first: int) -> Sealed:
+        export = self._exports[seq_id]
+        assert export.grant is not None, "it was minted when the first block was noted"
+        told = export.parts[first : export.num_told]
         return Sealed(
             *seq_id,
-            self._grant(export, export.num_told, now),
+            export.grant,
             first,
-            tuple(part.key for part in told),
-            tuple(part.digest for part in told if part.digest),
-            tuple(part.frame for part in told),
+            tuple([part.key for part in told]),
+            tuple([part.digest for part in told if part.digest]),
+            tuple([part.frame for part in told]),
         )
 
     def _grant(self, export: _Export, num_parts: int, now: float) -> Grant:
@@ -275,6 +290,7 @@ class ExportTable:
 
     def _drop(self, seq_id: SequenceId) -> None:
         export = self._exports.pop(seq_id)
+        self._news.pop(seq_id, None)
         self.index.unreserve(export.credits)
         for part in export.parts:
             self.index.unhold(part.key)

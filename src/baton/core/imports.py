@@ -24,7 +24,7 @@ from baton.core.recut import recut
 from baton.core.sequence import Sequence, SequenceId, Status
 from baton.core.store_index import StoreIndex
 from baton.core.unlike import can_take, is_like
-from baton.types import Grant, Handoff
+from baton.types import Grant, Handoff, Sealed
 
 READ_WINDOW = 5 / 12
 """Share of a lease's time to live within which a fetch must end.
@@ -104,6 +104,8 @@ class ImportTable:
         size = self._config.kv_format.block_size
         prefix = None if seq.num_preemptions else seq.request.prefix
         sources: Sources = {}
+        wanted: list[WantedBlock] | None = None
+        last: Grant | None = None  # whose blocks `wanted` are
         for i in range(num_hits, self._config.num_blocks_for(covered)):
             key, own_key = (keys[i], own_keys[i]) if i < len(keys) else (None, b"")
             grant: Grant | None = None
@@ -115,14 +117,15 @@ class ImportTable:
                 place = (b"", 0, b"")
                 if not unlike:
                     place = (handoff.keys[i], handoff.frames[i], handoff.digests[i])
-            elif prefix is not None and key in prefix.keys[max(0, i - prefix.first) :][:1]:
+            elif prefix is not None and _has(prefix, i, key):
                 grant, at = prefix.grant, i - prefix.first
                 place = (prefix.keys[at], prefix.frames[at], prefix.digests[at])
             else:
                 break
-            codec = RAW if grant is None else seq.codec
-            want = WantedBlock(i, seq.blocks[i], *place, min(size, covered - i * size))
-            sources.setdefault((grant, codec), []).append(want)
+            if wanted is None or grant is not last:
+                last, codec = grant, RAW if grant is None else seq.codec
+                wanted = sources.setdefault((grant, codec), [])
+            wanted.append(WantedBlock(i, seq.blocks[i], *place, min(size, covered - i * size)))
         return sources
 
     def _recut(
@@ -213,3 +216,9 @@ class ImportTable:
 
     def blocks_in_transfer(self) -> list[int]:
         return [want.block for order in self._orders.values() for want in order.wanted]
+
+
+def _has(sealed: Sealed, index: int, key: bytes | None) -> bool:
+    """Whether the block at `index` of a prompt is among those, under this key."""
+    at = index - sealed.first
+    return 0 <= at < len(sealed.keys) and sealed.keys[at] == key

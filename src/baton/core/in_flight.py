@@ -50,6 +50,21 @@ class InFlight:
         self._dropped.discard(step)
         return self._steps.pop(step)
 
+    def num_like(self, step: int, num_chunks: int) -> int:
+        """Steps in flight, if `step` is the first, has `num_chunks` chunks that count, the others
+        are of the same sequences in the same order, and nothing is held; else 0."""
+        first = self._steps.get(step)
+        if first is None or len(first) != num_chunks or self._held:
+            return 0
+        names = list(first)
+        alike = all(list(chunks) == names for chunks in self._steps.values() if chunks is not first)
+        return len(self._steps) if alike and step == next(iter(self._steps)) else 0
+
+    def replace(self, step: int, chunks: dict[SequenceId, Chunk]) -> None:
+        """In place of the one step in flight there is this one, later by some."""
+        assert len(self._steps) == 1
+        self._steps = {step: chunks}
+
     def drop(self, seq: Sequence) -> None:
         """Chunks of `seq` count no more. To be called while it still has its blocks."""
         last = None

@@ -15,6 +15,7 @@ import hashlib
 from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import lru_cache
 
 KEY_BYTES = 32
 
@@ -24,6 +25,7 @@ make up `number`. `extend_chain` where there is KV; where there is none (the twi
 blocks apart and costs less."""
 
 
+@lru_cache(maxsize=1024)
 def root_key(fingerprint: bytes, numerics: str, salt: bytes) -> bytes:
     """The parent of a sequence's first block. Each part is length-prefixed: no two collide."""
     digest = hashlib.sha256(b"baton-root-v1")

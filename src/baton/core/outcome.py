@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from baton.core.limits import SchedulerConfig
 from baton.core.plan import Chunk, StepOutput, StepPlan
 from baton.core.sequence import Sequence, Status
-from baton.types import FinishReason, SampledLogprobs, TokenDelta
+from baton.types import FinishReason, TokenDelta
 
 if TYPE_CHECKING:
     from baton.core.scheduler import Scheduler
@@ -15,30 +14,54 @@ if TYPE_CHECKING:
 
 def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float) -> None:
     """See `Scheduler.update`."""
-    num_generated = 0
+    num_generated = num_computed = 0
     config, update, exports = scheduler.config, scheduler._update, scheduler.exports
+    tell = update.deltas.append
     counting = scheduler._in_flight.end(plan.step)
     all_count = len(counting) == len(plan.chunks)
     for chunk, tokens, logprobs in zip(plan.chunks, output.token_ids, output.logprobs, strict=True):
-        seq = chunk.seq
+        seq, num_tokens = chunk.seq, chunk.num_tokens
+        num_computed += num_tokens
         if not all_count and seq.id not in counting:
             continue  # ended or preempted while the step ran
-        request, start = seq.request, chunk.start
-        if start < len(request.prompt):
+        start, hand_off = chunk.start, seq.request.hand_off
+        if start < seq.num_prompt:
             _count_prompt(scheduler, seq, chunk)
-        seq.num_computed = end = start + chunk.num_tokens
+        seq.num_computed = end = start + num_tokens
         if end >= (seq.num_published + 1) * seq.block_size:
-            scheduler._publish(seq)
-            if config.keep_blocks and not request.hand_off:
+            publish(scheduler, seq)
+            if config.keep_blocks and not hand_off:
                 update.exports += exports.keep(seq)
-        if request.hand_off:
+        if hand_off:
             update.exports += exports.export_full_blocks(seq)
-            tell(scheduler, seq, now)
-        if chunk.samples:
-            (token,) = tokens
-            num_generated += 1
-            _append(scheduler, seq, token, logprobs, now)
-    scheduler.counters["tokens_computed"] += plan.num_tokens
+            exports.note(seq.id, now)
+        if not chunk.samples:
+            continue
+        (token,) = tokens
+        num_generated += 1
+        if not seq.prefilled:
+            seq.prefilled = now
+        seq.token_ids.append(token)
+        num_there = len(seq.token_ids)
+        ends = num_there >= seq.max_tokens or seq.request.sampling.stop_token_ids
+        finish = finish_of(seq) if ends else None
+        tell(
+            TokenDelta(
+                *seq.id,
+                num_there - seq.num_prompt - 1,
+                (token,),
+                None if logprobs is None else (logprobs,),
+                finish,
+                None,
+                None if seq.told_cached else seq.num_cached,
+            )
+        )
+        seq.told_cached = True
+        if finish is not None:
+            finish_sequence(scheduler, seq, now)
+        elif hand_off:
+            _await_seals(scheduler, seq, now)
+    scheduler.counters["tokens_computed"] += num_computed
     scheduler.counters["tokens_generated"] += num_generated
 
 
@@ -50,34 +73,34 @@ def take_over(scheduler: Scheduler, seq: Sequence, num_verified: int, now: float
         seq.num_computed = seq.num_scheduled = min(computed, seq.num_tokens - 1)
         seq.num_imported_blocks = num_verified
         seq.num_kept = seq.num_computed // seq.block_size
-        scheduler._publish(seq)
+        publish(scheduler, seq)
     seq.import_done = now
     seq.status = Status.RUNNING
     scheduler._running[seq.id] = seq
 
 
-def finish_of(seq: Sequence, config: SchedulerConfig) -> FinishReason | None:
+def publish(scheduler: Scheduler, seq: Sequence) -> None:
+    """Let others find the blocks of `seq` that are full by now."""
+    num_full = seq.num_computed // seq.block_size
+    if scheduler.config.prefix_cache and num_full > seq.num_published:
+        keys, pool = seq.class_keys(seq.num_computed), scheduler.pool
+        for i in range(seq.num_published, num_full):
+            pool.publish(seq.blocks[i], keys[i])
+    seq.num_published = num_full
+
+
+def finish_of(seq: Sequence) -> FinishReason | None:
     """How `seq` ends with the token that it has last; None if it goes on."""
-    request, num_tokens = seq.request, len(seq.token_ids)
-    sampling = request.sampling
-    if sampling.stop_token_ids and seq.token_ids[-1] in sampling.stop_token_ids:
+    stops = seq.request.sampling.stop_token_ids
+    if stops and seq.token_ids[-1] in stops:
         return FinishReason.STOP
-    if num_tokens - len(request.prompt) >= sampling.max_tokens:
-        return FinishReason.LENGTH
-    return FinishReason.LENGTH if num_tokens >= config.max_model_len else None
+    return FinishReason.LENGTH if len(seq.token_ids) >= seq.max_tokens else None
 
 
 def finish_sequence(scheduler: Scheduler, seq: Sequence, now: float) -> None:
     """It has its last token."""
     scheduler.admission.lengths.observe(seq.num_generated)
     scheduler._end(seq, now)
-
-
-def tell(scheduler: Scheduler, seq: Sequence, now: float) -> None:
-    """Say which blocks of a prompt that is handed off have been sealed since the last time."""
-    sealed = scheduler.exports.tell(seq.id, now)
-    if sealed is not None:
-        scheduler._update.sealed.append(sealed)
 
 
 def try_commit(scheduler: Scheduler, seq: Sequence, now: float) -> None:
@@ -96,33 +119,9 @@ def _count_prompt(scheduler: Scheduler, seq: Sequence, chunk: Chunk) -> None:
     seq.num_prompt_computed += num_prompt
 
 
-def _append(
-    scheduler: Scheduler, seq: Sequence, token: int, logprobs: SampledLogprobs | None, now: float
-) -> None:
-    if not seq.prefilled:
-        seq.prefilled = now
-    seq.token_ids.append(token)
-    finish = finish_of(seq, scheduler.config)
-    update = scheduler._update
-    request_id, choice, attempt = seq.id
-    update.deltas.append(
-        TokenDelta(
-            request_id,
-            choice,
-            attempt,
-            len(seq.token_ids) - len(seq.request.prompt) - 1,
-            (token,),
-            None if logprobs is None else (logprobs,),
-            finish,
-            None,
-            None if seq.told_cached else seq.num_cached,
-        )
-    )
-    seq.told_cached = True
-    if finish is not None:
-        finish_sequence(scheduler, seq, now)
-    elif seq.request.hand_off:
-        update.exports += scheduler.exports.close(seq)
-        del scheduler._running[seq.id]
-        seq.status = Status.EXPORTING
-        try_commit(scheduler, seq, now)
+def _await_seals(scheduler: Scheduler, seq: Sequence, now: float) -> None:
+    """Its prompt is computed and its first token drawn: only copies keep it here."""
+    scheduler._update.exports += scheduler.exports.close(seq)
+    del scheduler._running[seq.id]
+    seq.status = Status.EXPORTING
+    try_commit(scheduler, seq, now)

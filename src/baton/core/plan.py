@@ -1,4 +1,8 @@
-"""What the scheduler asks of the engine in one step, and what comes back."""
+"""What the scheduler asks of the engine in one step, and what comes back.
+
+Structs without `gc` hold no object that could lead back to them: thousands of them live at a time,
+and the collector need not look at any.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +44,7 @@ class Chunk(msgspec.Struct, frozen=True, eq=False):
         return self.start + self.num_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class WantedBlock:
+class WantedBlock(msgspec.Struct, frozen=True, gc=False):
     """A block to fetch from a store into pool block `block`; `index` is its place in the prompt.
 
     `num_tokens` of its slots are wanted: all but those of a partial last block. Key, frame and
@@ -56,8 +59,7 @@ class WantedBlock:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """Slots [start, start + num_tokens) of a source's block, which go to slots from `slot` on of
     the block that the order wants as number `turn`."""
 
@@ -67,8 +69,7 @@ class Piece:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class SourceBlock:
+class SourceBlock(msgspec.Struct, frozen=True, gc=False):
     """A block of an unlike store, and what becomes of it."""
 
     key: bytes
@@ -77,8 +78,7 @@ class SourceBlock:
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Recut:
+class Recut(msgspec.Struct, frozen=True, gc=False):
     """Fetch these blocks of format `source`; make of them the wanted ones, of format `target`."""
 
     source: KvFormat
@@ -86,8 +86,7 @@ class Recut:
     blocks: tuple[SourceBlock, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ImportOrder:
+class ImportOrder(msgspec.Struct, frozen=True, gc=False):
     """Fetch blocks from a peer's store or, without a grant, from this worker's own.
 
     `number` names the order in its answer. `seq_id` is who waits for it; nobody does for blocks
@@ -104,8 +103,7 @@ class ImportOrder:
     recut: Recut | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ExportOrder:
+class ExportOrder(msgspec.Struct, frozen=True, gc=False):
     """Copy pool block `block` into store frame `frame` and seal it under `key`."""
 
     seq_id: SequenceId
@@ -115,19 +113,17 @@ class ExportOrder:
     key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True):
     step: int
     chunks: tuple[Chunk, ...]
     imports: tuple[ImportOrder, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks)
+        return sum([chunk.num_tokens for chunk in self.chunks])
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
+class StepOutput(msgspec.Struct, frozen=True):
     """One entry a chunk, in the plan's order: the tokens drawn (none where it does not sample)."""
 
     token_ids: list[list[int]]

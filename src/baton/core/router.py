@@ -103,6 +103,8 @@ class _Worker:
         self.decode_token_s: float | None = None
 
     def uncached(self, num_tokens: int, keys: Sequence[bytes]) -> int:
+        if not keys or keys[0] not in self.known:
+            return num_tokens
         num_hits = _num_leading(keys, self.known)
         # The last token is always computed.
         return max(1, num_tokens - num_hits * self.info.block_size)

@@ -31,7 +31,7 @@ from baton.core.in_flight import MAX_DEPTH, InFlight, may_run_ahead
 from baton.core.keys import ExtendKeys, extend_chain, root_key
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
-from baton.core.outcome import take_in, take_over, tell, try_commit
+from baton.core.outcome import take_in, take_over, try_commit
 from baton.core.plan import Chunk, StepOutput, StepPlan, Update, error_delta
 from baton.core.prompt_order import PromptQueue, rank
 from baton.core.sequence import Sequence, SequenceId, Status
@@ -104,6 +104,7 @@ class Scheduler:
         seq = Sequence(request, root, size, now, self._extend_keys)
         self._num_added += 1
         seq.order = self._num_added
+        seq.max_tokens = min(seq.max_tokens, self.config.max_model_len)
         seq.admitted_before = self.admission.num_admitted_tokens
         self._sequences[seq.id] = seq
         if request.alone:
@@ -133,7 +134,7 @@ class Scheduler:
                 self._fail(seq, now, error)
             elif seq.status is Status.EXPORTING:
                 try_commit(self, seq, now)
-            tell(self, seq, now)
+            self.exports.note(seq.id, now)
 
     def offer(self, sealed: Sealed, now: float) -> None:
         """Blocks that this worker may soon want can be had; it fetches them if there is room."""
@@ -183,25 +184,27 @@ class Scheduler:
         assert len(self._in_flight) < MAX_DEPTH, "too many steps in flight"
         self._expire(now)
         self._step += 1
-        self._chunks = {}
-        self._budget = self.config.max_num_batched_tokens
+        self._chunks, self._budget = {}, self.config.max_num_batched_tokens
         num_preempted = self.counters["preemptions"]
         if self._suspects and alone.plan(self):
             return self._planned()
-        decodes: list[Sequence] = []
+        ahead, size = len(self._in_flight), self.config.kv_format.block_size
         prompts: list[Sequence] = []
-        for seq in self._running.values():
-            (decodes if seq.num_expected - seq.num_scheduled == 1 else prompts).append(seq)
-        if self._in_flight:
-            decodes = [seq for seq in decodes if self._is_ready(seq)]
-        size = self.config.kv_format.block_size
-        for seq in decodes:
-            has_room = seq.num_expected <= len(seq.blocks) * size
-            if seq.status is _RUNNING and (has_room or self._grow(seq)):
-                self._plan(seq)
-        # Whoever was preempted in this step must not take the blocks back in the same step.
-        admits = self.counters["preemptions"] == num_preempted
-        self._plan_prompts(prompts, admits, now)
+        for seq in list(self._running.values()):
+            start, expected = seq.num_scheduled, seq.num_expected
+            if expected - start != 1:
+                prompts.append(seq)
+            elif ahead and not self._is_ready(seq):
+                continue
+            elif seq.status is _RUNNING and (expected <= len(seq.blocks) * size or self._grow(seq)):
+                self._chunks[seq.id] = Chunk(seq, start, 1, True)
+                self._budget -= 1  # it lasts for all that may run
+                seq.num_scheduled = expected
+                seq.num_expected = expected + 1
+        if prompts or self._waiting:
+            # Whoever was preempted in this step must not take the blocks back in the same step.
+            admits = self.counters["preemptions"] == num_preempted
+            self._plan_prompts(prompts, admits, now)
         if self._suspects and not self._chunks:
             alone.plan(self)  # it has just been admitted
         return self._planned()
@@ -217,16 +220,20 @@ class Scheduler:
         """
         return advance.steady_steps(self, plan)
 
-    def advance(self, plan: StepPlan, token_ids: Seq[list[int]], nows: Seq[float]) -> None:
+    def advance(
+        self, plan: StepPlan, token_ids: Seq[list[int]], nows: Seq[float]
+    ) -> StepPlan | None:
         """`len(nows)` updates at these times, the first of `plan`, with a `schedule` in between.
 
-        At most `steady_steps` of them. token_ids: for each chunk, a token an update.
+        At most `steady_steps` of them. token_ids: for each chunk, a token an update. Returns the
+        plan that is in flight then, if a step was planned ahead.
         """
-        advance.advance(self, plan, token_ids, nows)
+        return advance.advance(self, plan, token_ids, nows)
 
     def take(self) -> Update:
         """What happened since the last call: deltas, copies to make, commit records, times."""
         update, self._update = self._update, Update()
+        update.sealed += self.exports.take_news()
         return update
 
     # What others ask -------------------------------------------------------------------------
@@ -311,13 +318,11 @@ class Scheduler:
         return seq.num_expected == seq.num_tokens or may_run_ahead(seq, self.config)
 
     def _grow(self, seq: Sequence) -> bool:
-        """Make room for all tokens of `seq`.
+        """Make room for all tokens of `seq`, which has none for the last of them.
 
         False if there is none in this step: `seq` itself was preempted for it, or the blocks of
         one that was preempted, or that ended, are still in use by the step in flight.
         """
-        if seq.num_expected <= len(seq.blocks) * seq.block_size:
-            return True
         missing = self.config.num_blocks_for(seq.num_expected) - len(seq.blocks)
         while missing > self.pool.num_free:
             if missing <= self.pool.num_free + self._in_flight.num_returning():
@@ -358,14 +363,6 @@ class Scheduler:
             seq.status = Status.RUNNING
             self._running[seq.id] = seq
         return True
-
-    def _publish(self, seq: Sequence) -> None:
-        num_full = seq.num_computed // seq.block_size
-        if self.config.prefix_cache and num_full > seq.num_published:
-            keys, publish = seq.class_keys(seq.num_computed), self.pool.publish
-            for i in range(seq.num_published, num_full):
-                publish(seq.blocks[i], keys[i])
-        seq.num_published = num_full
 
     def _expire(self, now: float) -> None:
         for seq_id in self._deadlines.due(now):

@@ -33,15 +33,15 @@ class Status(enum.Enum):
 class Sequence:
     """Mutable; owned by the scheduler and never leaves its process.
 
-    `token_ids` is prompt, emitted and generated tokens; `blocks` the block table, which grows in
-    place: a table that differs otherwise is another list; `keys` the content keys of the full
-    blocks as far as they have been worked out. `order` counts sequences as they come, and
-    `admitted_before` is the age that `prompt_order` knows. With steps in flight, `num_scheduled`
-    (tokens computed or being computed) and `num_expected` (tokens there or being drawn) run ahead
-    of `num_computed` and `num_tokens`; else they are equal to them. `codec` is that of the KV it
-    took over, `origin` names whose arithmetic that KV comes from if it is not our own; what it
-    computes from that is of the same numerics class. Times are the caller's monotonic seconds, 0.0
-    until known.
+    `token_ids` is prompt, emitted and generated tokens, at most `max_tokens` of them; `blocks` the
+    block table, which grows in place: a table that differs otherwise is another list; `keys` the
+    content keys of the full blocks as far as they have been worked out. `order` counts sequences
+    as they come, and `admitted_before` is the age that `prompt_order` knows. With steps in flight,
+    `num_scheduled` (tokens computed or being computed) and `num_expected` (tokens there or being
+    drawn) run ahead of `num_computed` and `num_tokens`; else they are equal to them. `codec` is
+    that of the KV it took over, `origin` names whose arithmetic that KV comes from if it is not our
+    own; what it computes from that is of the same numerics class. Times are the caller's monotonic
+    seconds, 0.0 until known.
     """
 
     __slots__ = (
@@ -59,12 +59,14 @@ class Sequence:
         "id",
         "import_done",
         "keys",
+        "max_tokens",
         "num_cached",
         "num_computed",
         "num_expected",
         "num_imported_blocks",
         "num_kept",
         "num_preemptions",
+        "num_prompt",
         "num_prompt_computed",
         "num_published",
         "num_scheduled",
@@ -89,6 +91,8 @@ class Sequence:
         self.request = request
         self.id: SequenceId = (request.id, request.choice, request.attempt)
         self.token_ids: list[int] = [*request.prompt, *request.emitted]
+        self.num_prompt = len(request.prompt)
+        self.max_tokens = self.num_prompt + request.sampling.max_tokens
         self.block_size = block_size
         self.root = root
         self.codec = RAW
@@ -123,13 +127,9 @@ class Sequence:
         return len(self.token_ids)
 
     @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt)
-
-    @property
     def num_generated(self) -> int:
         """Tokens of the answer so far, those of earlier legs included."""
-        return len(self.token_ids) - len(self.request.prompt)
+        return len(self.token_ids) - self.num_prompt
 
     @property
     def num_remaining(self) -> int:

@@ -13,7 +13,7 @@ near the ridge. Every term is a coefficient's, so each can be fitted, and none n
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -63,15 +63,19 @@ class StepShape(msgspec.Struct, frozen=True):
 
 def shape(plan: StepPlan) -> StepShape:
     """The shape of a plan's step."""
-    num_tokens = num_samples = kv_tokens = 0
-    pairs = 0.0
-    for chunk in plan.chunks:
-        tokens, context = chunk.num_tokens, chunk.start
-        num_tokens += tokens
-        num_samples += chunk.samples
-        kv_tokens += context + tokens
-        pairs += tokens * (context + tokens / 2)
-    return StepShape(num_tokens, num_samples, len(plan.chunks), kv_tokens, pairs)
+    chunks = plan.chunks
+    # Most have one token; sums of halves are exact in any order.
+    num_tokens = num_samples = num_seqs = len(chunks)
+    kv_tokens = sum([chunk.start for chunk in chunks]) + num_seqs
+    pairs = kv_tokens - num_seqs / 2
+    for chunk in chunks:
+        tokens = chunk.num_tokens
+        if tokens != 1 or not chunk.samples:
+            num_tokens += tokens - 1
+            num_samples -= not chunk.samples
+            kv_tokens += tokens - 1
+            pairs += tokens * (chunk.start + tokens / 2) - chunk.start - 0.5
+    return StepShape(num_tokens, num_samples, num_seqs, kv_tokens, pairs)
 
 
 class MeasuredStep(msgspec.Struct, frozen=True):
@@ -86,6 +90,14 @@ class CostModel(Protocol):
 
     def step_s(self, shape: StepShape) -> float:
         """Seconds that a step of this shape takes."""
+
+
+@runtime_checkable
+class SteadyCost(Protocol):
+    """A cost model that knows a shorter way for steps that only decode, one after the other."""
+
+    def steady_s(self, shape: StepShape, steps: int) -> list[float]:
+        """Seconds of each of the `steps` that follow one of this shape, as `step_s` has them."""
 
 
 class Parallel(msgspec.Struct, frozen=True):
@@ -197,6 +209,26 @@ class StepCost:
     def step_s(self, shape: StepShape) -> float:
         """Seconds of a step, from its first layer to its last one (over all pipeline stages)."""
         return self.parts(shape).total_s
+
+    def steady_s(self, shape: StepShape, steps: int) -> list[float]:
+        """See `SteadyCost`: only what attention reads grows, by a token a sequence and step."""
+        seqs, kv_tokens, pairs = shape.num_seqs, shape.kv_tokens, shape.attention_pairs
+        if self.model.num_window_layers:
+            return [
+                self.step_s(StepShape(seqs, seqs, seqs, kv_tokens + i * seqs, pairs + i * seqs))
+                for i in range(1, steps + 1)
+            ]
+        parts = self.parts(StepShape(seqs, seqs, seqs, kv_tokens, pairs))
+        rest_s = parts.overhead_s + parts.linear_s + parts.experts_s + parts.activation_s
+        layers, data, link_s = self._full_layers, self._data, parts.communication_s
+        pair_s, kv_s = self._pair_s, self._kv_s
+        found = []
+        for _ in range(steps):
+            kv_tokens += seqs
+            pairs += seqs
+            attention_s = pairs * layers * pair_s / data
+            found.append(rest_s + attention_s + float(kv_tokens) * layers * kv_s / data + link_s)
+        return found
 
     def stage_s(self, shape: StepShape) -> float:
         """Seconds after which the next step may follow: of one pipeline stage."""

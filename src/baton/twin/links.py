@@ -137,6 +137,10 @@ class Network:
             for link in transfer.links:
                 using.setdefault(link, []).append(transfer)
         room = {link: self._rate(link) for link in using}
+        if len(using) == sum([len(transfer.links) for transfer in moving]):  # nobody shares
+            for transfer in moving:
+                transfer.rate = max(0.0, min([room[link] for link in transfer.links]))
+            return
         waiting = {link: len(users) for link, users in using.items()}
         while waiting:
             fullest = min(waiting, key=lambda link: (room[link] / waiting[link], link))

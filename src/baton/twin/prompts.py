@@ -9,6 +9,7 @@ equal content keys do. Naming a block so costs a tenth of digesting it.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from functools import lru_cache
 
 from baton.core.keys import KEY_BYTES
 from baton.twin.workload import TraceRequest
@@ -24,14 +25,28 @@ def extend_names(
 ) -> None:
     """An `ExtendKeys`: 32 bytes a block, the first half of them telling tenants apart."""
     prefix, first = root[:_HALF], len(keys)
+    last = token_ids[(first + 1) * block_size - 1]
     if number == first + 1:  # an answer that has filled a block
-        last = token_ids[number * block_size - 1]
         keys.append(prefix + (last << 64 | first).to_bytes(_HALF, "little"))
+        return
+    if not first and last >= _OWN:  # all that follows is the request's own
+        names = _own_names(prefix, last)
+        names += [
+            prefix + (last << 64 | i).to_bytes(_HALF, "little") for i in range(len(names), number)
+        ]
+        keys += names[:number]
         return
     lasts = token_ids[(first + 1) * block_size - 1 : number * block_size : block_size]
     keys += [
         prefix + (last << 64 | i).to_bytes(_HALF, "little") for i, last in enumerate(lasts, first)
     ]
+
+
+@lru_cache(maxsize=4096)
+def _own_names(prefix: bytes, own: int) -> list[bytes]:
+    """Of the blocks of a prompt that shares nothing, as many as were asked for: gateway and workers
+    ask for the same ones."""
+    return []
 
 
 class Prompts:

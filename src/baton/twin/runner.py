@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from baton.core.cost import CostModel, StepShape, shape
+from baton.core.cost import CostModel, SteadyCost, StepShape, shape
 from baton.core.plan import StepOutput, StepPlan
 from baton.twin.clock import Clock
 
@@ -27,6 +28,7 @@ class CostRunner:
     def __init__(self, clock: Clock, cost: CostModel, depth: int) -> None:
         self._clock = clock
         self._cost = cost
+        self._steady = cost if isinstance(cost, SteadyCost) else None
         self._depth = depth
         self._steps: deque[_Step] = deque()
         self._free_at = 0.0
@@ -44,9 +46,11 @@ class CostRunner:
         return 0  # nobody watches: a frozen worker of the twin is told by its failure
 
     def submit(self, plan: StepPlan) -> None:
+        self._begin(plan, self._clock.now)
+
+    def _begin(self, plan: StepPlan, now: float) -> None:
         shaped = shape(plan)
         elapsed_s = self._cost.step_s(shaped)
-        now = self._clock.now
         self._free_at = (self._free_at if self._free_at > now else now) + elapsed_s
         self._steps.append(_Step(plan, shaped, elapsed_s, self._free_at))
 
@@ -62,13 +66,21 @@ class CostRunner:
         """
         oldest = self._steps[0]
         ends = [oldest.end]
-        n, kv_tokens, pairs = oldest.shape.num_seqs, oldest.shape.kv_tokens, 0.0
-        while len(ends) < steps and ends[-1] < before:
-            kv_tokens += n
-            pairs += n
-            moved = StepShape(n, n, n, kv_tokens, oldest.shape.attention_pairs + pairs)
-            ends.append(ends[-1] + self._cost.step_s(moved))
+        if steps == 1 or oldest.end >= before:
+            return ends
+        for elapsed_s in self._following_s(oldest.shape, steps - 1):
+            ends.append(ends[-1] + elapsed_s)
+            if ends[-1] >= before:
+                break
         return ends
+
+    def _following_s(self, shaped: StepShape, steps: int) -> Iterable[float]:
+        """Seconds of the steps after one of this shape that only decodes."""
+        if self._steady is not None:
+            return self._steady.steady_s(shaped, steps)
+        n, kv_tokens, pairs = shaped.num_seqs, shaped.kv_tokens, shaped.attention_pairs
+        moved = (StepShape(n, n, n, kv_tokens + i * n, pairs + i * n) for i in range(1, steps + 1))
+        return map(self._cost.step_s, moved)
 
     def collect(self) -> StepOutput:
         step = self._steps.popleft()
@@ -77,8 +89,14 @@ class CostRunner:
         ]
         return StepOutput(tokens, [None] * len(tokens), step.elapsed_s)
 
-    def collect_all(self, ends: list[float]) -> list[list[int]]:
-        """The oldest step and those that follow it: as many tokens of each chunk as `ends`."""
-        step = self._steps.popleft()
-        self._free_at = ends[-1]
-        return [[chunk.seq.request.sampling.seed] * len(ends) for chunk in step.plan.chunks]
+    def collect_all(self, num_steps: int) -> list[list[int]]:
+        """The oldest step and those that follow it: so many tokens of each chunk."""
+        plan = self._steps[0].plan
+        self._steps.clear()
+        return [[chunk.seq.request.sampling.seed] * num_steps for chunk in plan.chunks]
+
+    def go_on(self, ahead: StepPlan | None, free_at: float) -> None:
+        """After `collect_all`: the steps end at `free_at`, and the one ahead follows at once."""
+        self._free_at = free_at
+        if ahead is not None:
+            self._begin(ahead, free_at)

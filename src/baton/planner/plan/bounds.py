@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -67,11 +68,23 @@ def _worst(slo: Slo, ttft_s: float, tpot_s: float, e2e_s: float) -> float:
     )
 
 
+class _Decoding(NamedTuple):
+    """A worker that only decodes, `batch` sequences at a time. watts: of one device."""
+
+    batch: int
+    step_s: float
+    watts: float | None
+
+
 class _Prompts:
-    """Seconds that prompts take on one kind of worker that does nothing else."""
+    """Seconds that prompts take on one kind of worker that does nothing else.
+
+    watts: of one of its devices meanwhile. ride: what a prompt costs beside `most // 2` running
+    answers, as a share of what it costs alone.
+    """
 
     def __init__(self, kind: Kind, traffic: Traffic) -> None:
-        cost = kind.cost()
+        self.cost = cost = kind.cost()
         alone: list[float] = []
         for whole, new, _ in traffic.samples:
             seconds = 0.0
@@ -84,7 +97,13 @@ class _Prompts:
         self.mean_s = sum(alone) / len(alone)
         self.mean_square = sum(each * each for each in alone) / len(alone)
         size = max(1, round(sum(new for _, new, _ in traffic.samples) / len(alone)))
-        self.shape = StepShape.of([ChunkShape(min(size, kind.budget), 0, True)])
+        shape = StepShape.of([ChunkShape(min(size, kind.budget), 0, True)])
+        self.power = power = kind.power
+        self.watts = None if power is None else cost.watts(shape, power)
+        self.most = max(1, min(MAX_SEQS, int(kind.kv_tokens / traffic.context)))
+        beside = _decode_shape(max(1, self.most // 2), traffic)
+        added = cost.stage_s(joined(beside, shape)) - cost.stage_s(beside)
+        self.ride = min(1.0, max(added / cost.stage_s(shape), 0.0))
 
     def at(self, quantile: float) -> float:
         return self.alone_s[min(len(self.alone_s) - 1, int(quantile * len(self.alone_s)))]
@@ -97,6 +116,10 @@ class Arithmetic:
         self.traffic = traffic
         self._quantile = attainment
         self._prompts: dict[object, _Prompts] = {}
+        self._decodings: dict[object, _Decoding | None] = {}
+        outputs = sorted(out for _, _, out in traffic.samples)
+        # Tokens after the first one, at the quantile.
+        self._gaps = outputs[min(len(outputs) - 1, int(attainment * len(outputs)))] - 1
 
     def predict(self, candidate: Candidate) -> Prediction:
         workers, way = candidate.workers, candidate.way
@@ -120,7 +143,7 @@ class Arithmetic:
         count = 1
         while count <= 1024:
             if role is Role.DECODE:
-                held = self._batch(kind, rate / count, 0.0) is not None
+                held = self._decoding(kind, rate / count) is not None
             else:
                 held = self._unified(kind, count, 1.0).load < MAX_LOAD
             if held:
@@ -131,29 +154,27 @@ class Arithmetic:
     # The two styles --------------------------------------------------------------------------
 
     def _unified(self, kind: Kind, count: int, share: float) -> Prediction:
-        traffic, prompts, cost = self.traffic, self._of(kind), kind.cost()
+        traffic, prompts = self.traffic, self._of(kind)
+        cost, ride = prompts.cost, prompts.ride
         rate = traffic.rate * share / count
-        ride = self._ride(kind, prompts)
         busy = rate * prompts.mean_s * ride
         batch = self._batch(kind, rate, busy)
         if batch is None:
             return _saturated(max(busy, MAX_LOAD * SLACK))
-        step_s = cost.stage_s(self._decode_shape(batch))
+        shape = _decode_shape(batch, traffic)
+        step_s = cost.stage_s(shape)
         tpot_s = step_s / (1 - busy)
         chunks = math.ceil(traffic.mean_prompt / kind.budget)
         alone_s = prompts.at(self._quantile)
         wait_s = _wait_s(rate, prompts.mean_square * ride**2, busy, count, self._quantile)
-        power = kind.power
+        power = prompts.power
         watts = {}
-        if power is not None:
-            decoding = cost.watts(self._decode_shape(batch), power)
-            computing = cost.watts(prompts.shape, power)
-            mean = busy * computing + (1 - busy) * decoding
+        if power is not None and prompts.watts is not None:
+            mean = busy * prompts.watts + (1 - busy) * cost.watts(shape, power)
             watts[Role.UNIFIED] = Watts(power.idle_w * kind.num_devices, mean * kind.num_devices)
         ttft_s = alone_s + chunks * step_s + wait_s
-        return self._prediction(
-            max(busy, batch / (self._most(kind) + 1)), ttft_s, tpot_s, alone_s, tpot_s, watts
-        )
+        load = max(busy, batch / (prompts.most + 1))
+        return self._prediction(load, ttft_s, tpot_s, alone_s, tpot_s, watts)
 
     def _split(
         self, workers: Mapping[Role, tuple[Kind, int]], way: Way, share: float
@@ -161,34 +182,30 @@ class Arithmetic:
         traffic = self.traffic
         (first, num_first), (second, num_second) = workers[Role.PREFILL], workers[Role.DECODE]
         rate = traffic.rate * share
-        prompts, decode = self._of(first), second.cost()
+        prompts = self._of(first)
         busy = rate / num_first * prompts.mean_s
         num_bytes = traffic.mean_prompt * first.model.kv_bytes_per_token * way.wire_share
         wire = rate * num_bytes / way.link.bytes_per_s / min(num_first, num_second)
-        batch = self._batch(second, rate / num_second, 0.0)
-        if batch is None or max(busy, wire) >= MAX_LOAD * SLACK:
+        decoding = self._decoding(second, rate / num_second)
+        if decoding is None or max(busy, wire) >= MAX_LOAD * SLACK:
             return _saturated(max(busy, wire, MAX_LOAD * SLACK))
-        shape = self._decode_shape(batch)
-        step_s = decode.stage_s(shape)
         alone_s = prompts.at(self._quantile)
         below = min(busy, 0.999)
         wait_s = _wait_s(rate / num_first, prompts.mean_square, below, num_first, self._quantile)
         pass_s = way.link.latency_s + num_bytes / way.link.bytes_per_s / max(1 - wire, 1e-3)
         gap_s = pass_s / max(1.0, traffic.mean_output - 1)
         watts = {}
-        for role, (kind, _), shaped in (
-            (Role.PREFILL, workers[Role.PREFILL], prompts.shape),
-            (Role.DECODE, workers[Role.DECODE], shape),
-        ):
-            if (power := kind.power) is not None:
-                mean = kind.cost().watts(shaped, power)
+        for role, mean in ((Role.PREFILL, prompts.watts), (Role.DECODE, decoding.watts)):
+            kind = workers[role][0]
+            power = self._of(kind).power
+            if power is not None and mean is not None:
                 watts[role] = Watts(power.idle_w * kind.num_devices, mean * kind.num_devices)
         return self._prediction(
-            max(busy, wire, batch / (self._most(second) + 1)),
+            max(busy, wire, decoding.batch / (self._of(second).most + 1)),
             alone_s + wait_s,
-            step_s + gap_s,
+            decoding.step_s + gap_s,
             alone_s,
-            step_s,
+            decoding.step_s,
             watts,
         )
 
@@ -201,16 +218,14 @@ class Arithmetic:
         least_tpot_s: float,
         watts: Mapping[Role, Watts],
     ) -> Prediction:
-        outputs = sorted(out for _, _, out in self.traffic.samples)
-        tokens = outputs[min(len(outputs) - 1, int(self._quantile * len(outputs)))] - 1
         return Prediction(
             load,
             ttft_s,
             tpot_s,
             least_ttft_s,
             least_tpot_s,
-            ttft_s + tokens * tpot_s,
-            tokens * least_tpot_s,
+            ttft_s + self._gaps * tpot_s,
+            self._gaps * least_tpot_s,
             watts,
         )
 
@@ -222,13 +237,17 @@ class Arithmetic:
             found = self._prompts[kind.key] = _Prompts(kind, self.traffic)
         return found
 
-    def _most(self, kind: Kind) -> int:
-        """Sequences that a worker can decode at a time."""
-        return max(1, min(MAX_SEQS, int(kind.kv_tokens / self.traffic.context)))
-
-    def _decode_shape(self, batch: int) -> StepShape:
-        context = round(batch * self.traffic.context)
-        return StepShape(batch, batch, batch, context, float(context))
+    def _decoding(self, kind: Kind, rate: float) -> _Decoding | None:
+        """At so many sequences a second for each worker; None if they grow without end."""
+        name = (kind.key, rate)
+        if name not in self._decodings:
+            found, batch = None, self._batch(kind, rate, 0.0)
+            if batch is not None:
+                known, shape = self._of(kind), _decode_shape(batch, self.traffic)
+                watts = None if known.power is None else known.cost.watts(shape, known.power)
+                found = _Decoding(batch, known.cost.stage_s(shape), watts)
+            self._decodings[name] = found
+        return self._decodings[name]
 
     def _batch(self, kind: Kind, rate: float, busy: float) -> int | None:
         """Sequences that decode at a time on one worker; None if they grow without end.
@@ -237,9 +256,9 @@ class Arithmetic:
         """
         if busy >= 1:
             return None
-        cost, most, batch = kind.cost(), self._most(kind), 1
+        cost, most, batch = self._of(kind).cost, self._of(kind).most, 1
         while True:
-            step_s = cost.stage_s(self._decode_shape(batch)) / (1 - busy)
+            step_s = cost.stage_s(_decode_shape(batch, self.traffic)) / (1 - busy)
             needed = math.ceil(rate * self.traffic.mean_output * step_s)
             if needed > most:
                 return None
@@ -247,12 +266,10 @@ class Arithmetic:
                 return batch
             batch = needed
 
-    def _ride(self, kind: Kind, prompts: _Prompts) -> float:
-        """What a prompt costs beside running answers, as a share of what it costs alone."""
-        cost, beside = kind.cost(), self._decode_shape(max(1, self._most(kind) // 2))
-        alone = cost.stage_s(prompts.shape)
-        added = cost.stage_s(joined(beside, prompts.shape)) - cost.stage_s(beside)
-        return min(1.0, max(added / alone, 0.0))
+
+def _decode_shape(batch: int, traffic: Traffic) -> StepShape:
+    context = round(batch * traffic.context)
+    return StepShape(batch, batch, batch, context, float(context))
 
 
 def _wait_s(rate: float, mean_square: float, busy: float, count: int, quantile: float) -> float:

@@ -57,8 +57,12 @@ class Candidate(msgspec.Struct, frozen=True):
         return Layout(**{role.value: count for role, (_, count) in self.workers.items()})
 
     @property
+    def num_workers(self) -> int:
+        return sum(count for _, count in self.workers.values())
+
+    @property
     def num_devices(self) -> int:
-        return sum(self.devices().values())
+        return sum(count * kind.num_devices for kind, count in self.workers.values())
 
     def devices(self) -> Counter[str]:
         """By name."""

@@ -25,6 +25,8 @@ REACH = {"rate": 3, "prompt": 2, "link": 5}
 """Factors of 2 that are looked at, each way."""
 BEYOND = 1.1
 """How far past a threshold the twin is asked."""
+MOST_LOOKS = 2 + sum(2 * (reach + STEPS + 1) for reach in REACH.values())
+"""At all candidates under changed conditions, if every threshold is at the end of its reach."""
 
 
 class Flip(msgspec.Struct, frozen=True):

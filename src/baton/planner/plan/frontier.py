@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from baton.planner.analyze.charts import Chart
 from baton.planner.analyze.page import STYLE
 from baton.planner.plan.candidates import Style
-from baton.planner.plan.verdict import Plan, Row
+from baton.planner.plan.rows import Row
+from baton.planner.plan.verdict import Plan
 
 SERIES = {Style.UNIFIED: 1, Style.SPLIT: 2, Style.MIXED: 3}
 MOST_STRAIN = 3.0

@@ -12,7 +12,8 @@ from baton.planner.plan.flips import Flip
 from baton.planner.plan.frontier import frontier
 from baton.planner.plan.kinds import Offer
 from baton.planner.plan.plan_file import needs
-from baton.planner.plan.verdict import Plan, Row
+from baton.planner.plan.rows import Row
+from baton.planner.plan.verdict import Plan
 from baton.types import Role
 
 SAYS = {
@@ -47,6 +48,11 @@ def sentences(plan: Plan) -> Iterator[str]:
         f"limit.{_headroom(plan.headroom)}"
     )
     yield _sureness(plan)
+    if plan.num_unseen:
+        yield (
+            f"{plan.num_unseen:,} candidates that might do it for less were not run, as the search "
+            "was long enough: give less hardware or fewer links to choose from, or --thorough."
+        )
     yield from _comparison(plan)
     if plan.holds:
         yield from _flip_lines(plan)
@@ -185,6 +191,7 @@ def document(plan: Plan, offered: Sequence[Offer]) -> dict[str, object]:
         "num_candidates": plan.num_candidates,
         "num_survivors": plan.num_survivors,
         "num_runs": plan.num_runs,
+        "num_unseen": plan.num_unseen,
         "traffic": {
             "rate": plan.traffic.rate,
             "mean_rate": plan.traffic.mean_rate,

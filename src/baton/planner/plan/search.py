@@ -18,6 +18,8 @@ from baton.types import Role
 
 MORE = 4
 """Counts that are tried of each role, from the least that keeps up."""
+NEAREST = 6
+"""Candidates that cost less than any that arithmetic believes in, and are run before those."""
 SAME_COST = 1.03
 """Within so much of the price, the simpler style is taken."""
 
@@ -33,7 +35,7 @@ class Space(msgspec.Struct, frozen=True):
     def candidates(self, arithmetic: Arithmetic) -> Iterator[Candidate]:
         """For the counts around the least that keep up with the traffic."""
         for each in self._all(arithmetic):
-            if each.num_devices <= self.max_devices and each.layout.num_workers <= MAX_WORKERS:
+            if each.num_devices <= self.max_devices and each.num_workers <= MAX_WORKERS:
                 yield each
 
     def _all(self, arithmetic: Arithmetic) -> Iterator[Candidate]:
@@ -138,22 +140,22 @@ def simplest(usd: dict[Style, float]) -> Style | None:
     return next(style for style in ORDER if usd.get(style, math.inf) <= least * SAME_COST)
 
 
-def batches(survivors: Sequence[Found], slo: Slo, style: Style, size: int) -> Iterator[list[Found]]:
-    """Survivors of one style in the order in which they are worth a run.
+def in_order(found: Sequence[Found], slo: Slo, style: Style) -> list[Found]:
+    """Those of one style in the order in which they are worth a run.
 
     The cheapest that arithmetic believes in come first, then those that it doubts: it can be wrong
     either way.
     """
-    mine = [each for each in survivors if each.candidate.style is style]
+    mine = [each for each in found if each.candidate.style is style]
     believed = [each for each in mine if _strain(each, slo) <= 1]
     doubted = [each for each in mine if _strain(each, slo) > 1]
-    below = [each for each in doubted if believed and each.candidate.usd_per_hour
-             < believed[0].candidate.usd_per_hour]  # fmt: skip
+    if not believed:
+        return doubted
+    least = believed[0].candidate.usd_per_hour
+    below = [each for each in doubted if each.candidate.usd_per_hour < least]
+    above = [each for each in doubted if each.candidate.usd_per_hour >= least]
     below.sort(key=lambda each: _strain(each, slo))
-    rest = [each for each in doubted if each not in below]
-    ordered = [*below[:size], *believed, *rest, *below[size:]]
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+    return [*below[:NEAREST], *believed, *above, *below[NEAREST:]]
 
 
 def _strain(each: Found, slo: Slo) -> float:

@@ -6,6 +6,7 @@ and a result in JSON comes back. A run of the twin is the same in any of them, t
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from multiprocessing.context import ForkProcess
 
 import msgspec
 
-from baton.core.cost import CostModel, Link, StepShape
+from baton.core.cost import CostModel, Link, StepCost, StepShape
 from baton.errors import BatonError, ConfigError
 from baton.observe.results import RequestResult
 from baton.observe.slo import Slo
@@ -57,12 +58,15 @@ class Question(msgspec.Struct, frozen=True):
 class Scaled:
     """A cost model whose steps take so many times as long."""
 
-    def __init__(self, cost: CostModel, prompt: float, decode: float) -> None:
+    def __init__(self, cost: StepCost, prompt: float, decode: float) -> None:
         self._cost, self._prompt, self._decode = cost, prompt, decode
 
     def step_s(self, shape: StepShape) -> float:
         has_prompt = shape.num_tokens > shape.num_seqs
         return self._cost.step_s(shape) * (self._prompt if has_prompt else self._decode)
+
+    def steady_s(self, shape: StepShape, steps: int) -> list[float]:
+        return [each * self._decode for each in self._cost.steady_s(shape, steps)]
 
 
 class Bench:
@@ -75,15 +79,15 @@ class Bench:
         self._num_processes = num_processes
 
     def ask(
-        self, questions: Sequence[Question], tell: Callable[[int], None] | None = None
+        self, questions: Sequence[Question], ran: Callable[[], object] | None = None
     ) -> list[Trial]:
-        """A trial for each question, in their order. `tell` hears how many are done."""
+        """A trial for each question, in their order. `ran` is called when one is done."""
         self.num_runs += len(questions)
         found: dict[int, Trial] = {}
         for number, trial in self._run(questions):
             found[number] = trial
-            if tell is not None:
-                tell(len(found))
+            if ran is not None:
+                ran()
         return [found[number] for number in range(len(questions))]
 
     def _run(self, questions: Sequence[Question]) -> Iterator[tuple[int, Trial]]:
@@ -131,6 +135,7 @@ class Bench:
                 process.join()
 
     def _work(self, questions: Sequence[Question], pipe: Connection) -> None:
+        gc.freeze()  # what was there before the fork is nobody's garbage here
         while True:
             try:
                 number = int(pipe.recv_bytes())
@@ -238,8 +243,8 @@ def deployment_of(
         useful = worker.limits.max_num_seqs * worker.limits.num_blocks_for(longest + 1)
         held = kind.kv_tokens // worker.limits.kv_format.block_size
         limits = msgspec.structs.replace(worker.limits, num_blocks=min(held, useful))
-        cost: CostModel = kind.cost()
-        if (ratio := ratios.get(kind.offer.device.name)) is not None:
-            cost = Scaled(cost, *ratio)
+        own = kind.cost()
+        ratio = ratios.get(kind.offer.device.name)
+        cost: CostModel = own if ratio is None else Scaled(own, *ratio)
         workers.append(msgspec.structs.replace(worker, limits=limits, cost=cost))
     return msgspec.structs.replace(whole, workers=tuple(workers))
