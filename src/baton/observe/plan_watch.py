@@ -137,14 +137,16 @@ class PlanWatch:
     def _lengths(self) -> list[tuple[Reason, float, int, str]]:
         whole = [each for each in self._ended if not each.failed]
         found = []
-        for reason, planned, values in (
-            (Reason.PROMPT_LENGTHS, self._prompts, [each.num_prompt_tokens for each in whole]),
-            (Reason.OUTPUT_LENGTHS, self._outputs, [each.num_output_tokens for each in whole]),
+        prompts = [each.num_prompt_tokens for each in whole]
+        outputs = [each.num_output_tokens for each in whole]
+        for reason, of, planned, values in (
+            (Reason.PROMPT_LENGTHS, "prompt", self._prompts, prompts),
+            (Reason.OUTPUT_LENGTHS, "output", self._outputs, outputs),
         ):
             if planned and len(values) >= MIN_REQUESTS:
                 middle = sorted(values)[len(values) // 2]
                 says = (
-                    f"half of the last {len(values)} requests have more than {middle} tokens, "
+                    f"half of the last {len(values)} requests have more than {middle} {of} tokens, "
                     f"planned for {planned[len(planned) // 2]:.6g}"
                 )
                 strain = shift(planned, values) / LENGTH_SHIFT
