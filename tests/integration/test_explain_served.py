@@ -64,7 +64,14 @@ def explained(
 ) -> tuple[list[str], list[dict[str, Any]], Path]:
     """Ids, waterfalls of the gateway by request, and the logs."""
     logs = tmp_path_factory.mktemp("explain")
-    flags = ("--engine.threads", "1", "--engine.max-num-batched-tokens", "128", "--decision-log", str(logs))
+    flags = (
+        "--engine.threads",
+        "1",
+        "--engine.max-num-batched-tokens",
+        "128",
+        "--decision-log",
+        str(logs),
+    )
     with Deployment.start(demo_model, "2P2D", *flags) as served:
         ids = asyncio.run(ask_all(served))
         by_id = {each["request_id"]: each for each in served.requests()}
