@@ -287,6 +287,20 @@ def test_each_worker_has_its_own_pace() -> None:
     assert slow / fast == pytest.approx(3.0, rel=0.1)
 
 
+def test_a_few_wild_steps_count_in_the_total_and_do_not_bend_the_shape() -> None:
+    own = [
+        msgspec.structs.replace(each, seconds=each.seconds * (20 if number % 10 == 0 else 1))
+        for number, each in enumerate(steps(1.0, prompts=True, decodes=True))
+    ]
+    cost, _ = fit_logged({"w": own})["w"]
+    total = sum(each.seconds for each in own)
+    assert sum(cost.step_s(each.shape) for each in own) == pytest.approx(total)
+    prompt = StepShape.of([ChunkShape(200, 0, True)])
+    token = StepShape.of([ChunkShape(1, 300, True)] * 3)
+    ratio = Linear().step_s(prompt) / Linear().step_s(token)
+    assert cost.step_s(prompt) / cost.step_s(token) == pytest.approx(ratio, rel=0.1)
+
+
 def test_too_few_steps_are_refused() -> None:
     with pytest.raises(ConfigError, match="too few"):
         fit_logged({"p": steps(1.0, prompts=True, decodes=False)[:5]})
@@ -319,11 +333,17 @@ def test_reasons_name_what_was_compared() -> None:
 def test_reasons_tell_of_ties_and_refusals() -> None:
     tie = [Candidate(None, f"u{n}", prefill_tokens=10) for n in range(7)]
     (said,) = reasons(attempt(*tie, placement=Placement("u0", None, 10)))
-    assert "no less work" in said and "then by name" in said and "and 2 more" in said
+    assert "no less work" in said and "and 2 more" in said
+    assert said.endswith("; of equals fewer requests, then the name")
     assert reasons(attempt(placement=None)) == ["refused: nobody is there"]
     unified = [Candidate("p0", "d0", prefill_tokens=20), Candidate(None, "u0", prefill_tokens=10)]
     said_too = reasons(attempt(*unified, placement=Placement("u0", None, 10)))
     assert said_too[1:] == ["u0 answers it as well: no handoff"]
+    even = [Candidate("p0", "d0", prefill_tokens=10), Candidate(None, "u0", prefill_tokens=10)]
+    assert (
+        "of equals a pair before a unified worker, "
+        in reasons(attempt(*even, placement=Placement("d0", "p0", 10)))[0]
+    )
 
 
 # What cannot be told ------------------------------------------------------------------------------
