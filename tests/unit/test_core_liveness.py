@@ -158,6 +158,8 @@ def test_steps_are_predicted_by_their_size() -> None:
     assert times.predict(8) == times.predict(15) == pytest.approx(0.1)
     assert times.predict(1) == pytest.approx(0.1), "no more than a larger one"
     assert times.predict(512) == pytest.approx(6.4), "64 times as large, at most 64 times as long"
+    assert times.predict(32) == pytest.approx(0.4)
+    assert times.predict(64) == pytest.approx(2.0), "much larger: kernels may be missing for it"
     times.observe(512, 2.0)
     assert times.predict(100) == times.predict(512) == pytest.approx(2.0)
     assert times.predict(9) == pytest.approx(0.1)

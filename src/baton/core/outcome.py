@@ -65,20 +65,6 @@ def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float
     scheduler.counters["tokens_generated"] += num_generated
 
 
-def take_over(scheduler: Scheduler, seq: Sequence, num_verified: int, now: float) -> None:
-    """The fetch that `seq` waited for has ended: it runs, `num_verified` blocks further on."""
-    if num_verified:
-        computed = seq.num_computed + num_verified * seq.block_size
-        # The last token is always computed, and the last block may be a partial one.
-        seq.num_computed = seq.num_scheduled = min(computed, seq.num_tokens - 1)
-        seq.num_imported_blocks = num_verified
-        seq.num_kept = seq.num_computed // seq.block_size
-        publish(scheduler, seq)
-    seq.import_done = now
-    seq.status = Status.RUNNING
-    scheduler._running[seq.id] = seq
-
-
 def publish(scheduler: Scheduler, seq: Sequence) -> None:
     """Let others find the blocks of `seq` that are full by now."""
     num_full = seq.num_computed // seq.block_size
@@ -110,6 +96,20 @@ def try_commit(scheduler: Scheduler, seq: Sequence, now: float) -> None:
         seq.exported = now
         scheduler._update.handoffs.append(handoff)
         scheduler._end(seq, now)
+
+
+def take_over(scheduler: Scheduler, seq: Sequence, num_verified: int, now: float) -> None:
+    """The fetch that `seq` waited for has ended: it runs, `num_verified` blocks further on."""
+    if num_verified:
+        computed = seq.num_computed + num_verified * seq.block_size
+        # The last token is always computed, and the last block may be a partial one.
+        seq.num_computed = seq.num_scheduled = min(computed, seq.num_tokens - 1)
+        seq.num_imported_blocks = num_verified
+        seq.num_kept = seq.num_computed // seq.block_size
+        publish(scheduler, seq)
+    seq.import_done = now
+    seq.status = Status.RUNNING
+    scheduler._running[seq.id] = seq
 
 
 def _count_prompt(scheduler: Scheduler, seq: Sequence, chunk: Chunk) -> None:

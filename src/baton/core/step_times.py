@@ -5,6 +5,12 @@ from __future__ import annotations
 UNKNOWN_STEP_S = 12.0
 """What is predicted before any step was seen: kernels may still have to be compiled for it."""
 
+MUCH_LARGER_STEP_S = 2.0
+"""The least that is predicted for a step much larger than any that was seen: it may need others."""
+
+_SIMILAR = 2
+"""Steps of at most 4 times the size are not much larger."""
+
 _WEIGHT = 0.2
 """Of the newest step in the moving average of its size."""
 
@@ -36,4 +42,5 @@ class StepTimes:
         smaller = max(self._usual, default=None)
         if smaller is None:
             return UNKNOWN_STEP_S
-        return self._usual[smaller] * 2.0 ** (size - smaller)
+        scaled = self._usual[smaller] * 2.0 ** (size - smaller)
+        return scaled if size - smaller <= _SIMILAR else max(scaled, MUCH_LARGER_STEP_S)
