@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 WITH_NIXL := $(VENV)/.with-nixl
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels neon demo serve check test unit lint types clean wheel sim exact overhead roofline ready memory peers compare goodput twin-vs-real fabric fuzz docs nixl-test nixl-soak
+.PHONY: help install kernels neon demo serve check test unit lint types clean wheel sim exact overhead roofline ready memory peers compare goodput twin-vs-real fabric reproduce fuzz docs nixl-test nixl-soak
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -117,6 +117,14 @@ twin-vs-real: $(INSTALLED) ## Compare the twin with the real server and replay i
 
 fabric: $(INSTALLED) ## Measure how KV blocks travel, beside a plain copy of them; a quarter of an hour
 	$(BIN)/python bench/fabric.py --json results/fabric.json
+
+# Of `reproduce`: what takes less than two minutes each, the fits of experts and split points left out.
+REPRODUCED ?= llmservingsim serving_points mooncake_hits
+BRIEF_serving_points ?= --only-dense
+reproduce: $(REPRODUCED:%=reproduce-%) ## Predict what others published: theirs, ours, the error; reproduce-NAME for one
+
+reproduce-%: $(INSTALLED)
+	$(BIN)/python bench/reproduce/$*.py $(BRIEF_$*) $(ARGS)
 
 fuzz: $(INSTALLED) ## Throw MUTATIONS (100000) random changes of messages at both ends of tcp
 	MUTATIONS=$(MUTATIONS) $(BIN)/pytest -q --timeout 3600 tests/property/test_wire_fuzz.py

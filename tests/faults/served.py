@@ -52,6 +52,12 @@ def prompt_of(length: int, seed: int) -> list[int]:
     return [5 + seed % 300, *(rng.randrange(5, 400) for _ in range(length - 1))]
 
 
+def greedy(model: str, prompt: Any, max_tokens: int) -> dict[str, Any]:
+    """The body of a greedy completion that runs to its full length and tells its token ids."""
+    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+    return {**body, "ignore_eos": True, "return_token_ids": True}
+
+
 def target_of(deployment: Deployment, max_model_len: int) -> Target:
     """As the suites over HTTP want it; with the default bound on bodies."""
     return Target(deployment.url, deployment.model, max_model_len, VOCAB_SIZE, 8 << 20)
@@ -66,15 +72,7 @@ class Victim(Deployment):
 
     def body(self, prompt: Any, max_tokens: int, **fields: Any) -> dict[str, Any]:
         """Of a greedy completion that runs to its full length."""
-        return {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            **fields,
-        }
+        return greedy(self.model, prompt, max_tokens) | fields
 
     def ask(self, prompt: Any, max_tokens: int, **fields: Any) -> list[int]:
         """The token ids of a greedy completion."""

@@ -39,7 +39,7 @@ LEASE_TTL_S = 2.0
 DRAIN_TIMEOUT_S = 5.0 + LEASE_TTL_S
 POLL_S = 0.05
 
-_MUST_BE_ZERO = (
+MUST_BE_ZERO = (
     "num_requests_running",
     "num_requests_waiting",
     "kv_cache_usage_perc",
@@ -48,7 +48,7 @@ _MUST_BE_ZERO = (
     "num_store_frames_reserved",
     "num_block_transfers",
 )
-_MUST_NOT_BE_SAID = re.compile(
+MUST_NOT_BE_SAID = re.compile(
     r"Traceback \(most recent call last\)|exception was never retrieved|was never awaited"
     r"|Task was destroyed|ResourceWarning|leaked (semaphore|shared_memory)",
 )
@@ -74,7 +74,7 @@ class Deployment:
         self._said = threading.Condition()
         self._home = Path(tempfile.mkdtemp(prefix="bt"))  # short: socket paths are bounded
         (self._home / "run").mkdir()
-        port, admin_port = _free_ports(2)
+        port, admin_port = free_ports(2)
         self.url, self.admin_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}"
         command = [sys.executable, "-m", self.program, "serve", "--model", str(model)]
         command += ["--layout", layout, "--port", str(port), "--admin-port", str(admin_port)]
@@ -248,7 +248,7 @@ class Deployment:
         left = [path for path in runtime_dirs if path is not None and os.path.exists(path)]
         assert not left and not list((self._home / "run").iterdir()), left
         if not self.faults_expected:
-            said = _MUST_NOT_BE_SAID.search(self.output)
+            said = MUST_NOT_BE_SAID.search(self.output)
             assert said is None, f"it said {said.group()!r}:\n{self.output}"
 
     def _undrained(self) -> dict[str, float] | dict[str, int]:
@@ -257,7 +257,7 @@ class Deployment:
         held = {
             f"{worker}: {gauge}": values[gauge]
             for worker, values in self.counters().items()
-            for gauge in _MUST_BE_ZERO
+            for gauge in MUST_BE_ZERO
             if values.get("up") and values[gauge] != 0
         }
         open_requests = metrics[("baton_num_requests_running", ())]
@@ -309,7 +309,8 @@ class Deployment:
             self._said.notify_all()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Of the loopback interface, free a moment ago."""
     with contextlib.ExitStack() as stack:
         ports = []
         for _ in range(count):

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.served import LONG, SMALL, Victim, make_long_model, prompt_of
+from faults.served import LONG, SMALL, Victim, prompt_of
+
+pytest_plugins = ["faults.expected"]
 
 BLOCK_SIZE = 16
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_long_model(tmp_path_factory.mktemp("reuse") / "org-tiny")
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> Iterator[Victim]:
-    """One worker that keeps nothing: what the answers are."""
-    flags = (*SMALL, "--engine.prefix-cache", "false", "--store.keep-blocks", "false")
-    with Victim.start(model, "1U", *flags) as served:
-        yield served
 
 
 def test_most_of_a_long_prompt_arrives_before_its_last_chunk_is_computed(

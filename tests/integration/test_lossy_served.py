@@ -7,20 +7,20 @@ over it, through a proxy that holds it down; what is chosen is what both allow.
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from faults.by_hand import ByHand
-from faults.served import SMALL, Stream, Victim, make_long_model, prompt_of
+from faults.served import Stream, Victim, prompt_of
 from parts.fault_proxy import Throttle
 
 from baton.fabric import codec_native
 from baton.fabric.calibration import VERSION, Calibration, CodecLoss, save_calibration
 from baton.model.fingerprint import weights_fingerprint
+
+pytest_plugins = ["faults.expected"]
 
 BYTES_PER_S = 3e6
 NUM_TOKENS = 40
@@ -31,31 +31,13 @@ LATE = ("--fabric.fetch-early", "false")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_long_model(tmp_path_factory.mktemp("lossy") / "org-tiny")
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> Iterator[Victim]:
-    """One worker that keeps nothing and reads nothing: what exact answers are."""
-    flags = (*SMALL, "--engine.prefix-cache", "false", "--store.keep-blocks", "false")
-    with Victim.start(model, "1U", *flags) as served:
-        assert isinstance(served, Victim)
-        yield served
-
-
-@pytest.fixture(scope="module")
 def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ByHand]:
-    folder = Path(tempfile.mkdtemp(prefix="bt"))  # short: socket paths are bounded
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         save_calibration(calibration_of(model))
-        try:
-            with ByHand.start(model, folder, "--fabric.max-kl", "0.01", *LATE) as served:
-                served.proxy.down = [Throttle(BYTES_PER_S)]
-                yield served
-        finally:
-            shutil.rmtree(folder)
+        with ByHand.start(model, "--fabric.max-kl", "0.01", *LATE) as served:
+            served.proxy.down = [Throttle(BYTES_PER_S)]
+            yield served
 
 
 def calibration_of(model: Path) -> Calibration:

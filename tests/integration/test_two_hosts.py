@@ -15,27 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.served import COMPLETIONS, LONG, SMALL, Victim, make_long_model, prompt_of
+from faults.served import COMPLETIONS, LONG, Victim, prompt_of
 from two_hosts import HERE, THERE, TOLD_S, Network, TwoHosts
+
+pytest_plugins = ["faults.expected"]
 
 PROMPTS = [prompt_of(length, seed) for seed, length in enumerate((1, 15, 16, 17, 200, 700))]
 NUM_TOKENS = 24
 NUM_LONG = 3000
 AFTER = ("--fabric.fetch-early", "false")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_long_model(tmp_path_factory.mktemp("two-hosts") / "org-tiny")
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> Iterator[Victim]:
-    """One worker that keeps nothing and reads nothing: what the answers are."""
-    flags = (*SMALL, "--engine.prefix-cache", "false", "--store.keep-blocks", "false")
-    with Victim.start(model, "1U", *flags) as served:
-        assert isinstance(served, Victim)
-        yield served
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +157,7 @@ def test_strangers_are_not_taken(prefill_there: TwoHosts) -> None:
         assert not any(name in served.output("gateway") for name in strangers)
     finally:
         for name in strangers:
-            if name in served._processes:
+            if served.is_running(name):
                 served.kill(name)
             del served.where[name]
     served.until_whole()
@@ -262,7 +250,7 @@ def test_a_worker_that_dies_is_told_at_once(decode_there: TwoHosts, expected: Vi
         asked = pool.submit(served.ask, prompt, NUM_LONG)
         served.until(lambda: served.counter("decode-0", "num_requests_running"), "decoding")
         served.kill("decode-0")
-        served.until(lambda: not served.is_ready(), "the gateway's knowing", 1.0)
+        served.until(lambda: not served.is_ready(), "the gateway's knowing", 5.0)
         served.run("decode-0")
         assert asked.result(60) == expected.ask(prompt, NUM_LONG)
     heals(served, expected, prompt_of(400, 50))

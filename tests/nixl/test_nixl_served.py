@@ -9,27 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from faults.served import LONG, SMALL, Victim, make_long_model, prompt_of
+from faults.served import LONG, SMALL, Victim, prompt_of
 from two_hosts import HERE, THERE, Network, TwoHosts
+
+pytest_plugins = ["faults.expected"]
 
 PROMPTS = [prompt_of(length, seed) for seed, length in enumerate((1, 15, 16, 17, 200, 700))]
 NUM_BLOCKS = 1 + 1 + 1 + 2 + 13 + 44
 NUM_TOKENS = 24
 HEALED_S = 60.0
 BETWEEN = ("--fabric.between-hosts", "nixl", "--fabric.allow-insecure")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_long_model(tmp_path_factory.mktemp("nixl-served") / "org-tiny")
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> Iterator[Victim]:
-    flags = (*SMALL, "--engine.prefix-cache", "false", "--store.keep-blocks", "false")
-    with Victim.start(model, "1U", *flags) as served:
-        assert isinstance(served, Victim)
-        yield served
 
 
 @pytest.fixture(scope="module")
