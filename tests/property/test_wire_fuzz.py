@@ -50,8 +50,8 @@ INTERESTING = [
     b"\xff\xff\xff\xff",
     b"\x7f\xff\xff\xff",
     bytes(4),
-    struct.pack(">I", 1 << 14),
-    struct.pack(">I", (1 << 14) + 1),
+    struct.pack(">I", 1 << 16),
+    struct.pack(">I", (1 << 16) + 1),
     b"\xdd\xff\xff\xff\xff",  # an array of 4 billion
     b"\xdf\xff\xff\xff\xff",
     b"\xc6\xff\xff\xff\xff",  # as many bytes
@@ -135,7 +135,7 @@ class Ends:
             limit = time.monotonic() + 5.0
             try:
                 while True:
-                    self.answers.answer(stream.receive_message(limit), stream, limit)
+                    self.answers.answer(stream.receive_message(limit), stream, 5.0)
             except (ConnectionResetError, Malformed):
                 pass  # the end, or garbage; a TimeoutError is a failure
             finally:

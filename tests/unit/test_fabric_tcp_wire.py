@@ -24,7 +24,13 @@ from tcp_ends import (
 )
 
 from baton.fabric.arena import kv_format_hash
-from baton.fabric.exchange import MAX_ASK_BYTES, MIN_ASK_BYTES, ask_bytes, exchanges
+from baton.fabric.exchange import (
+    MAX_ASK_BYTES,
+    MAX_ENCODED_ASK_BYTES,
+    MIN_ASK_BYTES,
+    ask_bytes,
+    exchanges,
+)
 from baton.fabric.stream import Stream
 from baton.fabric.tcp_answers import Answers
 from baton.fabric.transport import ReadResult, Wanted
@@ -68,7 +74,7 @@ def answered(store: Store, spoil: Callable[[], object], codec: str = "raw") -> l
     exchange = exchange_of(store.all_wanted())
     limit = time.monotonic() + 5.0
     here.send([exchange.ask(store.grant, kv_format_hash(store.kv_format), codec)], limit)
-    answers.answer(there.receive_message(limit), there, limit)
+    answers.answer(there.receive_message(limit), there, 5.0)
     exchange.receive(here, limit, store.kv_format, codecs.get(codec))
     for end in (here, there, answers):
         end.close()
@@ -104,11 +110,13 @@ def test_asks_are_split_by_bytes_and_by_number() -> None:
     third = MIN_ASK_BYTES // 3
     assert asked([]) == []
     assert asked([third] * 4) == [[0, 1, 2], [3]]
-    assert asked([2 * MAX_ASK_BYTES, 1, 2 * MAX_ASK_BYTES]) == [[0], [1], [2]]
-    assert [len(made) for made in asked([1] * 600)] == [256, 256, 88]
-    eighths = [MAX_ASK_BYTES // 8] * 64
-    assert {len(made) for made in asked(eighths)} == {8}
-    assert {len(made) for made in asked(eighths, 4)} == {4}
+    assert asked([2 * MIN_ASK_BYTES, 1, 2 * MIN_ASK_BYTES]) == [[0], [1], [2]]
+    assert [len(made) for made in asked([1] * 2500)] == [1024, 1024, 452]
+    eighths = [MIN_ASK_BYTES // 8] * 512
+    assert {len(made) for made in asked(eighths)} == {128}
+    assert {len(made) for made in asked(eighths, 4)} == {32}
+    assert ask_bytes(1 << 40, 1) == MAX_ASK_BYTES
+    assert ask_bytes(1 << 40, 1, is_encoded=True) == MAX_ENCODED_ASK_BYTES
 
 
 def test_no_ask_is_made_for_what_cannot_be() -> None:
@@ -134,10 +142,10 @@ def test_messages_have_bounds() -> None:
     store = Store(num_blocks=1, listens=False)
     store.close()
     ask = decode_ask(ask_of(store)[4:])
-    assert MAX_BLOCKS == 256
+    assert MAX_BLOCKS == 1024
     for change in (
         {"keys": b"", "numbers": b""},
-        {"keys": bytes(32 * 257), "numbers": bytes(12 * 257)},
+        {"keys": bytes(32 * 1025), "numbers": bytes(12 * 1025)},
         {"keys": bytes(31)},
         {"keys": bytes(33)},
         {"keys": bytes(64)},
@@ -152,16 +160,16 @@ def test_messages_have_bounds() -> None:
         changed = pack(msgspec.structs.replace(ask, **change))
         with pytest.raises(Malformed):
             decode_ask(changed[4:])
-    numbers = pack_numbers(*[[MAX_NUMBER] * 256] * 3)
-    full = msgspec.structs.replace(ask, keys=bytes(32 * 256), numbers=numbers)
+    numbers = pack_numbers(*[[MAX_NUMBER] * 1024] * 3)
+    full = msgspec.structs.replace(ask, keys=bytes(32 * 1024), numbers=numbers)
     assert len(pack(full)) < MAX_MESSAGE_BYTES, "a full ask fits, and so do its answers"
-    assert decode_ask(pack(full)[4:]).each_number().tolist() == [[MAX_NUMBER] * 256] * 3
-    assert len(pack(Blocks(bytes(16), bytes(256), (1 << 63) - 1))) < MAX_MESSAGE_BYTES
-    for wrong in (Blocks(bytes(16), bytes(257), 0), Blocks(bytes(16), b"\x05", 0)):
+    assert decode_ask(pack(full)[4:]).each_number().tolist() == [[MAX_NUMBER] * 1024] * 3
+    assert len(pack(Blocks(bytes(16), bytes(1024), (1 << 63) - 1))) < MAX_MESSAGE_BYTES
+    for wrong in (Blocks(bytes(16), bytes(1025), 0), Blocks(bytes(16), b"\x05", 0)):
         with pytest.raises(Malformed):
             decode_answer(pack(wrong)[4:])
-    every = tuple(range(256))
-    assert len(pack(End(bytes(16), every, every, (bytes(16),) * 256))) < MAX_MESSAGE_BYTES
+    every = tuple(range(1024))
+    assert len(pack(End(bytes(16), every, every, (bytes(16),) * 1024))) < MAX_MESSAGE_BYTES
 
 
 # A source that misbehaves

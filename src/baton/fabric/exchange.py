@@ -35,8 +35,11 @@ from baton.fabric.wire import (
 from baton.types import Grant, KvFormat
 
 MIN_ASK_BYTES: Final = 1 << 20
-MAX_ASK_BYTES: Final = 4 << 20
-"""About how many bytes of blocks to ask for at once."""
+MAX_ASK_BYTES: Final = 32 << 20
+"""About how many bytes of blocks to ask for at once. Where one answer ends and the next begins,
+both ends are busy with other things than bytes."""
+MAX_ENCODED_ASK_BYTES: Final = 4 << 20
+"""The same, if the blocks come encoded: those of one ask are kept together until all have come."""
 
 _OK: Final = BLOCK_RESULTS.index(ReadResult.OK)
 _REASONS: Final = {str(result): result for result in ReadResult}
@@ -164,9 +167,10 @@ def view_of(block: Wanted) -> memoryview:
     return view.cast("B")
 
 
-def ask_bytes(num_bytes: int, num_streams: int) -> int:
+def ask_bytes(num_bytes: int, num_streams: int, is_encoded: bool = False) -> int:
     """About how many bytes of blocks to ask for at once, so that each stream gets some asks."""
-    return min(max(MIN_ASK_BYTES, num_bytes // (4 * num_streams)), MAX_ASK_BYTES)
+    most = MAX_ENCODED_ASK_BYTES if is_encoded else MAX_ASK_BYTES
+    return min(max(MIN_ASK_BYTES, num_bytes // (4 * num_streams)), most)
 
 
 def exchanges(

@@ -1,6 +1,6 @@
 """Reading blocks from another worker's store over TCP, straight into their destinations.
 
-    fetch ──► asks of 1 to 4 MiB ──┬──► stream 1: ask, ask │ blocks, End, blocks, End
+    fetch ──► asks of 1 to 32 MiB ─┬──► stream 1: ask, ask │ blocks, End, blocks, End
                (one queue)         └──► stream 2: …
 
 Each stream takes the next ask from the queue as it goes, and has one more ask at the source than
@@ -180,7 +180,7 @@ class _Fetch:
         self.codec = codec
         self.at = (grant.source, grant.epoch)
         num_bytes = len(wanted) * block_bytes
-        most = ask_bytes(num_bytes, num_streams)
+        most = ask_bytes(num_bytes, num_streams, codec != RAW)
         self.num_asks = max(num_bytes // most, len(wanted) // MAX_BLOCKS)
         self._results: list[ReadResult | None] = [None] * len(wanted)
         self._rest = exchanges(wanted, self._results, most)

@@ -20,7 +20,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,10 @@ from baton.fabric.wire import (
 from baton.types import KvFormat
 
 logger = logging.getLogger(__name__)
+
+STRETCH_BYTES: Final = 4 << 20
+"""How much of an answer is waited for at a time: a slow reader is served, one that stands still
+does not keep its thread."""
 
 Allows = Callable[[str, bytes, float], bool]
 """`LeaseTable.allows`: whether a grant's lease covers a key at an instant. Called by any thread."""
@@ -92,8 +96,8 @@ class Answers:
         """Unmap; only when nobody is being answered."""
         self._store.close()
 
-    def answer(self, message: Received, stream: Stream, limit: float) -> None:
-        """Answer one ask on `stream`, by the instant `limit`.
+    def answer(self, message: Received, stream: Stream, patience_s: float) -> None:
+        """Answer one ask on `stream`, of which each `STRETCH_BYTES` must leave in `patience_s`.
 
         Raises:
             Malformed, OSError: the stream must be closed.
@@ -101,11 +105,11 @@ class Answers:
         ask = decode_ask(message)
         reason = self._why_not(ask)
         if reason is not None:
-            stream.send([pack(Refusal(ask.ask_id, reason))], limit)
+            stream.send([pack(Refusal(ask.ask_id, reason))], time.monotonic() + patience_s)
         elif ask.codec == RAW:
-            self._send_stored(ask, stream, limit)
+            self._send_stored(ask, stream, patience_s)
         else:
-            self._send_encoded(ask, stream, limit)
+            self._send_encoded(ask, stream, patience_s)
 
     def _why_not(
         self, ask: Ask
@@ -150,17 +154,21 @@ class Answers:
         answer = Blocks(ask.ask_id, results.tobytes(), int(sizes.sum()))
         return _Judged(answer, good, frames[good], headers["generation"][good], num_bytes[good])
 
-    def _send_stored(self, ask: Ask, stream: Stream, limit: float) -> None:
-        judged = self._judge(ask)
+    def _send_stored(self, ask: Ask, stream: Stream, patience_s: float) -> None:
+        judged, store = self._judge(ask), self._store
+        limit = time.monotonic() + patience_s
         stream.send([pack(judged.answer)], limit, more=len(judged.good) > 0)
-        starts = self._store.starts_at(judged.frames)
-        send_pieces(stream, self._store.memory, starts, judged.num_bytes, limit)
+        starts, at_once = store.starts_at(judged.frames), STRETCH_BYTES // store.geometry.stride
+        for first in range(0, len(starts), max(1, at_once)):
+            stretch = slice(first, first + max(1, at_once))
+            limit = time.monotonic() + patience_s
+            send_pieces(stream, store.memory, starts[stretch], judged.num_bytes[stretch], limit)
         stream.send([pack(End(ask.ask_id, changed=self._changed(judged)))], limit)
 
-    def _send_encoded(self, ask: Ask, stream: Stream, limit: float) -> None:
+    def _send_encoded(self, ask: Ask, stream: Stream, patience_s: float) -> None:
         codec, encoded_bytes = self._codecs[ask.codec]
         judged = self._judge(ask, encoded_bytes)
-        stream.send([pack(judged.answer)], limit)
+        stream.send([pack(judged.answer)], time.monotonic() + patience_s)
         encoded: Bytes = np.zeros(encoded_bytes, np.uint8)
         filled = ask.each_number()[2].tolist()
         corrupt, digests = [], []
@@ -173,9 +181,9 @@ class Answers:
             else:
                 corrupt.append(index)
             digests.append(xxhash.xxh3_128_digest(encoded.data))
-            stream.send([encoded.data], limit)
+            stream.send([encoded.data], time.monotonic() + patience_s)
         end = End(ask.ask_id, self._changed(judged), tuple(corrupt), tuple(digests))
-        stream.send([pack(end)], limit)
+        stream.send([pack(end)], time.monotonic() + patience_s)
 
     def _changed(self, judged: _Judged) -> tuple[int, ...]:
         is_changed = self._store.headers(judged.frames)["generation"] != judged.generations

@@ -158,7 +158,7 @@ class TcpServer:
         stream.handshake(limit)
         while True:
             ask = stream.receive_message(limit)
-            self._answers.answer(ask, stream, time.monotonic() + SEND_S)
+            self._answers.answer(ask, stream, SEND_S)
             connection.idle_since = time.monotonic()
             try:
                 stream.wait_readable(connection.idle_since + IDLE_S)

@@ -20,7 +20,7 @@ an ask for many blocks costs little more than one for few.
       kv_format   32 bytes     SHA-256 of the reader's kv_format; an unlike one is refused
       codec       str          how the blocks are to travel; `raw` is as they are stored
       grant       map          `types.Grant`; its MAC covers grant_id, source, tenant and epoch
-      keys        32 bytes for each of 1 to 256 blocks
+      keys        32 bytes for each of 1 to 1,024 blocks
       numbers     u32, little endian, one for each block of each kind:
         frame                  hint: the server trusts it only if the frame's header has the key
         num_bytes              the stored length that the reader expects
@@ -66,8 +66,8 @@ from baton.types import Grant, KvFormat
 
 PROTOCOL_VERSION: Final = 3
 RAW: Final = "raw"
-MAX_MESSAGE_BYTES: Final = 16 << 10
-MAX_BLOCKS: Final = 256
+MAX_MESSAGE_BYTES: Final = 64 << 10
+MAX_BLOCKS: Final = 1024
 ASK_ID_BYTES: Final = 16
 LENGTH: Final = struct.Struct(">I")
 
