@@ -97,15 +97,19 @@ struct Gated {
     }
 };
 
+// Bytes from one chunk of held rows to the next: if they are few they lie close, and stay in the
+// first cache.
+inline int64_t held_step(int64_t rows) { return (rows < kBlock ? rows : kBlock) * 64; }
+
 // Lays rows of x out as tiles: of each 32 rows the chunks, of each chunk the rows. What is beyond k
 // is zero.
 inline void hold(const Product& p, int64_t row, int64_t rows, char* held) {
-    int64_t bytes = p.w->k * 2, chunks = (p.w->k + kChunk - 1) / kChunk;
+    int64_t bytes = p.w->k * 2, chunks = (p.w->k + kChunk - 1) / kChunk, step = held_step(rows);
     for (int64_t r = 0; r < rows; ++r) {
         const char* from = p.x + (row + r) * bytes;
         char* to = held + r / kBlock * chunks * kChunkBytes + r % kBlock * 64;
         int64_t at = 0;
-        for (; at + 64 <= bytes; at += 64, to += kChunkBytes) memcpy(to, from + at, 64);
+        for (; at + 64 <= bytes; at += 64, to += step) memcpy(to, from + at, 64);
         if (at < bytes) {
             memset(to, 0, 64);
             memcpy(to, from + at, (size_t)(bytes - at));
@@ -113,48 +117,54 @@ inline void hold(const Product& p, int64_t row, int64_t rows, char* held) {
     }
 }
 
-// Asks for a quarter of one chunk for the second cache, and of another for the first.
-inline __attribute__((always_inline)) void ask_for(const char* far, const char* near, int quarter) {
+// A quarter of what is asked for while chunk `w` is worked on: the other caches' chunks lie `skip`
+// further on than if all chunks were neighbours.
+inline __attribute__((always_inline)) void ask_ahead(const char* w, int quarter, int64_t skip_first,
+                                                     int64_t skip_second) {
     for (int line = 8 * quarter; line < 8 * quarter + 8; ++line) {
-        __builtin_prefetch(far + line * 64, 0, 2);
-        __builtin_prefetch(near + line * 64, 0, 3);
+        __builtin_prefetch(w + skip_second + kAheadInSecond * kChunkBytes + line * 64, 0, 2);
+        __builtin_prefetch(w + skip_first + kAheadInFirst * kChunkBytes + line * 64, 0, 3);
     }
 }
 
-// The chunks of a panel for at most 32 rows, which are all there are: each weight comes from
-// memory and is used once.
+// The sums so far of 1 to 32 rows, in tiles, and the next chunk of them (`two` if there are more
+// than 16) with chunk `w` of a panel.
 template <bool Two>
-__attribute__((noinline)) void stream_chunks(const char* x, const char* w, int64_t chunks,
-                                             const char* next, float* sums) {
-    const char *upper = x, *lower = x + kTile * 64;
+inline __attribute__((always_inline)) void stream_chunk(const char* x, const char* w,
+                                                        int64_t skip_first, int64_t skip_second) {
+    TILE_LOAD(4, x, 64);
+    ask_ahead(w, 0, skip_first, skip_second);
+    TILE_LOAD(6, w, kPanel * 4);
+    TILE_DOT(0, 4, 6);
+    ask_ahead(w, 1, skip_first, skip_second);
+    TILE_LOAD(7, w + 64, kPanel * 4);
+    TILE_DOT(1, 4, 7);
+    ask_ahead(w, 2, skip_first, skip_second);
+    if (Two) {
+        TILE_LOAD(5, x + kTile * 64, 64);
+        TILE_DOT(2, 5, 6);
+        TILE_DOT(3, 5, 7);
+    }
+    ask_ahead(w, 3, skip_first, skip_second);
+}
+
+// All chunks of a panel for at most 32 rows, which are all there are: each weight comes from memory
+// and is used once. x holds chunks of them `step` bytes apart; the panel that this thread takes
+// afterwards lies at `next`.
+template <bool Two>
+__attribute__((noinline)) void stream_chunks(const char* x, int64_t step, const char* w,
+                                             int64_t chunks, const char* next, float* sums) {
     TILE_ZERO(0);
     TILE_ZERO(1);
     if (Two) {
         TILE_ZERO(2);
         TILE_ZERO(3);
     }
-    for (int64_t i = 0; i < chunks; ++i, upper += kChunkBytes, lower += kChunkBytes) {
-        // Behind this panel's last chunk comes the next one's first.
-        const char* now = w + i * kChunkBytes;
-        const char* far = i + kAheadInSecond < chunks ? now : now + (next - w - chunks * kChunkBytes);
-        const char* near = i + kAheadInFirst < chunks ? now : now + (next - w - chunks * kChunkBytes);
-        far += kAheadInSecond * kChunkBytes;
-        near += kAheadInFirst * kChunkBytes;
-        TILE_LOAD(4, upper, 64);
-        ask_for(far, near, 0);
-        TILE_LOAD(6, now, kPanel * 4);
-        TILE_DOT(0, 4, 6);
-        ask_for(far, near, 1);
-        TILE_LOAD(7, now + 64, kPanel * 4);
-        TILE_DOT(1, 4, 7);
-        ask_for(far, near, 2);
-        if (Two) {
-            TILE_LOAD(5, lower, 64);
-            TILE_DOT(2, 5, 6);
-            TILE_DOT(3, 5, 7);
-        }
-        ask_for(far, near, 3);
-    }
+    int64_t skip = next - w - chunks * kChunkBytes, i = 0;
+    for (; i < chunks - kAheadInSecond; ++i, x += step, w += kChunkBytes)
+        stream_chunk<Two>(x, w, 0, 0);
+    for (; i < chunks; ++i, x += step, w += kChunkBytes)
+        stream_chunk<Two>(x, w, i + kAheadInFirst < chunks ? 0 : skip, skip);
     TILE_STORE(0, sums, kPanel * 4);
     TILE_STORE(1, sums + kTile, kPanel * 4);
     if (Two) {
@@ -184,14 +194,15 @@ inline void panel_in_tiles(const Panel& panel, Tiles& tiles, const char* held, i
         memcpy(tail, w + whole * kChunkBytes, (size_t)(left * kPanel * 4));
     }
     if (rows <= kBlock && whole) {
+        int64_t step = held_step(rows);
         for (int64_t r = 0; r < rows; ++r) results.ask(row + r);
         tiles.set(rows);
         if (rows > kTile)
-            stream_chunks<true>(held, w, whole, panel.next, sums);
+            stream_chunks<true>(held, step, w, whole, panel.next, sums);
         else
-            stream_chunks<false>(held, w, whole, panel.next, sums);
+            stream_chunks<false>(held, step, w, whole, panel.next, sums);
         if (left)
-            add_chunks(tiles, rows, {held + whole * kChunkBytes, 64, 0}, {tail, kPanel * 4, 0}, 1,
+            add_chunks(tiles, rows, {held + whole * step, 64, 0}, {tail, kPanel * 4, 0}, 1,
                        sums, kPanel * 4, false, nothing);
         return results.finish(sums, row, rows);
     }
