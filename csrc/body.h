@@ -19,8 +19,10 @@ void layer_any(const Layer* l, const Step* s, int64_t index) {
     attend_any(l, s, index);
     linear_any(&l->o, s->attended, s->x, s->x, m, 0, dtype, threads);
     rms_norm_any(s->x, l->post_norm, s->normed, m, hidden, s->eps, dtype, threads);
-    linear_any(&l->gate_up, s->normed, nullptr, s->gate_up, m, 0, dtype, threads);
-    silu_mul_any(s->gate_up, s->inner, m, inner, dtype, threads);
+    if (!gated_any(&l->gate_up, s->normed, s->inner, m, dtype, threads)) {
+        linear_any(&l->gate_up, s->normed, nullptr, s->gate_up, m, 0, dtype, threads);
+        silu_mul_any(s->gate_up, s->inner, m, inner, dtype, threads);
+    }
     linear_any(&l->down, s->inner, s->x, s->x, m, 0, dtype, threads);
 }
 

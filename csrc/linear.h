@@ -115,12 +115,26 @@ void linear_any(const Linear* w, const void* x, const void* residual, void* y, i
     if (m == 0) return;
     if (dtype == kBf16)
 #ifdef __AMX_BF16__
-        linear_in_tiles(p, m, threads);
+        linear_in_tiles<false>(p, m, threads);
 #else
         linear<Bf16>(p, m, threads);
 #endif
     else
         linear<Fp32>(p, m, threads);
+}
+
+// y [m, n / 2] = silu(the first half of x w^T) * the second one, as `linear_any` and `silu_mul_any`
+// give it, but without a stop between them; false if there is no such kernel, and nothing is done.
+bool gated_any(const Linear* w, const void* x, void* y, int64_t m, int32_t dtype, int32_t threads) {
+#ifdef __AMX_BF16__
+    if (dtype == kBf16 && w->n % (2 * kPanel) == 0 && m > 0) {
+        Product p = {w, (const char*)x, nullptr, (char*)y, false};
+        linear_in_tiles<true>(p, m, threads);
+        return true;
+    }
+#endif
+    (void)w, (void)x, (void)y, (void)m, (void)dtype, (void)threads;
+    return false;
 }
 
 template <class T>

@@ -41,6 +41,9 @@ void rms_norm_any(const void* x, const void* weight, void* y, int64_t m, int64_t
         rms_norm<Fp32>((const float*)x, (const float*)weight, (float*)y, m, n, eps, threads);
 }
 
+// x / (1 + e^-x)
+inline V16 silu(V16 x) { return div(x, add(set1(1.0f), exp16(sub(set1(0.0f), x)))); }
+
 template <class T>
 void silu_mul(const typename T::Value* x, typename T::Value* y, int64_t m, int64_t inner,
               int32_t threads) {
@@ -48,10 +51,9 @@ void silu_mul(const typename T::Value* x, typename T::Value* y, int64_t m, int64
     for (int64_t row = 0; row < m; ++row) {
         const typename T::Value* gate = x + row * 2 * inner;
         for (int64_t i = 0; i < inner; i += 16) {
-            V16 g = load_up_to(gate + i, inner - i);
-            V16 silu = div(g, add(set1(1.0f), exp16(sub(set1(0.0f), g))));
+            V16 open = silu(load_up_to(gate + i, inner - i));
             V16 up = load_up_to(gate + inner + i, inner - i);
-            store_up_to(y + row * inner + i, mul(silu, up), inner - i);
+            store_up_to(y + row * inner + i, mul(open, up), inner - i);
         }
     }
 }

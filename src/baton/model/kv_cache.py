@@ -45,6 +45,8 @@ class KvCache:
             if device == "cpu"
             else torch.empty(shape, dtype=self.dtype, device=device)
         )
+        if self.data.is_cpu:
+            huge_pages.take_early(self.data)
         self._rows = self.data.view(-1, spec.num_kv_heads * spec.head_dim)
         blocks = self.data.view(num_blocks, -1).view(torch.uint8)
         self._host: HostBlock | None = blocks.numpy() if blocks.is_cpu else None
