@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from integration.deployment import Deployment
-from integration.runs import COMMON_FLAGS, EXTRA
+from integration.runs import EXTRA
 
 from baton.cli.explain import request_id
 from baton.planner.explain.explanation import Explanation, explain
@@ -60,12 +60,19 @@ async def ask_all(served: Deployment) -> list[str]:
 
 @pytest.fixture(scope="module")
 def explained(
-    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+    demo_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[str], list[dict[str, Any]], Path]:
     """Ids, waterfalls of the gateway by request, and the logs."""
     logs = tmp_path_factory.mktemp("explain")
-    flags = (*COMMON_FLAGS, "--engine.max-num-batched-tokens", "128", "--decision-log", str(logs))
-    with Deployment.start(tiny_llama, "2P2D", *flags) as served:
+    flags = (
+        "--engine.threads",
+        "1",
+        "--engine.max-num-batched-tokens",
+        "128",
+        "--decision-log",
+        str(logs),
+    )
+    with Deployment.start(demo_model, "2P2D", *flags) as served:
         ids = asyncio.run(ask_all(served))
         by_id = {each["request_id"]: each for each in served.requests()}
         live = run_explain(ids[5], "--url", served.admin_url)
@@ -123,9 +130,9 @@ def test_the_twin_is_near_what_was_measured(
         assert chosen.failure == ""
         for figure, of_all in ratios.items():
             of_all.append(getattr(chosen, figure) / getattr(each.measured, figure))
-        errors = [error for error in each.held_out.values() if error is not None]
-        assert len(errors) == 4
+        assert len(each.held_out) == 4 and any(each.held_out.values())
     for figure, of_all in ratios.items():
+        print(figure, [round(each, 2) for each in of_all])
         assert 1 / NEAR < statistics.median(of_all) < NEAR, (figure, of_all)
     # With a prompt on it, a decode worker's answers wait: the twin sees that as well.
     alone = [

@@ -17,11 +17,12 @@ from baton.core import decision_log as log
 from baton.core.candidate import Candidate
 from baton.core.cost import ChunkShape, StepShape
 from baton.core.predicted import Predicted
-from baton.core.router import Pair, Placement
+from baton.core.router import Pair, Placement, Router
 from baton.errors import BatonError, ConfigError
 from baton.observe.events import Waterfall
 from baton.observe.results import RequestResult
 from baton.planner.calibrate import Observation
+from baton.planner.explain import what_if
 from baton.planner.explain.explanation import Explanation, explain
 from baton.planner.explain.history import Attempt
 from baton.planner.explain.logged_cost import fit_logged
@@ -197,6 +198,45 @@ def test_a_worker_that_goes_leaves_attempts_but_no_other_turns(
         assert len(found.why) == 2
 
 
+def test_a_second_attempt_is_not_in_its_own_way(
+    logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [Failure.parse("kill:prefill-0@0.02")]
+    serve_logged(monkeypatch, logs, deployment(2, 1), [TraceRequest(0, 300, 9)], failures=failures)
+    first, second = told(logs, 0).attempts
+    assert first.placement is not None and first.placement.prefill == "prefill-0"
+    (only,) = [each for each in second.candidates if each.considered]
+    assert (only.name, only.context_tokens, only.num_requests) == ("prefill-1 > decode-0", 0, 0)
+
+
+def test_the_twin_starts_after_the_last_worker_came(
+    logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = [TraceRequest(at, 300, 9) for at in (0, 1, 2, 30, 31, 32)]
+    failures = [Failure.parse("kill:decode-0@5")]
+    serve_logged(monkeypatch, logs, deployment(1, 2), trace, failures=failures)
+    assert told(logs, 5).num_before == 2
+    assert told(logs, 2).num_before == 2, "what comes later is nothing to it"
+
+
+def test_earlier_requests_go_where_they_went_and_later_ones_where_they_are_sent(
+    logs: Path, run: list[RequestResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[tuple[str, int], Pair]] = []
+
+    def router(pinned: dict[tuple[str, int], Pair]) -> Router:
+        seen.append(pinned)
+        return Router(pinned)
+
+    monkeypatch.setattr(what_if, "Router", router)
+    found = told(logs)
+    where = list(placements(logs).values())
+    assert len(seen) == len(found.twin)
+    for pinned, turn in zip(seen, found.twin, strict=True):
+        assert list(pinned.values())[:-1] == where[:WANTED][-found.num_before :]
+        assert pinned[f"r{WANTED}/0", 0] == (turn.candidate.prefill, turn.candidate.decode)
+
+
 def test_a_profile_takes_the_place_of_the_logged_steps(
     logs: Path, run: list[RequestResult], tmp_path: Path
 ) -> None:
@@ -247,6 +287,20 @@ def test_each_worker_has_its_own_pace() -> None:
     assert slow / fast == pytest.approx(3.0, rel=0.1)
 
 
+def test_a_few_wild_steps_count_in_the_total_and_do_not_bend_the_shape() -> None:
+    own = [
+        msgspec.structs.replace(each, seconds=each.seconds * (20 if number % 10 == 0 else 1))
+        for number, each in enumerate(steps(1.0, prompts=True, decodes=True))
+    ]
+    cost, _ = fit_logged({"w": own})["w"]
+    total = sum(each.seconds for each in own)
+    assert sum(cost.step_s(each.shape) for each in own) == pytest.approx(total)
+    prompt = StepShape.of([ChunkShape(200, 0, True)])
+    token = StepShape.of([ChunkShape(1, 300, True)] * 3)
+    ratio = Linear().step_s(prompt) / Linear().step_s(token)
+    assert cost.step_s(prompt) / cost.step_s(token) == pytest.approx(ratio, rel=0.1)
+
+
 def test_too_few_steps_are_refused() -> None:
     with pytest.raises(ConfigError, match="too few"):
         fit_logged({"p": steps(1.0, prompts=True, decodes=False)[:5]})
@@ -279,11 +333,17 @@ def test_reasons_name_what_was_compared() -> None:
 def test_reasons_tell_of_ties_and_refusals() -> None:
     tie = [Candidate(None, f"u{n}", prefill_tokens=10) for n in range(7)]
     (said,) = reasons(attempt(*tie, placement=Placement("u0", None, 10)))
-    assert "no less work" in said and "then by name" in said and "and 2 more" in said
+    assert "no less work" in said and "and 2 more" in said
+    assert said.endswith("; of equals fewer requests, then the name")
     assert reasons(attempt(placement=None)) == ["refused: nobody is there"]
     unified = [Candidate("p0", "d0", prefill_tokens=20), Candidate(None, "u0", prefill_tokens=10)]
     said_too = reasons(attempt(*unified, placement=Placement("u0", None, 10)))
     assert said_too[1:] == ["u0 answers it as well: no handoff"]
+    even = [Candidate("p0", "d0", prefill_tokens=10), Candidate(None, "u0", prefill_tokens=10)]
+    assert (
+        "of equals a pair before a unified worker, "
+        in reasons(attempt(*even, placement=Placement("d0", "p0", 10)))[0]
+    )
 
 
 # What cannot be told ------------------------------------------------------------------------------
@@ -338,7 +398,8 @@ def test_a_log_that_begins_after_the_request_says_so(
         (lambda logs: (logs / "prefill-0-1.log").unlink(), "there is no log of prefill-0"),
         (lambda logs: _later_start(logs / "decode-1-1.log"), "began after the request"),
         (lambda logs: _damaged(logs / "decode-0-1.log"), "decode-0-1.log: "),
-        (lambda logs: _otherwise(logs / "decode-0-1.log"), "does not replay"),
+        (lambda logs: _otherwise(logs / "decode-0-1.log"), "does not replay: "),
+        (lambda logs: _another_plan(logs / "decode-0-1.log"), "another step would be planned"),
     ],
 )
 def test_without_a_workers_log_the_rest_is_told_all_the_same(
@@ -369,6 +430,15 @@ def _otherwise(file: Path) -> None:
     config = msgspec.structs.replace(header.config, max_num_seqs=1)
     changed = [msgspec.structs.replace(header, config=config), *records]
     file.write_bytes(b"".join(map(log.frame, changed)))
+
+
+def _another_plan(file: Path) -> None:
+    def changed(record: Any) -> Any:
+        if isinstance(record, log.Scheduled):
+            return msgspec.structs.replace(record, decision=bytes(8))
+        return record
+
+    rewrite(file, changed)
 
 
 def test_a_request_that_has_not_ended_has_no_other_turns(

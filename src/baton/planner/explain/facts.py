@@ -26,7 +26,8 @@ QUICK = 0.1
 class Facts:
     """One start of a worker. Durations in seconds; None where the log shows none.
 
-    depth: steps in flight at most. pause_s: between two steps, if no copies are waited for.
+    depth: steps in flight at most. pause_s: between two steps, on average, if
+    no copies are waited for.
     copy_s: for a block, into its own store. fetches: for a block out of a peer's, each.
     num_tokens: of the answer of each choice, as far as this worker drew it. received: legs that
     found it with nothing to do, by its clock. took_early: blocks were offered to it before the
@@ -76,7 +77,7 @@ class _Reading:
         found = self._facts
         if self._pauses:
             # With two steps in flight, what lies between them is hidden behind one of them.
-            found.pause_s = statistics.median(self._pauses) if found.depth == 1 else 0.0
+            found.pause_s = statistics.fmean(self._pauses) if found.depth == 1 else 0.0
         if self._copies:
             found.copy_s = sorted(self._copies)[int(QUICK * len(self._copies))]
         return found

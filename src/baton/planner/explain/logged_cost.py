@@ -4,7 +4,9 @@
 
 First one fit for all workers, then one for each, held near the common one where a worker's own
 steps do not determine it: a decode worker has computed few prompts, and is asked what one would
-take. Where workers are on unlike hardware, give a profile instead.
+take. The fit goes by what is usual, so that a few wild steps do not bend it; then it is scaled to
+the total of all steps, since the wild ones take their time too. Where workers are on unlike
+hardware, give a profile instead.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ def _predictor(
 def _fit(steps: Sequence[Observation], start: Array, prior: float) -> Array:
     sides = _sides(steps)
     measured = np.array([step.seconds for step in steps])
-    return minimise(lambda each: sides @ each, measured, list(start), [prior] * len(start))
+    found = minimise(lambda each: sides @ each, measured, list(start), [prior] * len(start))
+    return np.asarray(found * measured.sum() / (sides @ found).sum(), float)
 
 
 def _guess(steps: Sequence[Observation]) -> Array:

@@ -20,7 +20,9 @@ def reasons(attempt: Attempt) -> list[str]:
     considered = [each for each in attempt.candidates if each.considered]
     works = {each.prefill or each.decode: each.work for each in considered}
     first = placement.prefill or placement.decode
-    found = [_least(first, works, "work before the first token", "prompt tokens")]
+    kinds = {each.prefill is None for each in considered}
+    ties = "a pair before a unified worker, " if len(kinds) > 1 else ""
+    found = [_least(first, works, "work before the first token", "prompt tokens", ties)]
     if placement.prefill is not None:
         found.append(_decode_reason(placement, considered))
     elif any(each.prefill for each in considered):
@@ -38,7 +40,7 @@ def _decode_reason(placement: Placement, considered: list[Candidate]) -> str:
     return _least(placement.decode, contexts, "context to keep", "tokens")
 
 
-def _least(name: str, figures: Mapping[str, int], what: str, unit: str) -> str:
+def _least(name: str, figures: Mapping[str, int], what: str, unit: str, ties: str = "") -> str:
     mine = figures.get(name, 0)
     others = sorted((figure, other) for other, figure in figures.items() if other != name)
     said = f"{mine:,} {unit}"
@@ -48,8 +50,6 @@ def _least(name: str, figures: Mapping[str, int], what: str, unit: str) -> str:
     if len(others) > MAX_NAMED:
         rivals += f", and {len(others) - MAX_NAMED} more"
     if others[0][0] == mine:
-        return (
-            f"{name}: no less {what} anywhere: {said} ({rivals}); equals are told apart by the "
-            "number of their requests, then by name"
-        )
+        order = f"{ties}fewer requests, then the name"
+        return f"{name}: no less {what} anywhere: {said} ({rivals}); of equals {order}"
     return f"{name}: the least {what}: {said} ({rivals})"
