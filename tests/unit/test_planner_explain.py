@@ -501,7 +501,7 @@ def test_the_running_gateway_tells_the_waterfall(
         num_generated_tokens=5,
         prefill_worker="prefill-0",
         decode_worker="decode-1",
-        queue_s=0.011,
+        queue_s=1.25,
         transfer_s=0.022,
         decode_s=0.033,
         ttft_s=0.044,
