@@ -518,7 +518,7 @@ def test_the_running_gateway_tells_the_waterfall(
     out = capsys.readouterr().out
     for words in (
         "prefill-0 > decode-1",
-        "11 ms",
+        "1.25 s",
         "22 ms",
         "33 ms",
         "44 ms",
