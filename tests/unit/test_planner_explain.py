@@ -501,7 +501,7 @@ def test_the_running_gateway_tells_the_waterfall(
         num_generated_tokens=5,
         prefill_worker="prefill-0",
         decode_worker="decode-1",
-        queue_s=0.011,
+        queue_s=1.25,
         transfer_s=0.022,
         decode_s=0.033,
         ttft_s=0.044,
@@ -518,7 +518,7 @@ def test_the_running_gateway_tells_the_waterfall(
     out = capsys.readouterr().out
     for words in (
         "prefill-0 > decode-1",
-        "11 ms",
+        "1.25 s",
         "22 ms",
         "33 ms",
         "44 ms",

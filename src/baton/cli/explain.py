@@ -230,7 +230,9 @@ def _time(seconds: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.0%}"
+    if value is None:
+        return "-"
+    return f"x {value + 1:,.0f}" if value > 9 else f"{value:+.0%}"
 
 
 def _write_json(found: Explanation, file: str) -> None:
