@@ -226,7 +226,7 @@ class Scheduler:
         return advance.steady_steps(self, plan)
 
     def advance(
-        self, plan: StepPlan, token_ids: Seq[list[int]], nows: Seq[float]
+        self, plan: StepPlan, token_ids: Seq[Seq[int]], nows: Seq[float]
     ) -> StepPlan | None:
         """`len(nows)` updates at these times, the first of `plan`, with a `schedule` in between.
 
@@ -365,9 +365,8 @@ class Scheduler:
     def _publish(self, seq: Sequence) -> None:
         num_full = seq.num_computed // seq.block_size
         if self.config.prefix_cache and num_full > seq.num_published:
-            keys, publish = seq.class_keys(seq.num_computed), self.pool.publish
-            for i in range(seq.num_published, num_full):
-                publish(seq.blocks[i], keys[i])
+            begin, keys = seq.num_published, seq.class_keys(seq.num_computed)
+            self.pool.publish_all(seq.blocks[begin:num_full], keys[begin:])
         seq.num_published = num_full
 
     def _expire(self, now: float) -> None:
