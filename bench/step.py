@@ -65,7 +65,10 @@ def main() -> int:
         rate = BUFFER_BYTES / min(_seconds(buffer.sum) for _ in range(4))
         for batch in batches:
             cell = {
-                **{"kind": "decode", "batch": batch, "context": CONTEXT, "steps": args.steps},
+                "kind": "decode",
+                "batch": batch,
+                "context": CONTEXT,
+                "steps": args.steps,
                 "seed": secrets.token_hex(4),
             }
             seconds = measurement.measure(cell)

@@ -83,7 +83,7 @@ def _within_room(rooms: list[int], steps: int, num_free: int, block_size: int) -
 
 
 def advance(
-    scheduler: Scheduler, plan: StepPlan, token_ids: Seq[list[int]], nows: Seq[float]
+    scheduler: Scheduler, plan: StepPlan, token_ids: Seq[Seq[int]], nows: Seq[float]
 ) -> StepPlan | None:
     """See `Scheduler.advance`."""
     steps, chunks = len(nows), plan.chunks

@@ -54,6 +54,9 @@ class BlockPool:
         if count > self.num_free:
             raise MemoryError(f"{count} blocks wanted, {self.num_free} free")
         empty, refs = self._empty, self._refs
+        if count == 1 and empty:
+            refs[empty[-1]] = 1
+            return [empty.pop()]
         taken = empty[: -count - 1 : -1]  # the last ones, the very last first
         del empty[len(empty) - len(taken) :]
         taken += [self._evict() for _ in range(count - len(taken))]
@@ -101,11 +104,17 @@ class BlockPool:
 
     def publish(self, block: int, key: bytes) -> None:
         """Make a full, computed or verified block findable. A key that is taken stays put."""
-        assert self._refs[block] > 0, f"block {block} published by nobody"
-        if key not in self._block_of:
-            assert self._key_of[block] is None, f"block {block} published twice"
-            self._block_of[key] = block
-            self._key_of[block] = key
+        self.publish_all((block,), (key,))
+
+    def publish_all(self, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
+        """As `publish`, one after the other."""
+        refs, key_of, block_of = self._refs, self._key_of, self._block_of
+        for block, key in zip(blocks, keys, strict=True):
+            assert refs[block] > 0, f"block {block} published by nobody"
+            if key not in block_of:
+                assert key_of[block] is None, f"block {block} published twice"
+                block_of[key] = block
+                key_of[block] = key
 
     def refs(self, block: int) -> int:
         return self._refs[block]

@@ -69,9 +69,8 @@ def publish(scheduler: Scheduler, seq: Sequence) -> None:
     """Let others find the blocks of `seq` that are full by now."""
     num_full = seq.num_computed // seq.block_size
     if scheduler.config.prefix_cache and num_full > seq.num_published:
-        keys, pool = seq.class_keys(seq.num_computed), scheduler.pool
-        for i in range(seq.num_published, num_full):
-            pool.publish(seq.blocks[i], keys[i])
+        begin, keys = seq.num_published, seq.class_keys(seq.num_computed)
+        scheduler.pool.publish_all(seq.blocks[begin:num_full], keys[begin:])
     seq.num_published = num_full
 
 

@@ -221,7 +221,7 @@ class Scheduler:
         return advance.steady_steps(self, plan)
 
     def advance(
-        self, plan: StepPlan, token_ids: Seq[list[int]], nows: Seq[float]
+        self, plan: StepPlan, token_ids: Seq[Seq[int]], nows: Seq[float]
     ) -> StepPlan | None:
         """`len(nows)` updates at these times, the first of `plan`, with a `schedule` in between.
 

@@ -89,11 +89,11 @@ class CostRunner:
         ]
         return StepOutput(tokens, [None] * len(tokens), step.elapsed_s)
 
-    def collect_all(self, num_steps: int) -> list[list[int]]:
+    def collect_all(self, num_steps: int) -> list[tuple[int, ...]]:
         """The oldest step and those that follow it: so many tokens of each chunk."""
         plan = self._steps[0].plan
         self._steps.clear()
-        return [[chunk.seq.request.sampling.seed] * num_steps for chunk in plan.chunks]
+        return [(chunk.seq.request.sampling.seed,) * num_steps for chunk in plan.chunks]
 
     def go_on(self, ahead: StepPlan | None, free_at: float) -> None:
         """After `collect_all`: the steps end at `free_at`, and the one ahead follows at once."""

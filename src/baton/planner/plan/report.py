@@ -95,7 +95,7 @@ def _comparison(plan: Plan) -> Iterator[str]:
         gap = row.usd_per_hour / mine.usd_per_hour - 1
         cost = "the same" if abs(gap) < 0.005 else f"{abs(gap):.0%} {'more' if gap > 0 else 'less'}"
         sure = "" if row.probability is None else f", and holds with {row.probability:.0%}"
-        yield f"The best {style.value} one, {row.candidate.name}, costs {cost}{sure}."
+        yield f"The best {style.value} one that ran, {row.candidate.name}, costs {cost}{sure}."
     for style in (Style.UNIFIED, Style.SPLIT):
         if plan.holds and style not in plan.best:
             yield f"No {style.value} layout that was run keeps the promise."

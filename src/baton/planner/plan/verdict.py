@@ -29,6 +29,8 @@ FIRST_RUNS = 60
 cost less is run."""
 MAX_RUNS = 600
 """Of a style, draws included: so long is looked for what is cheaper."""
+LAST_RUNS = 60
+"""Of a style that cannot win: the best of it is told beside the choice."""
 HEADROOM = (1.1, 1.25, 1.5, 2.0, 3.0)
 
 
@@ -102,21 +104,23 @@ def plan(
 
 
 def _search(asked: Asked, seen: Survey, space: Space, tell: Tell) -> list[Hunt]:
-    """What each style has to offer: first something, then what costs less than that."""
+    """What each style has to offer: first something that is sure, then whatever might win, then
+    what else might be the best of a style that has lost."""
     considered = seen.all if asked.wish.thorough else seen.survivors
     offered = list({kind.offer.device.name: kind.offer for kind in space.kinds}.values())
     bar = Bar(tell, "running candidates in the twin", len(considered))
     drawing = Drawing(asked, offered, bar)
     hunts = [Hunt(style, considered, asked, drawing, bar) for style in ORDER]
-    for most, goes_on in ((FIRST_RUNS, False), (MAX_RUNS, True)):
+    for turn, most in enumerate((FIRST_RUNS, MAX_RUNS, LAST_RUNS)):
         for hunt in hunts:
             begun = asked.bench.num_runs
-            while goes_on or hunt.best is None:
-                spent = asked.bench.num_runs - begun >= most
-                limit = _limit_usd(hunts) if goes_on else math.inf
-                if (spent and not asked.wish.thorough) or not hunt.run(limit):
+            while asked.wish.thorough or asked.bench.num_runs - begun < most:
+                limit = _limit_usd(hunts) if turn == 1 else math.inf
+                if (turn == 0 and hunt.best) or (turn == 2 and not hunt.best):
                     break
-                bar.left(sum(each.num_left(_limit_usd(hunts)) for each in hunts))
+                if not hunt.run(limit):
+                    break
+                bar.left(sum(min(most, each.num_left(limit)) for each in hunts))
     bar.left(0)
     return hunts
 
