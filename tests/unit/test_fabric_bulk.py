@@ -144,6 +144,18 @@ def test_a_limit_is_kept(body: Copier, ends: tuple[Stream, socket.socket], trick
         receive_digested(stream, blocks, found, started)
 
 
+def test_nothing_is_taken_after_the_limit(body: Copier, ends: tuple[Stream, socket.socket]) -> None:
+    stream, there = ends
+    there.sendall(b"x" * 1000)
+    stream.wait_readable(soon())
+    _, blocks = places([1000])
+    with pytest.raises(TimeoutError):
+        receive_digested(stream, blocks, [], time.monotonic() - 0.001)
+    assert set(blocks[0]) == {7}
+    with pytest.raises(TimeoutError):
+        send_pieces(stream, noise(1000), np.array([0]), np.array([1000]), time.monotonic() - 0.001)
+
+
 def test_pieces_are_sent_in_order(body: Copier, ends: tuple[Stream, socket.socket]) -> None:
     stream, there = ends
     memory = noise(4 << 20)

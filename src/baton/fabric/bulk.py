@@ -65,13 +65,13 @@ def receive_digested(
     body = copier()
     if not isinstance(body, NativeCopier) or stream.descriptor is None:
         for digest in _piece_by_piece(stream, blocks, limit):
-            digests.append(digest)  # noqa: PERF402  (what has come before an error stays)
+            digests.append(digest)  # noqa: PERF402 - one by one: those before an error stay
         return
     count = len(blocks)
     pieces = np.empty((count, 2), np.uint64)
     pieces[:, 0] = [addressof(_first_of(block)) for block in blocks]
     pieces[:, 1] = [block.nbytes for block in blocks]
-    found = bytearray(DIGEST_BYTES * count)
+    found: Bytes = np.empty(DIGEST_BYTES * count, np.uint8)
     num_full = c_int64()
     code = body.library.baton_receive(
         body.table,
@@ -80,7 +80,7 @@ def receive_digested(
         count,
         _nanoseconds(limit),
         byref(stream.low_water),
-        (c_char * len(found)).from_buffer(found),
+        found.ctypes.data,
         byref(num_full),
     )
     digests += each_digest(found)[: num_full.value]

@@ -173,7 +173,7 @@ class NativeCopier:
         return each_digest(digests)
 
 
-def each_digest(digests: bytearray) -> list[bytes]:
+def each_digest(digests: bytearray | Bytes) -> list[bytes]:
     """Digests that lie one after the other."""
     found = bytes(digests)
     return [found[at : at + DIGEST_BYTES] for at in range(0, len(found), DIGEST_BYTES)]
