@@ -4,8 +4,8 @@ Points, at which a worker of some role is hurt by a step with a sequence whose p
 
     HANG     at the second layer of the step, while FOLDER/hang-ROLE is there; the first worker that
              comes there takes the file (FOLDER/hung-ROLE), and goes on when it is gone
-    POISON   at the beginning of the step, as often as it happens, while FOLDER/poison-ROLE is
-             there; FOLDER/crashes-ROLE has a line each time: how many sequences were in the step
+    POISON   at the beginning of the step, each time, while FOLDER/poison-ROLE is there; a line of
+             FOLDER/crashes-ROLE then tells how many sequences were in the step
 
 FOLDER is the environment's HURT_FOLDER. The gateway and the supervisor are as they are.
 """
