@@ -18,7 +18,7 @@ from baton.cli import analyze_probe
 from baton.cli.main import main
 
 OUTPUT_TOKENS = 10
-BASE_S, TOKEN_S, STEP_S, SEQUENCE_S = 0.005, 5e-4, 0.004, 0.002
+BASE_S, TOKEN_S, STEP_S, SEQUENCE_S = 0.005, 5e-4, 0.004, 0.008
 
 
 class TimedServer:
