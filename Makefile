@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 WITH_NIXL := $(VENV)/.with-nixl
 
 .DEFAULT_GOAL := help
-.PHONY: help install kernels neon demo serve check test unit lint types clean wheel sim exact overhead roofline ready memory peers compare goodput twin-vs-real fabric reproduce fuzz docs nixl-test nixl-soak
+.PHONY: help install kernels neon demo serve check test unit lint types clean wheel sim exact overhead roofline step ready memory peers compare goodput twin-vs-real fabric reproduce fuzz docs nixl-test nixl-soak
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -95,6 +95,9 @@ overhead: $(INSTALLED) ## Measure what a step, a streamed token and an RPC round
 
 roofline: $(INSTALLED) ## Measure the CPU kernels beside what the machine allows
 	$(BIN)/python bench/kernels.py
+
+step: $(INSTALLED) ## Take a decode step of a random 0.5 B model apart: where its time goes
+	$(BIN)/python bench/step.py --peers $(PEERS)
 
 ready: $(INSTALLED) ## Measure how long a random 0.5 B model takes from the command to ready
 	$(BIN)/python bench/start.py --peers $(PEERS)

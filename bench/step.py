@@ -64,13 +64,8 @@ def main() -> int:
     for number in range(args.rounds + 1):
         rate = BUFFER_BYTES / min(_seconds(buffer.sum) for _ in range(4))
         for batch in batches:
-            cell = {
-                "kind": "decode",
-                "batch": batch,
-                "context": CONTEXT,
-                "steps": args.steps,
-                "seed": secrets.token_hex(4),
-            }
+            cell = {"kind": "decode", "batch": batch, "context": CONTEXT, "steps": args.steps}
+            cell["seed"] = secrets.token_hex(4)
             seconds = measurement.measure(cell)
             with watch.looking():
                 total = measurement.measure(cell | {"seed": secrets.token_hex(4)})
@@ -102,7 +97,7 @@ class _Watch:
     def looking(self) -> Iterator[None]:
         """Steps under way are taken apart; the prompts that come before them as well."""
         self._seconds.clear()
-        kernels, table, sample = self._kernels, self._kernels.table, runner.sample
+        kernels, sample = self._kernels, runner.sample
         seen = SimpleNamespace(
             embed=self._timed("embed", kernels.embed),
             angles=self._timed("angles", kernels.angles),
@@ -110,7 +105,6 @@ class _Watch:
             linear=self._timed("lm_head", kernels.linear),
             table=SimpleNamespace(layer=self._layer),
         )
-        assert table is not None
         self._layers._kernels = seen
         cast(Any, runner).sample = self._timed("sample", sample)
         try:

@@ -60,7 +60,7 @@ def test_memory_is_taken_before_it_is_written_and_what_is_written_stays() -> Non
     tensor = huge_pages.empty((24, 1 << 20), torch.float32)
     tensor[3].fill_(5)
     assert resident_bytes(tensor) < tensor.nbytes / 2
-    thread = huge_pages.take_early(tensor, rest=0)
+    thread = huge_pages.take_early(tensor, wait_s=0, rest=0)
     assert thread is not None
     tensor[20, :100].fill_(6)
     thread.join(30)
@@ -74,7 +74,7 @@ def test_nothing_is_taken_early_of_small_tensors_or_where_memory_is_short(
     assert huge_pages.take_early(torch.empty(1000)) is None
     monkeypatch.setattr(huge_pages, "_MEMORY_SHARE", 2)
     tensor = huge_pages.empty((24, 1 << 20), torch.float32)
-    thread = huge_pages.take_early(tensor, rest=0)
+    thread = huge_pages.take_early(tensor, wait_s=0, rest=0)
     assert thread is not None
     thread.join(30)
     assert resident_bytes(tensor) < tensor.nbytes / 2
@@ -90,7 +90,7 @@ def test_taking_ends_when_the_tensor_is_gone(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(huge_pages, "_is_short", is_short)
     tensor = huge_pages.empty((24, 1 << 20), torch.float32)
-    thread = huge_pages.take_early(tensor, rest=0)
+    thread = huge_pages.take_early(tensor, wait_s=0, rest=0)
     assert thread is not None and looked.wait(30)
     del tensor
     gc.collect()

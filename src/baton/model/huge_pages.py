@@ -23,6 +23,8 @@ from baton.model.region import HUGE_BYTES
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23  # the second since Linux 5.14
 _LEAST_BYTES: Final = 32 << 20
 _MOST_BYTES: Final = 1 << 30
+_WAIT_S: Final = 3.0
+"""Before `take_early` begins: the start of a worker should not wait for it."""
 _REST: Final = 3.0
 """For how many times as long as it has just worked `take_early` rests."""
 _MEMORY_SHARE: Final = 1 / 4
@@ -44,7 +46,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return memory[first : first + num_bytes].view(dtype).view(shape)
 
 
-def take_early(memory: Tensor, rest: float = _REST) -> threading.Thread | None:
+def take_early(
+    memory: Tensor, wait_s: float = _WAIT_S, rest: float = _REST
+) -> threading.Thread | None:
     """Have the system give the first GiB of `memory`, which `empty` made, before it is wanted.
 
     A huge page is cleared when it is first written. Where a virtual machine's host has to find it
@@ -54,13 +58,16 @@ def take_early(memory: Tensor, rest: float = _REST) -> threading.Thread | None:
     """
     if memory.nbytes < _LEAST_BYTES:
         return None
-    args = weakref.ref(memory), memory.data_ptr(), min(memory.nbytes, _MOST_BYTES), rest
+    args = weakref.ref(memory), memory.data_ptr(), min(memory.nbytes, _MOST_BYTES), wait_s, rest
     thread = threading.Thread(target=_take, args=args, name="take-early", daemon=True)
     thread.start()
     return thread
 
 
-def _take(owner: weakref.ref[Tensor], start: int, num_bytes: int, rest: float) -> None:
+def _take(
+    owner: weakref.ref[Tensor], start: int, num_bytes: int, wait_s: float, rest: float
+) -> None:
+    time.sleep(wait_s)
     for at in range(start, start + num_bytes, HUGE_BYTES):
         memory = owner()  # held while its pages are taken
         if memory is None or _is_short():
