@@ -27,6 +27,7 @@ from baton.fabric.wire import (
     Codec,
     Malformed,
     Refusal,
+    bound,
     decode_answer,
     decode_end,
     pack,
@@ -125,12 +126,12 @@ class Exchange:
         if len(end.digests) != len(coming):
             raise Malformed(f"{len(end.digests)} digests of {len(coming)} blocks")
         for index, row, digest, sent in zip(coming, encoded, digests, end.digests, strict=True):
-            if index in end.changed:
-                result = ReadResult.MISSING
-            elif index in end.corrupt or digest != sent:
-                result = ReadResult.CORRUPT
-            else:
+            if bound(self._wanted[index].key, digest) == sent:
                 result = self._decode(index, row, kv_format, codec)
+            elif index in end.changed:
+                result = ReadResult.MISSING
+            else:
+                result = ReadResult.CORRUPT
             self.results[index] = result
 
     def _decode(self, index: int, row: Bytes, kv_format: KvFormat, codec: Codec) -> ReadResult:

@@ -29,6 +29,7 @@ import xxhash
 from baton.core.lease import verify_mac
 from baton.fabric.arena import Arena, MappedArena
 from baton.fabric.bulk import send_pieces
+from baton.fabric.digest import DIGEST_BYTES
 from baton.fabric.stream import Stream
 from baton.fabric.transport import Bytes
 from baton.fabric.wire import (
@@ -41,6 +42,7 @@ from baton.fabric.wire import (
     End,
     Received,
     Refusal,
+    bound,
     decode_ask,
     pack,
 )
@@ -171,7 +173,8 @@ class Answers:
         stream.send([pack(judged.answer)], time.monotonic() + patience_s)
         encoded: Bytes = np.zeros(encoded_bytes, np.uint8)
         filled = ask.each_number()[2].tolist()
-        corrupt, digests = [], []
+        keys, corrupt = ask.each_key(), []
+        digests: dict[int, bytes] = {}
         for index, frame, num_bytes in zip(
             judged.good.tolist(), judged.frames.tolist(), judged.num_bytes.tolist(), strict=True
         ):
@@ -180,9 +183,11 @@ class Answers:
                 codec.encode(self._kv_format, stored, encoded, filled[index] or None)
             else:
                 corrupt.append(index)
-            digests.append(xxhash.xxh3_128_digest(encoded.data))
+            digests[index] = bound(keys[index], xxhash.xxh3_128_digest(encoded.data))
             stream.send([encoded.data], time.monotonic() + patience_s)
-        end = End(ask.ask_id, self._changed(judged), tuple(corrupt), tuple(digests))
+        changed = self._changed(judged)
+        digests |= dict.fromkeys((*changed, *corrupt), bytes(DIGEST_BYTES))
+        end = End(ask.ask_id, changed, tuple(corrupt), tuple(digests.values()))
         stream.send([pack(end)], time.monotonic() + patience_s)
 
     def _changed(self, judged: _Judged) -> tuple[int, ...]:

@@ -42,11 +42,13 @@ an ask for many blocks costs little more than one for few.
       ask_id      16 bytes
       changed     ints         indices of blocks whose frame was written to while it was sent
       corrupt     ints         indices of blocks that are not what was once stored (not with `raw`)
-      digests     16 bytes     XXH3-128 of the encoded bytes of each ok block, in order; none with
-                               `raw`, whose digests the reader has from the commit record
+      digests     16 bytes     of each ok block, in order: XXH3-128 of its key and of the XXH3-128
+                               of its encoded bytes, or zeros if it is changed or corrupt; none
+                               with `raw`, whose digests the reader has from the commit record
 
-With `raw` the reader's own digest of what it received decides, so a block is good or not whatever
-`End` says; `changed` only tells a frame that was reused from bytes that were damaged.
+The reader's own digest of what it received decides, so a block is good or not whatever else is
+said of it; `changed` only tells a frame that was reused from bytes that were damaged. The key is
+in an encoded block's, or two could change places in `results` and nobody would see it.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ from typing import Annotated, Final, Literal, Protocol, TypeVar
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from msgspec import Meta
 
 from baton.errors import BatonError
@@ -195,6 +198,11 @@ def decode_length(data: Received) -> int:
     if not 1 <= length <= MAX_MESSAGE_BYTES:
         raise Malformed(f"a message of {length} bytes")
     return int(length)
+
+
+def bound(key: bytes, digest: bytes) -> bytes:
+    """What `End` says of an encoded block with this key and this digest."""
+    return xxhash.xxh3_128_digest(key + digest)
 
 
 def pack_numbers(
