@@ -10,14 +10,17 @@ from pathlib import Path
 
 import msgspec
 import nixl_ends as ends
+import numpy as np
 import pytest
+import xxhash
 from nixl_ends import KV_FORMAT, NUM_BLOCKS, Writer, expected, fetch
 from nixl_writer import frame, key
 
+from baton.fabric.arena import FRAME_HEADERS, Geometry
 from baton.fabric.nixl import NixlTransport, sections
 from baton.fabric.nixl.door import Doors
 from baton.fabric.nixl.serving import AWAKE_S
-from baton.fabric.nixl.staging import NUM_PAGES
+from baton.fabric.nixl.staging import NUM_PAGES, Banks
 from baton.fabric.transport import ReadResult, Wanted
 from baton.types import KvFormat
 
@@ -111,8 +114,6 @@ def test_sections_hold_what_their_pages_hold(
 
 
 def test_a_section_has_no_more_pages_than_there_is_room() -> None:
-    from baton.fabric.arena import Geometry
-
     geometry = Geometry(1, 1 << 20, 4096, b"")
     frames = random.Random(0).sample(range(1 << 20), 5000)
     wanted = [Wanted(key(at), frame, b"", bytearray(1)) for at, frame in enumerate(frames)]
@@ -125,6 +126,34 @@ def test_a_section_has_no_more_pages_than_there_is_room() -> None:
             assert section.pages[place // 64] == page and place % 64 == offset // 64
         seen += section.indices
     assert sorted(seen) == list(range(5000))
+
+
+def test_a_frame_that_was_reused_meanwhile_is_missing() -> None:
+    """Whether its bytes were still right or not; and what was not copied keeps its reason."""
+    geometry = Geometry(1, 4, 4096, b"")
+    banks = Banks(4096)
+    blocks = [os.urandom(4096) for _ in range(4)]
+    banks._bytes[: 4 * 4096] = np.frombuffer(b"".join(blocks), np.uint8)
+    headers = np.zeros(4, FRAME_HEADERS)
+    headers["generation"], headers["num_bytes"] = 2, [4096, 4096, 4096, 5]
+    wanted = [
+        Wanted(bytes(32), turn, xxhash.xxh3_128_digest(block), bytearray(4096))
+        for turn, block in enumerate(blocks)
+    ]
+    wanted[2] = msgspec.structs.replace(wanted[2], digest=bytes(16))
+    (section,) = sections.sections(geometry, wanted, [None] * 4)
+    for changed, found in (
+        ([], ["ok", "ok", "corrupt", "wrong_size"]),
+        ([1, 2, 3], ["ok", "missing", "missing", "wrong_size"]),
+    ):
+        landing = sections.Landing(section, wanted, headers)
+        landing.take_out(geometry, banks, 0, slice(0, 4))
+        landing.after = headers.copy()
+        landing.after["generation"][changed] = 4
+        results: list[ReadResult | None] = [None] * 4
+        landing.finish(results)
+        assert results == found
+    assert wanted[0].destination == blocks[0] and not any(wanted[3].destination)
 
 
 @pytest.mark.parametrize(
