@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from unit import plan_worlds as worlds
 
+from baton.observe.slo import Slo
+from baton.planner.plan import hunt
+from baton.planner.plan.candidates import Style
 from baton.planner.plan.rows import Wish
-from baton.planner.plan.search import Space
+from baton.planner.plan.search import Found, Space
 from baton.planner.plan.verdict import Plan, plan
 
 FAST = worlds.offer("Fast", usd=2.0, flops=8e12, memory=2e10)
@@ -30,6 +35,23 @@ def test_the_verdict_is_that_of_a_search_that_leaves_nothing_out(case: str) -> N
     assert _verdict(pruned) == _verdict(whole)
     assert pruned.num_runs < whole.num_runs or case == "nothing is sure"
     assert len(whole.rows) == whole.num_candidates
+
+
+@pytest.mark.parametrize("case", ["a tight limit", "a rough profile"])
+def test_the_order_of_the_search_does_not_matter(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may begin with what is dearest: all that costs less is looked at then."""
+    space, slo, rate = CASES[case]
+    wish = worlds.wish(slo, num_draws=10, num_requests=40)
+    usual = _plan(space, wish, rate)
+
+    def backwards(found: Sequence[Found], slo: Slo, style: Style) -> list[Found]:
+        return [each for each in reversed(found) if each.candidate.style is style]
+
+    monkeypatch.setattr(hunt, "in_order", backwards)
+    monkeypatch.setattr(hunt, "BATCH", 1)
+    assert _verdict(_plan(space, wish, rate)) == _verdict(usual)
 
 
 def test_the_cases_end_in_every_way() -> None:
