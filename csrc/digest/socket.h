@@ -86,8 +86,10 @@ extern "C" int64_t baton_receive(const Copier* copier, int fd, const Piece* piec
     int64_t left = 0, done = 0;  // of all; of the first piece that is not full
     for (int64_t i = 0; i < count; i++) left += pieces[i].bytes;
     int64_t full = *num_full = 0;
+    bool was_waiting = false;  // until the deadline, for more than had come
     while (full < count) {
-        if (is_over(deadline_ns)) return ETIMEDOUT;
+        if (!was_waiting && is_over(deadline_ns)) return ETIMEDOUT;
+        was_waiting = false;
         msghdr message = {};
         message.msg_iov = vectors;
         message.msg_iovlen = gather(pieces + full, count - full, done, kReceiveBytes, vectors);
@@ -102,6 +104,7 @@ extern "C" int64_t baton_receive(const Copier* copier, int fd, const Piece* piec
                 *low_water = wanted;
             }
             if (int64_t error = wait_for(fd, POLLIN, deadline_ns)) return error;
+            was_waiting = is_over(deadline_ns);  // then what there is below the mark is taken
             continue;
         }
         if (received == 0) return ECONNRESET;

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import pytest
 from nixl_ends import wait_until
 
@@ -27,6 +29,8 @@ from baton.fabric.nixl import NixlStore, NixlTransport, agent
 from baton.fabric.nixl import door as door_module
 from baton.fabric.nixl import store as store_module
 from baton.fabric.nixl.door import NUDGE_EVERY_S, Doors, knock
+from baton.fabric.nixl.peer import Peer
+from baton.fabric.nixl.staging import Staging
 from baton.fabric.nixl.store import Listen
 from baton.fabric.nixl.wire import MAX_REPLY_BYTES, Opened, Registered, Unreadable, checked_reply
 from baton.fabric.transport import ReadResult, Wanted
@@ -96,17 +100,25 @@ def test_a_frame_that_is_being_written(store: Store, transport: NixlTransport) -
     assert store.fetch(transport) is ReadResult.OK
 
 
+def between(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Have `act` done when frames have been read, and before their headers are read again."""
+    read_pages = Peer.read_pages
+
+    def act_then_read(
+        self: Peer, staging: Staging, after: bool, pages: npt.NDArray[np.int32], deadline: float
+    ) -> None:
+        if after:
+            act()
+        read_pages(self, staging, after, pages, deadline)
+
+    monkeypatch.setattr(Peer, "read_pages", act_then_read)
+
+
 def test_an_arena_whose_frame_is_rewritten_meanwhile(
     store: Store, transport: NixlTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same bytes even, under the same key: only the generation tells."""
-    copy = NixlTransport._copy
-
-    def rewrite_then_copy(*arguments: object) -> list[bytes]:
-        store.arena.write(1, KEY, BLOCK)
-        return copy(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(NixlTransport, "_copy", rewrite_then_copy)
+    between(monkeypatch, lambda: store.arena.write(1, KEY, BLOCK))
     block = bytearray(4096)
     results = transport.fetch(mint(), [Wanted(KEY, 1, store.digest, block)], time.monotonic() + 5)
     assert results == [ReadResult.MISSING]
@@ -117,20 +129,15 @@ def test_an_arena_whose_first_page_changes(
     store: Store, transport: NixlTransport, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     assert store.fetch(transport) is ReadResult.OK
-    copy = NixlTransport._copy
     memory = store.arena._memory
 
     def change() -> None:
         memory[16:24] = struct.pack("<Q", EPOCH + 1)
 
-    def change_then_copy(*arguments: object) -> list[bytes]:
-        change()
-        return copy(*arguments)  # type: ignore[arg-type]
-
     if when == "before":
         change()
     else:
-        monkeypatch.setattr(NixlTransport, "_copy", change_then_copy)
+        between(monkeypatch, change)
     try:
         asked = b"another".ljust(32) if when == "before" else KEY
         wanted = [Wanted(asked, 1, store.digest, bytearray(4096))]
