@@ -416,6 +416,6 @@ def test_connections_that_take_long_to_fail_are_no_reason_to_go_on(
             gateway = Gateway(f"unix:{tmp_path}/w")
             await until(lambda: gateway.losses)
             assert "UNAVAILABLE" in gateway.losses[0]
-            assert num_tries in (2, 3, 4)
+            assert 2 <= num_tries <= 8
 
     run(main())
