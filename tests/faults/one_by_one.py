@@ -7,6 +7,7 @@ and how HTTP comes to the gateway.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import signal
@@ -27,7 +28,7 @@ STOP_S = 20.0
 DRAIN_S = LEASE_TTL_S + 5.0
 
 
-class OneByOne:
+class OneByOne(abc.ABC):
     """`gateway` and workers; processes go by these names.
 
     workers: the names of those that should be there now, which may change. Sockets and logs are in
@@ -44,13 +45,13 @@ class OneByOne:
         self._common += ("--fabric.max-kl", "0", *SMALL, *flags)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
+    @abc.abstractmethod
     def http(self, listener: str = "public") -> httpx.Client:
         """The gateway's `public` or `admin` listener; the caller closes it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def run(self, name: str) -> None:
         """Start a process, which must not run; see `until_whole`."""
-        raise NotImplementedError
 
     def _start(
         self,

@@ -25,7 +25,7 @@ PROMPT = [5, 6, 7, 8, 9, 10, 11]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 MB of bf16 weights."""
     if not available():
-        pytest.skip("no native kernels here")
+        pytest.skip("no native kernels here: torch shares no packed weights between workers")
     path = tmp_path_factory.mktemp("shared") / "model"
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 16_000}
     make_checkpoint(path, "llama", dtype="bfloat16", **sizes)

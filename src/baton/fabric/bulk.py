@@ -48,7 +48,7 @@ def send_pieces(
     pieces[:, 0] = starts + memory.ctypes.data
     pieces[:, 1] = num_bytes
     _check(
-        body.library.baton_send(
+        body.native.baton_send(
             stream.descriptor, pieces.ctypes.data, len(pieces), _nanoseconds(limit)
         )
     )
@@ -73,7 +73,7 @@ def receive_digested(
     pieces[:, 1] = [block.nbytes for block in blocks]
     found: Bytes = np.empty(DIGEST_BYTES * count, np.uint8)
     num_full = c_int64()
-    code = body.library.baton_receive(
+    code = body.native.baton_receive(
         body.table,
         stream.descriptor,
         pieces.ctypes.data,

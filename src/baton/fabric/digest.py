@@ -144,11 +144,11 @@ class _Table(Structure):
 class NativeCopier:
     """The functions for one instruction set. What is too short for them the package does.
 
-    library, table: where they come from, for who calls others of it (`bulk`).
+    native, table: where they come from, for who calls others of it (`bulk`).
     """
 
-    def __init__(self, library: ctypes.CDLL, table: ctypes._Pointer[_Table]) -> None:
-        self.library = library
+    def __init__(self, native: ctypes.CDLL, table: ctypes._Pointer[_Table]) -> None:
+        self.native = native
         self.table = table
         self.isa = str(table.contents.isa, "ascii")
         self.name = f"native isa={self.isa}"
