@@ -13,6 +13,7 @@ from typing import TextIO
 import msgspec
 
 from baton.cli import analyze_probe
+from baton.cli.numbers import count, finite
 from baton.cli.parser import Parser
 from baton.cli.terminal import print_table
 from baton.core.cost import ModelShape, model_shape
@@ -63,28 +64,14 @@ def add_arguments(parser: Parser) -> None:
     add("--model", metavar="NAME", help=f"Model, or its directory. [{DEFAULT_MODEL}]")
     add("--hardware", metavar="LIST", help=f"Devices, the main one first. [{DEFAULT_HARDWARE}]")
     add("--profile", action="append", default=[], metavar="FILE", help="Cost model; repeat it.")
-    add("--tpot", type=_positive, default=50.0, metavar="MS", help="Longest decode step. [50]")
-    add("--batch", type=_count, metavar="N", help="Sequences a decode step; by default computed.")
+    add("--tpot", type=finite, default=50.0, metavar="MS", help="Longest decode step. [50]")
+    add("--batch", type=count, metavar="N", help="Sequences a decode step; by default computed.")
 
     analyze_probe.add_arguments(parser)
 
     add = parser.add_argument_group("Result").add_argument
     add("--html", metavar="FILE", help="Write one page with plots that needs nothing else.")
     add("--json", metavar="FILE", help="Write everything; - for stdout.")
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from baton.cli.load.client import INTERRUPTED, Target, run_load, settle
 from baton.cli.load.progress import ProgressBar
 from baton.cli.load.prompts import PromptSource
 from baton.cli.load.workload import Arrival, Range, from_dataset, from_trace, limit, synthetic
+from baton.cli.numbers import count, positive
 from baton.cli.parser import Parser
 from baton.errors import BatonError, ConfigError
 from baton.observe.results import summarize
@@ -51,21 +52,19 @@ SWEEP_MIN_REQUESTS = 20
 def add_arguments(parser: Parser) -> None:
     add_endpoint_flags(parser)
     add = parser.add_argument_group("Load").add_argument
-    add("--rate", type=_positive, default=1.0, help="Requests per second, Poisson; inf. [1]")
-    add("--num-requests", type=_count, metavar="N", help=f"How many. [{DEFAULT_NUM_REQUESTS}]")
-    add("--duration", type=_positive, metavar="S", help="No arrivals after so many seconds.")
+    add("--rate", type=positive, default=1.0, help="Requests per second, Poisson; inf. [1]")
+    add("--num-requests", type=count, metavar="N", help=f"How many. [{DEFAULT_NUM_REQUESTS}]")
+    add("--duration", type=positive, metavar="S", help="No arrivals after so many seconds.")
     add("--prompt-tokens", metavar="N|A-B", default="256", help="Length of made-up prompts. [256]")
     add("--output-tokens", metavar="N|A-B", help="Tokens to generate. [64]")
     ids = "Random token ids below N instead of words: exact in length. [N: 4000]"
-    add("--token-ids", type=_count, nargs="?", const=4000, metavar="N", help=ids)
+    add("--token-ids", type=count, nargs="?", const=4000, metavar="N", help=ids)
     add("--dataset", metavar="FILE", help="JSONL with prompt or messages, and output_tokens.")
     add("--trace", metavar="FILE", help="Replay it; any form that baton analyze reads.")
     add("--columns", default="", metavar="MAP", help="Such as arrival=ts:ms,prompt=in,output=out.")
     add("--sort", action="store_true", help="Put rows in the order of their times.")
-    add(
-        "--trace-speed", type=_positive, default=1.0, metavar="F", help="So many times as fast. [1]"
-    )
-    add("--trace-scale", type=_positive, default=1.0, metavar="F", help="Lengths times F. [1]")
+    add("--trace-speed", type=positive, default=1.0, metavar="F", help="So many times as fast. [1]")
+    add("--trace-scale", type=positive, default=1.0, metavar="F", help="Lengths times F. [1]")
     add("--seed", type=int, help="Same seed, same load. By default a new one, which is printed.")
     warmup = "Unmeasured requests first; they find out whether the server tells token ids. [1]"
     add("--warmup", type=int, default=1, metavar="N", help=warmup)
@@ -74,7 +73,7 @@ def add_arguments(parser: Parser) -> None:
     add("--api", choices=["completions", "chat"], help="By default completions, or as the data.")
     add("--stop-at-eos", action="store_true", help="Let answers end early (no ignore_eos).")
     add("--extra", metavar="JSON", default="{}", help='More fields, such as {"temperature": 0}.')
-    add("--timeout", type=_positive, default=600.0, metavar="S", help="Fail a request then. [600]")
+    add("--timeout", type=positive, default=600.0, metavar="S", help="Fail a request then. [600]")
 
     add = parser.add_argument_group("Result").add_argument
     add("--slo", default="", help="Such as ttft=2s,tpot=40ms,itl_p99=60ms,e2e=30s.")
@@ -82,20 +81,6 @@ def add_arguments(parser: Parser) -> None:
     add("--plot", metavar="FILE", help="Draw the sweep's frontier (.png, .svg, .pdf).")
     add("--json", metavar="FILE", help="Write everything, each request too; - for stdout.")
     add("--quiet", action="store_true", help="No progress bar.")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

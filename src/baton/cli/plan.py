@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from baton.cli.numbers import count, share, whole
 from baton.cli.parser import Parser
 from baton.cli.plan_live import live_subject
 from baton.cli.plan_subject import Subject
@@ -62,25 +63,25 @@ def add_arguments(parser: Parser) -> None:
     add("--columns", default="", metavar="MAP", help="Such as arrival=ts:ms,prompt=in,output=out.")
     add("--rate", type=float, help="Requests per second; scales the trace.")
     add("--slo", default="", help="Such as ttft=2s,tpot=50ms,e2e=30s.")
-    add("--attainment", type=_share, help="Share of requests that must keep it. [0.9]")
-    add("--confidence", type=_share, default=0.8, help="Least probability that it holds. [0.8]")
+    add("--attainment", type=share, help="Share of requests that must keep it. [0.9]")
+    add("--confidence", type=share, default=0.8, help="Least probability that it holds. [0.8]")
     add("--today", metavar="LAYOUT", help="What runs now, such as 4U or 2P2D:H100+L40S.")
     add = parser.add_argument_group("What may be used").add_argument
     add("--hardware", default="", metavar="LIST", help=f"Devices. [{DEFAULT_HARDWARE}]")
     add("--profile", action="append", default=[], metavar="FILE", help="Cost model; repeat it.")
     add("--price", action="append", default=[], metavar="DEVICE=USD", help="Per device and hour.")
-    add("--max-devices", type=_count, default=64, metavar="N", help="In all. [64]")
-    add("--pipeline", type=_count, default=1, metavar="N", help="Most pipeline stages. [1]")
+    add("--max-devices", type=count, default=64, metavar="N", help="In all. [64]")
+    add("--pipeline", type=count, default=1, metavar="N", help="Most pipeline stages. [1]")
     add("--budgets", default="", metavar="LIST", help="Tokens of a step. [2048,8192]")
     add("--link", default="", metavar="GBIT", help="Links to try; by default the devices' own.")
     add("--link-latency", type=float, default=0.02, metavar="MS", help="Of a transfer. [0.02]")
     add("--codecs", default="raw", metavar="LIST", help=f"Of {', '.join(CODECS)}. [raw]")
     add("--transfer-price", type=float, default=0.0, metavar="USD", help="Per GB of KV. [0]")
     add = parser.add_argument_group("Search").add_argument
-    add("--num-requests", type=_count, default=300, metavar="N", help="That the twin runs. [300]")
-    add("--draws", type=_whole, default=24, metavar="N", help="Of errors, a candidate. [24]")
+    add("--num-requests", type=count, default=300, metavar="N", help="That the twin runs. [300]")
+    add("--draws", type=whole, default=24, metavar="N", help="Of errors, a candidate. [24]")
     add("--thorough", action="store_true", help="Run all candidates, under all errors: slow.")
-    add("--processes", type=_count, metavar="N", help="By default one a core.")
+    add("--processes", type=count, metavar="N", help="By default one a core.")
     add("--seed", type=int, default=0, help="Same seed, same plan. [0]")
     add = parser.add_argument_group("Result").add_argument
     add("--write", default="plan.yaml", metavar="FILE", help="For baton serve. [plan.yaml]")
@@ -233,27 +234,6 @@ def _number(text: str, flag: str) -> float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise ConfigError(f"{flag} {text!r}: give a number above 0")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
     return value
 
 
