@@ -219,6 +219,18 @@ class Landed(msgspec.Struct, frozen=True):
     num_blocks: int
 
 
+class Alone(msgspec.Struct, frozen=True):
+    """A suspect is about to have its worker's steps to itself, and waits for leave (`core.alone`).
+
+    Without `begins`: it had to give its blocks back before it has got on, and others go on.
+    """
+
+    request_id: str
+    choice: int
+    attempt: int
+    begins: bool = True
+
+
 class Lend(msgspec.Struct, frozen=True):
     """Ask a worker to open the blocks `keys` of its store, as far as it has them, to a reader.
 

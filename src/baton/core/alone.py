@@ -1,7 +1,10 @@
-"""Suspects: sequences that were in a step which took its worker along. Their first steps are made
-without others, so that, if it happens again, one request has done it, and only that one ends.
+"""Suspects: sequences that were, or may have been, in a step which took its worker along. Their
+first steps are made without others, so that, if it happens again, one request has done it, and only
+that one ends.
 
-    waiting ──admitted, one at a time──▶ steps of its own ──`ALONE_TOKENS` drawn──▶ like any other
+    waiting ──admitted, one at a time──▶ asks for leave ──given──▶ steps of its own
+                    ▲                                                │   └──`ALONE_TOKENS` drawn──▶
+                    └──────────── had to give its blocks back ───────┘             like any other
 
 Others keep their blocks meanwhile and stand still for a prompt and a few tokens, which is short.
 Were a suspect alone to its end, or were it to wait until nothing else runs, then a worker that
@@ -11,14 +14,17 @@ By then a suspect has computed its prompt and what it had emitted, and has drawn
 drawn when the step failed: it has got on, and counts as any other. What fails at a later token, in
 whatever company, is bounded by the number of times that a request is placed again.
 
-A step of its own is one beside which no other is in flight.
+A step of its own is one beside which no other is in flight. Before the first of them the gateway is
+told, and the step waits until it is known there: a worker that the kernel ends says nothing any
+more, and a word that it has only sent may never arrive.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from baton.core.sequence import Sequence, Status
+from baton.core.sequence import Sequence, SequenceId, Status
+from baton.types import Alone
 
 if TYPE_CHECKING:
     from baton.core.scheduler import Scheduler
@@ -55,12 +61,30 @@ def may_enter(scheduler: Scheduler, seq: Sequence) -> bool:
 def plan(scheduler: Scheduler) -> bool:
     """Plan a step of the running suspect's own. Returns whether it is: others must wait.
 
-    It is, but an empty one, as long as something else is in flight; it is not if there is none, or
-    if it has just had to give its blocks back.
+    It is, but an empty one, as long as something else is in flight or leave is awaited; it is not
+    if there is none, or if it has just had to give its blocks back.
     """
     seq = running(scheduler)
     if seq is None:
         return False
-    if scheduler._in_flight.has_only(seq.id) and scheduler._is_ready(seq) and scheduler._grow(seq):
-        scheduler._plan(seq)
+    if scheduler._in_flight.has_only(seq.id):
+        if seq.leave is None:
+            seq.leave = False
+            scheduler._update.alone.append(Alone(*seq.id))
+        elif seq.leave and scheduler._is_ready(seq) and scheduler._grow(seq):
+            scheduler._plan(seq)
     return seq.status is Status.RUNNING
+
+
+def give_leave(scheduler: Scheduler, seq_id: SequenceId) -> None:
+    """The gateway knows that this suspect is alone now. Nothing, if it does not wait for that."""
+    seq = scheduler._suspects.get(seq_id)
+    if seq is not None and seq.leave is False:
+        seq.leave = True
+
+
+def gives_way(scheduler: Scheduler, seq: Sequence) -> None:
+    """`seq` gives its blocks back: if it was alone, others go on beside it."""
+    if seq.leave is not None and seq.id in scheduler._suspects:
+        scheduler._update.alone.append(Alone(*seq.id, begins=False))
+    seq.leave = None

@@ -25,7 +25,7 @@ from baton.core.store_index import StoreIndex
 from baton.errors import BatonError
 from baton.types import Lend, Request, Sealed, StageTimes
 
-VERSION = 4
+VERSION = 5
 MAX_RECORD_BYTES = 64 << 20
 
 Sink = Callable[[bytes], object]
@@ -55,6 +55,10 @@ class Added(msgspec.Struct, frozen=True, tag="a", array_like=True):
 
 
 class Aborted(msgspec.Struct, frozen=True, tag="b", array_like=True):
+    seq_id: SequenceId
+
+
+class Allowed(msgspec.Struct, frozen=True, tag="c", array_like=True):
     seq_id: SequenceId
 
 
@@ -154,6 +158,7 @@ Header = WorkerHeader | RouterHeader
 SchedulerRecord = (
     Added
     | Aborted
+    | Allowed
     | Drained
     | Exported
     | Imported
@@ -274,6 +279,10 @@ class LoggedScheduler(Scheduler):
     def abort(self, seq_id: SequenceId) -> None:
         self._write(Aborted(seq_id))
         super().abort(seq_id)
+
+    def proceed(self, seq_id: SequenceId) -> None:
+        self._write(Allowed(seq_id))
+        super().proceed(seq_id)
 
     def drain(self) -> None:
         self._write(Drained())

@@ -8,21 +8,19 @@
     its worker is lost, stands still, or refuses because it drains: placed again, with a higher
     attempt and what was emitted; nobody can take it: WAITING for a worker to join, for `max_wait_s`
     at most; budget or deadline used up: ENDED with a typed error. `abandon` ends it from anywhere.
-    What was in a step that took its worker along is a suspect: its next legs are to run alone.
+    What may have taken its worker along is a suspect (`blame`): its next legs are to run alone.
 
 FIRST is a prompt to be handed off, or a whole request on one worker; blocks that are sealed in the
 first case are offered to the decode worker, which may fetch them early. Handoffs are passed on when
 they arrive, not when the client reads: a slow client holds no lease. Only the present leg's worker
-and the present attempt are believed, each token once and in order; anything else is counted as
-stale, and what it holds is let go.
+and attempt are believed, each token once and in order; anything else is counted as stale, and what
+it holds is let go. The table owns every lease: it renews while somebody may still read, and
+releases a prompt's when the decode worker has shown its first token, a lender's when the prompt is
+computed, and all at whatever end comes first.
 
-The table owns every lease: it renews while somebody may still read, and releases a prompt's when
-the decode worker has shown its first token, a lender's when the prompt is computed, and all at
-whatever end comes first.
-
-No clock, no sockets: `now` is any clock that does not go back, in seconds, the same in every call.
-A driver calls a method, carries out what `take` then returns, and calls `tick` at
-`next_deadline`, or later. Messages of a worker must be those of the start that joined last.
+No clock: `now` is any that does not go back, in seconds, the same in every call. A driver calls a
+method, carries out what `take` then returns, and calls `tick` at `next_deadline`, or later.
+Messages of a worker must be those of the start that joined last.
 """
 
 from __future__ import annotations
@@ -33,6 +31,7 @@ from collections.abc import Sequence as Seq
 
 import msgspec
 
+from baton.core.blame import blame, blame_without_a_word, leave
 from baton.core.counters import new_request_counters
 from baton.core.held_leases import HeldLeases
 from baton.core.instructions import Ask, Instruction, Offer, Outcome, Release, Submit, Withdraw
@@ -79,10 +78,9 @@ class RequestTable:
         All workers that are there have the same weights. Other ones end those that wait.
         """
         if info.worker_id in self._members:
-            self.lose(info.worker_id, now)
+            self.lose(info.worker_id, now, None)
         known = self._members.reference
-        if known is None or content.fingerprint != known[0].fingerprint:
-            # What was emitted is another model's.
+        if known is None or content.fingerprint != known[0].fingerprint:  # another model's tokens
             for life in list(self._waiting.values()):
                 self._fail(life, life.loss or Internal("the model has changed"), now)
         self._members.add(info, content)
@@ -94,15 +92,15 @@ class RequestTable:
         """Nothing more is placed on this worker; its legs go on."""
         self._router.leave(worker_id)
 
-    def lose(self, worker_id: str, now: float, suspects: Seq[SequenceId] = ()) -> None:
-        """A worker is gone, and its leases with it: its legs are placed again, or end.
-
-        suspects: what was in a step of its own that failed.
-        """
+    def lose(self, worker_id: str, now: float, suspects: Seq[SequenceId] | None = ()) -> None:
+        """A worker is gone, with its leases: its legs are placed again, or end. suspects: what was
+        in a step of its own that failed; None: it has gone without a word."""
+        if suspects is None:
+            blame_without_a_word(self._lives, worker_id)
         self._router.leave(worker_id)
         self._members.remove(worker_id)
         self._held.lose(worker_id)
-        self._lose_legs(worker_id, now, suspects)
+        self._lose_legs(worker_id, now, suspects or ())
 
     def freeze(self, worker_id: str, now: float, stuck_at: Seq[SequenceId] | None) -> None:
         """A worker stands still: as if it were lost, but it will hear what to forget.
@@ -214,6 +212,11 @@ class RequestTable:
                 self._remember(life, worker_id)
             self._end(life, delta.finish, now)
 
+    def alone(self, worker_id: str, seq_id: SequenceId, begins: bool) -> None:
+        """A suspect waits for leave to make steps of its own, or others go on beside it."""
+        life = self._current(worker_id, seq_id[:2], seq_id[2])
+        self._outcome.instructions += leave(life, worker_id, begins) if life else ()
+
     def handed_off(self, worker_id: str, handoff: Handoff, now: float) -> None:
         """The commit record: the decode worker takes over."""
         life = self._current(worker_id, (handoff.request_id, handoff.choice), handoff.attempt)
@@ -298,9 +301,7 @@ class RequestTable:
     # Losing ---------------------------------------------------------------------------------
 
     def _lose_legs(self, worker_id: str, now: float, suspects: Seq[SequenceId]) -> None:
-        for request_id, choice, attempt in suspects:  # also of attempts that were given up before
-            if (suspect := self._lives.get((request_id, choice))) is not None:
-                suspect.blame(attempt)
+        blame(self._lives, suspects)
         for life in list(self._lives.values()):
             if life.worker_id == worker_id:
                 self._lost(life, worker_id, now)

@@ -26,6 +26,15 @@ class Withdraw(msgspec.Struct, frozen=True):
     attempt: int
 
 
+class Proceed(msgspec.Struct, frozen=True):
+    """This suspect may begin: what becomes of the worker from now on is its doing."""
+
+    worker_id: str
+    request_id: str
+    choice: int
+    attempt: int
+
+
 class Ask(msgspec.Struct, frozen=True):
     """Lend what the store holds; the answer is a `Sealed`."""
 
@@ -54,7 +63,7 @@ class Release(msgspec.Struct, frozen=True):
     grant_id: str
 
 
-Instruction = Submit | Withdraw | Ask | Offer | Renew | Release
+Instruction = Submit | Withdraw | Proceed | Ask | Offer | Renew | Release
 
 
 class Outcome(msgspec.Struct):

@@ -81,6 +81,7 @@ class Life:
         "finish",
         "first_token_at",
         "grant",
+        "is_alone",
         "key",
         "key_class",
         "keys",
@@ -119,6 +120,7 @@ class Life:
         self.num_landed = 0
         self.num_crashes = 0  # steps that took their worker with them, since it got on alone
         self.blamed: set[int] = set()  # attempts that were in such steps
+        self.is_alone = False  # its worker makes no steps but those of the present leg
         self.leg_start = 0  # tokens that there were when the present leg began
         self.loss: ServeError | None = None  # why it waits to be placed again
         self.num_cached = 0
@@ -159,6 +161,7 @@ class Life:
         placement, deadline = self.placement, self.deadline
         assert placement is not None
         self.leg_start = len(self.tokens)
+        self.is_alone = False
         return msgspec.structs.replace(
             self.request,
             attempt=self.attempt,
@@ -183,11 +186,23 @@ class Life:
         self.num_crashes += attempt not in self.blamed
         self.blamed.add(attempt)
 
+    def suspect(self) -> None:
+        """It may have been in such a step. However often that is so, it is no more than that."""
+        self.num_crashes = max(1, self.num_crashes)
+        self.blamed.add(self.attempt)
+
     def take(self, token_ids: Sequence[int]) -> None:
         """Tokens of the present leg. A suspect that gets on alone is none any more."""
         self.tokens += token_ids
-        if self.num_crashes and has_got_on(len(self.tokens) - self.leg_start):
-            self.num_crashes = 0
+        if has_got_on(len(self.tokens) - self.leg_start):
+            self.num_crashes, self.is_alone = 0, False
+        elif token_ids and self.phase is Phase.FIRST and self.hands_off:
+            self.is_alone = False  # only copies keep it there, and others go on
+
+    @property
+    def hands_off(self) -> bool:
+        """Whether the prompt is computed on one worker, and the answer on another."""
+        return self.placement is not None and self.placement.prefill is not None
 
     def end(self, finish: FinishReason, now: float) -> None:
         self.phase = Phase.ENDED

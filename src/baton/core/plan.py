@@ -15,6 +15,7 @@ from baton.core.codec_choice import RAW
 from baton.core.sequence import Sequence, SequenceId
 from baton.errors import ServeError
 from baton.types import (
+    Alone,
     FinishReason,
     Grant,
     Handoff,
@@ -141,6 +142,7 @@ class Update:
     landed: list[Landed] = field(default_factory=list)
     handoffs: list[Handoff] = field(default_factory=list)
     times: list[StageTimes] = field(default_factory=list)
+    alone: list[Alone] = field(default_factory=list)
 
 
 def error_delta(seq_id: SequenceId, first_index: int, error: ServeError) -> TokenDelta:

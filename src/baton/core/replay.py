@@ -155,6 +155,8 @@ class WorkerReplay:
                 scheduler.add(request, now)
             case log.Aborted(seq_id):
                 scheduler.abort(seq_id)
+            case log.Allowed(seq_id):
+                scheduler.proceed(seq_id)
             case log.Drained():
                 scheduler.drain()
             case log.Exported(key, digest, now):

@@ -120,6 +120,10 @@ class Scheduler:
             self.counters["aborts"] += 1
             self._release(seq)
 
+    def proceed(self, seq_id: SequenceId) -> None:
+        """A suspect has leave to make its first steps."""
+        alone.give_leave(self, seq_id)
+
     def drain(self) -> None:
         """Finish what was accepted, refuse what comes."""
         self._draining = True
@@ -342,6 +346,7 @@ class Scheduler:
         seq.num_preemptions += 1
         self._in_flight.drop(seq)
         self.pool.release(seq.blocks)
+        alone.gives_way(self, seq)
         seq.reset()
         del self._running[seq.id]
         seq.status = Status.WAITING

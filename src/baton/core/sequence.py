@@ -40,7 +40,8 @@ class Sequence:
     `num_scheduled` (tokens computed or being computed) and `num_expected` (tokens there or being
     drawn) run ahead of `num_computed` and `num_tokens`; else they are equal to them. `codec` is
     that of the KV it took over, `origin` names whose arithmetic that KV comes from if it is not our
-    own; what it computes from that is of the same numerics class. Times are the caller's monotonic
+    own; what it computes from that is of the same numerics class. `leave` is for suspects: None, asked
+    for (False), or given (`alone`). Times are the caller's monotonic
     seconds, 0.0 until known.
     """
 
@@ -59,6 +60,7 @@ class Sequence:
         "id",
         "import_done",
         "keys",
+        "leave",
         "max_tokens",
         "num_cached",
         "num_computed",
@@ -111,6 +113,7 @@ class Sequence:
         self.num_prompt_computed = 0
         self.num_imported_blocks = 0
         self.num_preemptions = 0
+        self.leave: bool | None = None
         self.status = Status.WAITING
         self.order = 0
         self.admitted_before = 0

@@ -185,7 +185,8 @@ class Engine:
         drained = self.scheduler.is_drained()
         load = self.load()
         # A message that came, or a lease that ran out, may show in nothing but the load.
-        news = update.deltas or update.sealed or update.landed or update.handoffs
+        told = update.deltas or update.sealed or update.landed or update.handoffs
+        news = told or update.alone
         if stepped or news or load != self._told or drained:
             self._told = load
             counters, noted = dict(self.scheduler.counters), self._noted
@@ -221,6 +222,8 @@ class Engine:
                 scheduler.add(request, self._clock())
             case messages.Abort(seq_id):
                 scheduler.abort(seq_id)
+            case messages.Proceed(seq_id):
+                scheduler.proceed(seq_id)
             case messages.Offer(sealed):
                 scheduler.offer(sealed, self._clock())
             case messages.Wire(source):

@@ -20,6 +20,12 @@ class Abort(msgspec.Struct, frozen=True):
     seq_id: SequenceId
 
 
+class Proceed(msgspec.Struct, frozen=True):
+    """The gateway knows that this suspect is alone."""
+
+    seq_id: SequenceId
+
+
 class Offer(msgspec.Struct, frozen=True):
     sealed: Sealed
 
@@ -50,5 +56,7 @@ class Stop(msgspec.Struct, frozen=True):
     """End the loop after this turn."""
 
 
-Message = Submit | Abort | Offer | Wire | Lend | Renew | Release | Drain | Stop | Done
+Message = (
+    Submit | Abort | Proceed | Offer | Wire | Lend | Renew | Release | Drain | Stop | Done
+)
 Inbox = SimpleQueue[Message]

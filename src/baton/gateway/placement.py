@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from baton.core.handoff import RequestTable
-from baton.core.instructions import Ask, Instruction, Offer, Release, Renew, Submit, Withdraw
+from baton.core.instructions import Ask, Instruction, Offer, Proceed, Release, Renew, Submit, Withdraw
 from baton.core.life import Content, HandoffPolicy, Life
 from baton.core.liveness import PATIENCE_S, Frozen
 from baton.core.router import Router, WorkerInfo
@@ -149,7 +149,7 @@ class PlacingDispatcher:
         # The reason holds addresses: it is for the log, where the registry has put it.
         self.watch.left(worker_id)
         self.auditor.lost(worker_id)
-        self._table.lose(worker_id, time.monotonic(), self._suspects.pop(worker_id, ()))
+        self._table.lose(worker_id, time.monotonic(), self._suspects.pop(worker_id, None))
         self._carry_out()
 
     def _froze(self, frozen: Frozen) -> None:
@@ -179,6 +179,9 @@ class PlacingDispatcher:
             table.delivered(worker_id, delta, now)
         for handoff in report.handoffs:
             table.handed_off(worker_id, handoff, now)
+        for told in report.alone:
+            seq_id = (told.request_id, told.choice, told.attempt)
+            table.alone(worker_id, seq_id, told.begins)
         if self.watch.heard(worker_id, report.pulse):
             self.registry.set_frozen(worker_id, False)
             if not report.draining:
@@ -225,6 +228,8 @@ class PlacingDispatcher:
                     link.lend(lend)
                 case Withdraw(_, request_id, choice, attempt):
                     link.abort(request_id, choice, attempt)
+                case Proceed(_, request_id, choice, attempt):
+                    link.proceed(request_id, choice, attempt)
                 case Renew(_, grant_ids):
                     for grant_id in grant_ids:
                         link.renew(grant_id)

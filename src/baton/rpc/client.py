@@ -109,6 +109,7 @@ class WorkerLink:
         self._measure: list[Measure] = []
         self._submit: list[Request] = []
         self._abort: list[Abort] = []
+        self._proceed: list[tuple[str, int, int]] = []
         self._renew: dict[str, None] = {}
         self._release: dict[str, None] = {}
         self._drain = False
@@ -161,6 +162,11 @@ class WorkerLink:
     def abort(self, request_id: str, choice: int, attempt: int) -> None:
         """Stop one attempt; no error if it is over, or if the link is."""
         self._abort.append(Abort(request_id, choice, attempt))
+        self._news.set()
+
+    def proceed(self, request_id: str, choice: int, attempt: int) -> None:
+        """Let a suspect make steps of its own."""
+        self._proceed.append((request_id, choice, attempt))
         self._news.set()
 
     def renew(self, grant_id: str) -> None:
@@ -300,8 +306,8 @@ class WorkerLink:
     def _pack(self) -> None:
         """Turn what is pending into messages: one, unless it would be too large."""
         offered = self._offer or self._lend or self._measure or self._peers is not None
-        pending = offered or self._abort or self._renew or self._release or self._drain
-        if not (self._submit or pending or self._received - self._acked >= ACK_EVERY):
+        others = self._abort or self._proceed or self._renew or self._release or self._drain
+        if not (self._submit or offered or others or self._received - self._acked >= ACK_EVERY):
             return
         *full, rest = _groups(self._submit)
         offers, lends = tuple(self._offer), tuple(self._lend)
@@ -317,6 +323,7 @@ class WorkerLink:
                 measure=tuple(self._measure),
                 submit=rest,
                 abort=tuple(self._abort),
+                proceed=tuple(self._proceed),
                 renew=tuple(self._renew),
                 release=tuple(self._release),
                 drain=self._drain,
@@ -325,13 +332,9 @@ class WorkerLink:
         )
         self._acked = self._received
         self._peers = None
-        self._offer.clear()
-        self._lend.clear()
-        self._measure.clear()
-        self._submit.clear()
-        self._abort.clear()
-        self._renew.clear()
-        self._release.clear()
+        lists: tuple[list[Any], ...] = (self._offer, self._lend, self._measure, self._submit)
+        for sent in (*lists, self._abort, self._proceed, self._renew, self._release):
+            sent.clear()
         self._drain = False
 
     def _append(self, message: Instructions) -> None:

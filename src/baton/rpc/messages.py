@@ -27,6 +27,7 @@ import msgspec
 from baton.core.step_cost import MeasuredStep
 from baton.errors import BatonError, WireError
 from baton.types import (
+    Alone,
     Handoff,
     KvFormat,
     Landed,
@@ -42,7 +43,7 @@ from baton.types import (
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 MAX_MESSAGE_BYTES: Final = 64 << 20
 
 
@@ -155,7 +156,8 @@ class Instructions(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     `peers` are the addresses of all workers that have one, when they have changed. `offer` are
     blocks that others have sealed and that this worker may soon want; `lend` asks it to open
-    blocks of its own. `measure` asks what fetching costs. `renew` and `release` name grants that
+    blocks of its own. `measure` asks what fetching costs. `proceed` names suspects, as (request id,
+    choice, attempt), that may make steps of their own. `renew` and `release` name grants that
     this worker minted. `ack` is the last report index acted upon. `drain` asks it to finish what
     runs and take nothing new. A worker acts on `offer` before `submit` and on that before
     `abort`, so that all may stand in one message. `index` is set by the link.
@@ -167,6 +169,7 @@ class Instructions(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     measure: tuple[Measure, ...] = ()
     submit: tuple[Request, ...] = ()
     abort: tuple[Abort, ...] = ()
+    proceed: tuple[tuple[str, int, int], ...] = ()
     renew: tuple[str, ...] = ()
     release: tuple[str, ...] = ()
     drain: bool = False
@@ -178,6 +181,7 @@ class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """worker → gateway: what one step brought for this gateway, and the load after it.
 
     `sealed` are blocks that this worker opens to readers, `landed` those that it fetched early.
+    `alone` are suspects that wait for `Instructions.proceed`, or that others are beside again.
     `counters` are the worker's running totals (tokens computed, hits, preemptions, fallbacks).
     `step` is one that ran since the last report, with its shape and time; not every one is told.
     `pulse` comes every half second, whatever the engine does. `fatal` is the last word of a worker
@@ -194,6 +198,7 @@ class StepReport(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     measured: tuple[Measured, ...] = ()
     handoffs: tuple[Handoff, ...] = ()
     times: tuple[StageTimes, ...] = ()
+    alone: tuple[Alone, ...] = ()
     counters: dict[str, int] = {}
     step: MeasuredStep | None = None
     draining: bool = False

@@ -42,7 +42,7 @@ from baton.rpc.messages import (
 )
 from baton.rpc.outbox import Outbox
 from baton.rpc.tls import GATEWAY, WORKER
-from baton.types import Handoff, Landed, Pulse, Sealed, StageTimes, TokenDelta, WorkerLoad
+from baton.types import Alone, Handoff, Landed, Pulse, Sealed, StageTimes, TokenDelta, WorkerLoad
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +160,7 @@ class WorkerServer:
         measured: tuple[Measured, ...] = (),
         handoffs: tuple[Handoff, ...] = (),
         times: tuple[StageTimes, ...] = (),
+        alone: tuple[Alone, ...] = (),
         counters: dict[str, int] | None = None,
         step: MeasuredStep | None = None,
         draining: bool = False,
@@ -186,6 +187,7 @@ class WorkerServer:
                 measured=measured,
                 handoffs=handoffs,
                 times=times,
+                alone=alone,
                 counters=counters or {},
                 step=step,
                 draining=draining,

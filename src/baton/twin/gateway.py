@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from baton.core.handoff import RequestTable
-from baton.core.instructions import Ask, Instruction, Offer, Release, Renew, Submit, Withdraw
+from baton.core.instructions import (
+    Ask,
+    Instruction,
+    Offer,
+    Proceed,
+    Release,
+    Renew,
+    Submit,
+    Withdraw,
+)
 from baton.core.life import Content
 from baton.core.router import Router, WorkerInfo
 from baton.errors import ServeError
@@ -116,9 +125,9 @@ class Gateway:
         self._clock.after(self._deployment.message_s, lambda: self._joined(node))
 
     def loses(self, node: Node) -> None:
-        """A worker's stream has ended."""
+        """A worker's stream has ended, without a word."""
         self._epochs[node.setup.worker_id] = 0
-        self.table.lose(node.setup.worker_id, self._clock.now)
+        self.table.lose(node.setup.worker_id, self._clock.now, None)
         self._carry_out()
 
     def freezes(self, node: Node) -> None:
@@ -151,6 +160,9 @@ class Gateway:
             self._carry_out(tokens.times)
         for handoff in report.handoffs:
             table.handed_off(worker_id, handoff, now)
+        for told in report.alone:
+            seq_id = (told.request_id, told.choice, told.attempt)
+            table.alone(worker_id, seq_id, told.begins)
         self._carry_out()
 
     def _carry_out(self, times: Sequence[float] = ()) -> None:
@@ -203,6 +215,8 @@ class Gateway:
                 node.put(lambda: scheduler.add(leg, clock.now))
             case Withdraw(_, request_id, choice, attempt):
                 node.put(lambda: scheduler.abort((request_id, choice, attempt)))
+            case Proceed(_, request_id, choice, attempt):
+                node.put(lambda: scheduler.proceed((request_id, choice, attempt)))
             case Ask(_, lend):
                 node.put(lambda: scheduler.lend(lend, clock.now))
             case Offer(_, sealed):

@@ -257,10 +257,9 @@ class Node:
         if update.exports:
             self._copy([order.key for order in update.exports])
         tokens = self._keep_back(update, ends)
-        if tokens or update.sealed or update.landed or update.handoffs:
-            self._tell_gateway(
-                self, Report(tokens, update.sealed, update.landed, update.handoffs, update.times)
-            )
+        told = update.sealed, update.landed, update.handoffs
+        if tokens or any(told) or update.alone:
+            self._tell_gateway(self, Report(tokens, *told, update.times, update.alone))
 
     def _keep_back(self, update: Update, ends: list[float]) -> list[Tokens]:
         """Keep tokens back, and return those that must go: of a leg's beginning, and of its end."""

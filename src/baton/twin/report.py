@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from baton.types import Handoff, Landed, Sealed, StageTimes, TokenDelta
+from baton.types import Alone, Handoff, Landed, Sealed, StageTimes, TokenDelta
 
 
 class Tokens:
@@ -42,3 +42,4 @@ class Report:
     landed: list[Landed] = field(default_factory=list)
     handoffs: list[Handoff] = field(default_factory=list)
     times: list[StageTimes] = field(default_factory=list)
+    alone: list[Alone] = field(default_factory=list)

@@ -34,6 +34,7 @@ from baton.rpc.channel import is_unix
 from baton.rpc.messages import Announce, Hello, Instructions, Measure, Measured
 from baton.rpc.server import WorkerServer
 from baton.types import (
+    Alone,
     Handoff,
     Landed,
     Pulse,
@@ -168,6 +169,8 @@ class Worker:
             self._measure(gateway_id, measure_ask)
         for request in instructions.submit:
             self._submit(gateway_id, request)
+        for seq_id in instructions.proceed:
+            self._loop_thread.put(inbox.Proceed(seq_id))
         for abort in instructions.abort:
             seq_id = (abort.request_id, abort.choice, abort.attempt)
             if self._live.pop(seq_id, None) is not None:
@@ -233,6 +236,10 @@ class Worker:
                 news[owner].sealed.append(sealed)
             else:
                 self._loop_thread.put(inbox.Release((sealed.grant.grant_id,)))
+        for told in update.alone:
+            seq_id = (told.request_id, told.choice, told.attempt)
+            if (mine := news.get(self._live.get(seq_id, ""))) is not None:
+                mine.alone.append(told)
         for landed in update.landed:
             for mine in news.values():
                 mine.landed.append(landed)
@@ -268,6 +275,7 @@ class Worker:
             landed=tuple(news.landed),
             handoffs=tuple(news.handoffs),
             times=tuple(news.times),
+            alone=tuple(news.alone),
             counters=self._counters,
             step=step,
             draining=self._draining,
@@ -357,7 +365,7 @@ class Worker:
 class _News:
     """What one step brought for one gateway."""
 
-    __slots__ = ("deltas", "handoffs", "landed", "sealed", "times")
+    __slots__ = ("alone", "deltas", "handoffs", "landed", "sealed", "times")
 
     def __init__(self) -> None:
         self.deltas: list[TokenDelta] = []
@@ -365,6 +373,7 @@ class _News:
         self.landed: list[Landed] = []
         self.handoffs: list[Handoff] = []
         self.times: list[StageTimes] = []
+        self.alone: list[Alone] = []
 
     def concerns(self, times: StageTimes) -> bool:
         key = (times.request_id, times.choice)
