@@ -120,6 +120,9 @@ class ServingMachine(RuleBasedStateMachine):
             elif self.early and self.alike:
                 self.decode.scheduler.offer(sealed, self.now)
                 self.absorb(self.decode, self.decode.settle())
+        for told in update.alone if update.alone else ():
+            if told.begins:  # a gateway answers, sooner or later
+                worker.scheduler.proceed((told.request_id, told.choice, told.attempt))
         for handoff in update.handoffs:
             self.grants[handoff.request_id].append(handoff.grant.grant_id)
             self.seen.append(handoff)

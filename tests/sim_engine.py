@@ -362,11 +362,13 @@ class SimWorker:
         for seq_id in planned & scheduler._suspects.keys():
             beside = {chunk.seq.id for before, _ in self.runner._work for chunk in before.chunks}
             assert planned | beside == {seq_id}, "a suspect is not alone"
+            assert scheduler._suspects[seq_id].leave, "a suspect did not wait for leave"
         active = (Status.RUNNING, Status.IMPORTING)
         assert sum(s.status in active for s in scheduler._suspects.values()) <= 1
         if before.suspect is not None and before.suspect.status is Status.RUNNING:
             assert planned <= {before.suspect.id}
-            assert planned or self.runner.pending, "it has the step, and does not use it"
+            waits = before.suspect.leave is False or self.runner.pending
+            assert planned or waits, "it has the step, and does not use it"
             return
         returning = scheduler._in_flight.num_returning()
         for seq in before.decodes:
@@ -388,7 +390,8 @@ class SimWorker:
             assert not any(seq.status is Status.RUNNING for seq in alive)
             sched = self.scheduler
             elsewhere = [s for s in sched._sequences.values() if s.status is Status.EXPORTING]
-            assert elsewhere or sched.num_transfers, "nothing else held blocks"
+            others = sched.num_transfers + sched.fetches.num_given_up
+            assert elsewhere or others, "nothing else held blocks"
         elif alive and alive[0].id not in planned:
             passing = [before.ranks[seq_id] for seq_id in planned & set(before.ranks)]
             first = before.ranks.get(alive[0].id)

@@ -354,10 +354,13 @@ class Pulse(msgspec.Struct, frozen=True):
     `progress` moves while anything is done at all, within a step layer by layer; `is_working`:
     something is being done, and not only waited for; `predicted_s` is what the steps under way are
     expected to take in all. `batch` names the sequences in them, as (request id, choice, attempt),
-    if the counter has not moved since the pulse before.
+    if the counter has not moved since the pulse before. `num_copied` are blocks copied into its
+    store or out of it, and `is_copying` says that there are more to copy.
     """
 
     progress: int = 0
     is_working: bool = False
     predicted_s: float = 0.0
     batch: tuple[tuple[str, int, int], ...] = ()
+    num_copied: int = 0
+    is_copying: bool = False

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.hurt import HANG, POISON
+from faults.hurt import DEADLY, HANG, POISON
 from faults.served import LONG, SMALL, Stream, Victim, async_http, make_long_model, prompt_of, until
 
 from baton.core.liveness import HEARTBEAT_S, PATIENCE_S
@@ -238,6 +238,137 @@ def test_a_request_that_takes_workers_along(served: Hurt, wanted: dict[int, list
         assert int(crashes[0]) > 1, "others were beside it"
         assert crashes[1:] == ["1"], "and then it was alone"
         assert served.events()["given_up"] == before["given_up"] + 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("role", "how"), [("decode", "SIGSEGV"), ("prefill", "SIGKILL")])
+def test_a_request_that_ends_workers_without_a_word(
+    served: Hurt, wanted: dict[int, list[int]], role: str, how: str
+) -> None:
+    """The kernel ends the process, so nobody names what was in its step. Whoever was there is run
+    again alone; only the one that is alone the second time ends."""
+
+    async def run() -> None:
+        before, said = served.events(), len(served.lines)
+        crashed = served.folder / f"crashes-{role}"
+        crashed.unlink(missing_ok=True)
+        deadly = served.folder / f"deadly-{role}"
+        deadly.write_text(how)
+        try:
+            async with async_http(served) as client:
+                streams = {
+                    seed: Stream(client, served.body(prompt_of(50, seed), NUM_TOKENS))
+                    for seed in SEEDS
+                }
+                for stream in streams.values():
+                    await stream.until_tokens(5)
+                lethal = Stream(client, served.body([*prompt_of(50, 22), DEADLY], 60))
+                await lethal.end(BACK_S)
+                for stream in streams.values():
+                    await stream.end(2 * BACK_S)
+        finally:
+            deadly.unlink()
+        assert lethal.error is not None, vars(lethal)
+        assert (lethal.error["code"], lethal.error["stage"]) == ("worker_lost", role)
+        check(streams, wanted)
+        await until(lambda: len(ends(served.lines[said:], how)) == 2, 10, "the supervisor's word")
+        crashes = crashed.read_text().split()
+        if role == "decode":
+            assert int(crashes[0]) > 1, "others were beside it"
+        assert crashes[1:] == ["1"], "and then it was alone"
+        assert served.events()["given_up"] == before["given_up"] + 1
+
+    asyncio.run(run())
+
+
+def ends(lines: list[str], how: str) -> list[str]:
+    """What the supervisor has said of workers that a signal has ended."""
+    return [line for line in lines if f"ended with signal {how}" in line]
+
+
+@pytest.mark.timeout(240)
+def test_a_fetch_that_does_not_return(served: Hurt, wanted: dict[int, list[int]]) -> None:
+    """What waits for it is recomputed, nobody else waits, and no worker counts as frozen. The
+    blocks are written after all, when others have long been computing."""
+    fetching = served.folder / "fetching-decode"
+    prompt = prompt_of(400, 23)
+    whole = served.ask(prompt, 60)
+
+    def total(event: str) -> float:
+        return sum(served.gauge(name, event) for name in WORKERS)
+
+    async def run() -> None:
+        pids, before = served.processes(), served.events()
+        overdue = sum(total(f"{name}_overdue") for name in ("early_lost", "fallback_import"))
+        (served.folder / "fetch-decode").touch()
+        async with async_http(served) as client:
+            waiting = Stream(client, served.body(prompt_of(400, 24), 60))
+            try:
+                await until(fetching.exists)
+                began = time.monotonic()
+                streams = {
+                    seed: Stream(client, served.body(prompt_of(50, seed), NUM_TOKENS))
+                    for seed in SEEDS
+                }
+                for stream in streams.values():
+                    await stream.until_tokens(5)
+                assert not waiting.ended, "it waits for its blocks"
+                print(f"others_s={time.monotonic() - began:.2f}")
+                await waiting.end()
+                print(f"done_s={time.monotonic() - began:.2f}")
+                assert await asyncio.to_thread(served.ask, prompt, 60) == whole
+            finally:
+                fetching.unlink()
+            for stream in streams.values():
+                await stream.end()
+        check(streams, wanted)
+        assert waiting.done, vars(waiting)
+        assert waiting.token_ids == await asyncio.to_thread(served.ask, prompt_of(400, 24), 60)
+        now = sum(total(f"{name}_overdue") for name in ("early_lost", "fallback_import"))
+        assert now > overdue
+        after = served.events()
+        assert served.processes() == pids
+        for event in ("workers_stuck", "workers_silent", "placed_again", "given_up"):
+            assert after[event] == before[event], event
+
+    asyncio.run(run())
+
+
+@pytest.mark.timeout(240)
+def test_a_copier_that_hangs(served: Hurt) -> None:
+    """Its engine goes on, or waits for it; but nothing leaves this worker any more."""
+    copying = served.folder / "copying-prefill"
+    prompt = prompt_of(400, 25)
+
+    async def run() -> None:
+        pids, before = served.processes(), served.events()
+        (served.folder / "copy-prefill").touch()
+        async with async_http(served) as client:
+            stream = Stream(client, served.body(prompt, 60))
+            try:
+                await until(copying.exists)
+                began = time.monotonic()
+                await until(
+                    lambda: served.events()["workers_stuck"] > before["workers_stuck"],
+                    KNOWN_S + 1,
+                )
+                print(f"known_s={time.monotonic() - began:.2f}")
+                await stream.end()
+                print(f"done_s={time.monotonic() - began:.2f}")
+            finally:
+                copying.unlink()
+        assert stream.done, vars(stream)
+        await until(
+            lambda: served.events()["workers_thawed"] > before["workers_thawed"], 5, "its return"
+        )
+        assert stream.token_ids == await asyncio.to_thread(served.ask, prompt, 60)
+        now = served.events()
+        assert served.processes() == pids
+        assert now["workers_stuck"] == before["workers_stuck"] + 1
+        assert now["workers_silent"] == before["workers_silent"]
+        assert now["given_up"] == before["given_up"]
 
     asyncio.run(run())
 

@@ -11,8 +11,9 @@ gateway and a worker belongs to one start of the worker: what one start said, or
 reach another one. Workers tell that they are alive, and who stands still is found out by
 `core.liveness`: the whole process (`freeze`), its engine alone (`hang`), or only seemingly, as no
 message passes between it and the gateway (`part`); a step that is merely long is no fault. A
-poisoned request takes its worker along at some token, and may do so twice; but where nothing
-passes, a worker's last words may come too late.
+poisoned request takes its worker along at some token, with last words or without, and may do so
+twice; but where nothing passes, a worker's last words may come too late. A fetch may `stall`: it is
+not acknowledged until long after its deadline, and writes to its blocks until then.
 
 `Client` holds every stream to the expected tokens; `Cluster.run` ends when every request has, and
 then verifies that nothing is left and that nothing fell back unless a fault was injected.
@@ -29,8 +30,18 @@ from typing import Any
 from sim.node import BEAT_S, Node
 from sim_engine import Client, Frame, SimWorker, expected_tokens, make_config, make_request
 
+from baton.core import alone
 from baton.core.handoff import RequestTable
-from baton.core.instructions import Ask, Instruction, Offer, Release, Renew, Submit, Withdraw
+from baton.core.instructions import (
+    Ask,
+    Instruction,
+    Offer,
+    Proceed,
+    Release,
+    Renew,
+    Submit,
+    Withdraw,
+)
 from baton.core.life import Content, HandoffPolicy, Life
 from baton.core.liveness import Liveness
 from baton.core.plan import Update
@@ -49,7 +60,7 @@ PATIENT = HandoffPolicy(LEASE_TTL_S, max_retries=1 << 30, max_wait_s=END_S)
 CONTENT = Content(b"weights", "exact", BLOCK_SIZE)
 FAULTS = (
     "kill", "freeze", "hang", "part", "poison", "rot", "cut", "slow", "lapse", "copy_fails",
-    "truncate", "abort",
+    "truncate", "abort", "stall", "wordless",
 )  # fmt: skip
 
 
@@ -75,6 +86,7 @@ class Cluster:
         self.now = 0.0
         self.hits: Counter[str] = Counter()
         self.num_crashes: Counter[str] = Counter()  # steps that a request was in
+        self.was_alone: set[str] = set()  # requests, when their worker was killed
         self.num_early = 0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
@@ -83,6 +95,7 @@ class Cluster:
         self.chances = {kind: rng.choice((0.0, 0.02, 0.1)) for kind in faults}
         self.long_chance = rng.choice((0.0, 0.0, 0.01))
         self.poison: dict[str, int] = {}
+        self.wordless_share = rng.choice((0.0, 0.5, 1.0))
         self.table = RequestTable(Router(), PATIENT)
         self.liveness = Liveness(PATIENCE_S)
         self._wake_at = END_S * 1000
@@ -223,6 +236,8 @@ class Cluster:
                 tell(lambda worker: worker.scheduler.add(leg, self.now))
             case Withdraw(_, request_id, choice, attempt):
                 tell(lambda worker: worker.scheduler.abort((request_id, choice, attempt)))
+            case Proceed(_, request_id, choice, attempt):
+                tell(lambda worker: worker.scheduler.proceed((request_id, choice, attempt)))
             case Ask(_, lend):
                 tell(lambda worker: worker.scheduler.lend(lend, self.now))
             case Offer(_, sealed):
@@ -291,6 +306,9 @@ class Cluster:
                 table.delivered(node.name, delta, self.now)
             for handoff in update.handoffs:
                 table.handed_off(node.name, handoff, self.now)
+            for told in update.alone:
+                seq_id = (told.request_id, told.choice, told.attempt)
+                table.alone(node.name, seq_id, told.begins)
             self._carry_out()
 
         self.send(node.name, "gateway", deliver)
@@ -308,7 +326,8 @@ class Cluster:
             assert delta.error is not None
             if delta.error.code == "worker_lost":
                 # Whoever is stuck twice may be the cause; only a poisoned one takes workers along.
-                guilty = delta.request_id in self.poison or self.hits["hang"] > 1
+                # One that was alone when its worker was killed cannot be told from that.
+                guilty = delta.request_id in {*self.poison, *self.was_alone} or self.hits["hang"] > 1
                 assert guilty or self.hits["part"], "an innocent request ended for another"
                 return
             assert delta.error.code == "transfer_failed", delta.error
@@ -326,12 +345,25 @@ class Cluster:
             self.at(self.now + self.rng.uniform(0.1, 1.5), lambda: self._mishap(kind))
 
     def _kill(self, node: Node) -> None:
-        self.starts_anew(node)
+        only = alone.running(node.worker.scheduler)
+        if only is not None and only.leave is not None:
+            self.was_alone.add(only.id[0])
+        self.starts_anew(node, None)
 
-    def starts_anew(self, node: Node, suspects: tuple[SequenceId, ...] = ()) -> None:
-        """The process is gone and a new one takes its place; the gateway notices a moment later."""
-        for seq_id in suspects:
+    def crashed(self, node: Node, batch: tuple[SequenceId, ...]) -> None:
+        """A poisoned step takes it along."""
+        self.hits["poison"] += 1
+        for seq_id in batch:
             self.num_crashes[seq_id[0]] += 1
+        wordless = self.rng.random() < self.wordless_share
+        self.hits["wordless"] += wordless
+        self.starts_anew(node, None if wordless else batch)
+
+    def starts_anew(self, node: Node, suspects: tuple[SequenceId, ...] | None) -> None:
+        """The process is gone and a new one takes its place; the gateway notices a moment later.
+
+        suspects: those that it names, with its last words; None: it says nothing any more.
+        """
         node.last_words[node.epoch] = suspects
         node.start()
 

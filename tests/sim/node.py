@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sim_engine import Crashed, Frame, SimWorker, fetch
 
 from baton.core import alone
+from baton.core.fetches import OVERDUE_AFTER_S
 from baton.core.limits import SchedulerConfig
 from baton.core.plan import ExportOrder, ImportOrder, Update
 from baton.core.sequence import SequenceId
@@ -29,7 +30,7 @@ class Node:
         self.config = config
         self.epoch = 0
         self.known_epoch = 0  # of the start that the gateway's stream goes to
-        self.last_words: dict[int, tuple[SequenceId, ...]] = {}  # suspects, by epoch
+        self.last_words: dict[int, tuple[SequenceId, ...] | None] = {}  # suspects, by epoch
         self.start()
 
     def start(self) -> None:
@@ -99,8 +100,7 @@ class Node:
         try:
             self._pass_on(self.worker.step(self.cluster.now))
         except Crashed as crash:
-            self.cluster.hits["poison"] += 1
-            self.cluster.starts_anew(self, crash.batch)
+            self.cluster.crashed(self, crash.batch)
             return
         stepped = self.worker.runner.num_computed > before or self.worker.runner.pending > 0
         self.busy = False
@@ -121,7 +121,8 @@ class Node:
         fetches, self.worker.imports = self.worker.imports, []
         for order in fetches:
             self._fetch(order)
-        if update.deltas or update.sealed or update.landed or update.handoffs:
+        told = update.deltas or update.sealed or update.landed or update.handoffs
+        if told or update.alone:
             self.cluster.to_gateway(self, update)
 
     def _copied(self, order: ExportOrder) -> None:
@@ -140,6 +141,9 @@ class Node:
             seconds += cluster.link_s(source, self, len(order.wanted))
         seconds = min(seconds, max(0.0, order.deadline - cluster.now))
         read_at = seconds * cluster.rng.random()
+        if source is not self and cluster.strikes("stall"):
+            self._stall(order)
+            return
 
         def arrive(results: tuple[str, ...]) -> None:
             for want, result in zip(order.wanted, results, strict=True):
@@ -162,3 +166,22 @@ class Node:
             self.later(seconds - read_at, lambda: arrive(results))
 
         self.later(read_at, read)
+
+    def _stall(self, order: ImportOrder) -> None:
+        """It writes to its blocks whenever it likes, and is acknowledged long after its deadline."""
+        cluster = self.cluster
+        late_s = max(0.0, order.deadline - cluster.now) + OVERDUE_AFTER_S
+        late_s += cluster.rng.uniform(0.0, 8.0)
+
+        def write() -> None:
+            for want in order.wanted:
+                self.worker.kv.poison(want.block)
+
+        def acknowledge() -> None:
+            write()
+            results = ("timed_out",) * len(order.wanted)
+            self.put(lambda: self.worker.scheduler.imported(order.number, results, cluster.now))
+
+        for _ in range(3):
+            self.later(cluster.rng.uniform(0.0, late_s), write)
+        self.later(late_s + cluster.rng.uniform(0.001, 5.0), acknowledge)

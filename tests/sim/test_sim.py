@@ -14,6 +14,7 @@ import sim_engine
 from sim.cluster import FAULTS, simulate
 from sim.run import many, one
 
+from baton.core.blame import Lives
 from baton.core.exports import ExportTable
 from baton.core.handoff import RequestTable
 from baton.core.held_leases import HeldLeases
@@ -21,7 +22,9 @@ from baton.core.imports import ImportTable
 from baton.core.lease import LeaseTable
 from baton.core.life import Life
 from baton.core.liveness import Liveness
+from baton.core.outcome import take_over
 from baton.core.scheduler import Scheduler
+from baton.core.sequence import Status
 from baton.core.store_index import StoreIndex
 from baton.types import Pulse
 
@@ -53,6 +56,8 @@ def test_a_thousand_histories() -> None:
         "fallback_export_failed",
         "fallback_import_corrupt",
         "fallback_import_stale_epoch",
+        "fallback_import_overdue",
+        "early_lost_overdue",
         "fallback_import_timed_out",
         "fallback_import_unreachable",
     ):
@@ -244,6 +249,36 @@ def a_frozen_worker_stays_healthy(patch: Patch) -> None:
     patch.setattr(Liveness, "check", lambda self, now: [])
 
 
+def all_legs_of_a_dead_worker_are_convicted(patch: Patch) -> None:
+    """Whatever was there when a worker ended without a word counts as its cause."""
+
+    def blame_all(lives: Lives, worker_id: str) -> None:
+        for life in lives.values():
+            if life.worker_id == worker_id:
+                life.blame(life.attempt)
+
+    patch.setattr("baton.core.handoff.blame_without_a_word", blame_all)
+
+
+def nobody_is_suspected_of_a_silent_end(patch: Patch) -> None:
+    """A request that crashes workers without a word takes one after the other along."""
+    patch.setattr("baton.core.handoff.blame_without_a_word", lambda lives, worker_id: None)
+
+
+def blocks_of_an_overdue_fetch_are_used(patch: Patch) -> None:
+    """What did not come in time is recomputed where it may still arrive (sglang#38961)."""
+
+    def give_up(scheduler: Scheduler, now: float) -> None:
+        for seq in scheduler.fetches.give_up(now):
+            if seq.status is Status.IMPORTING:
+                take_over(scheduler, seq, 0, now)
+            else:
+                seq.status = Status.WAITING
+                scheduler._waiting.add(seq)
+
+    patch.setattr("baton.core.scheduler.give_up_fetches", give_up)
+
+
 BUGS: tuple[Callable[[Patch], None], ...] = (
     blocks_freed_while_they_are_read,
     digest_not_compared,
@@ -258,6 +293,9 @@ BUGS: tuple[Callable[[Patch], None], ...] = (
     full_store_evicts_what_is_held,
     suspects_have_company,
     whoever_is_there_is_a_suspect,
+    all_legs_of_a_dead_worker_are_convicted,
+    nobody_is_suspected_of_a_silent_end,
+    blocks_of_an_overdue_fetch_are_used,
     a_frozen_worker_never_comes_back,
     a_frozen_worker_is_given_more,
     a_long_step_is_mistaken,

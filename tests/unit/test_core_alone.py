@@ -14,8 +14,8 @@ from sim_engine import Client, SimWorker, make_config, make_request
 from baton.core import alone
 from baton.core.alone import ALONE_TOKENS
 from baton.core.in_flight import InFlight
-from baton.core.sequence import Status
-from baton.types import Request
+from baton.core.sequence import Sequence, Status
+from baton.types import Alone, Request
 
 DEPTHS = pytest.mark.parametrize("depth", [1, 2])
 
@@ -28,6 +28,7 @@ class Steps:
     clients: dict[str, Client] = field(default_factory=dict)
     batches: list[set[str]] = field(default_factory=list)
     now: float = 0.0
+    told: list[Alone] = field(default_factory=list)
 
     def add(self, name: str, prompt: tuple[int, ...], max_tokens: int, **fields: bool) -> Request:
         request = make_request(name, prompt, max_tokens, **fields)
@@ -38,9 +39,20 @@ class Steps:
     def step(self, count: int = 1) -> None:
         for _ in range(count):
             self.now += 0.01
-            update = self.worker.step(self.now)
-            for delta in update.deltas:
-                self.clients[delta.request_id].take(delta)
+            while self._turn():
+                pass
+
+    def _turn(self) -> bool:
+        """Returns whether a suspect was given leave: then there is more to do at once."""
+        update = self.worker.step(self.now)
+        for delta in update.deltas:
+            self.clients[delta.request_id].take(delta)
+        self.told += update.alone
+        asks = [told for told in update.alone if told.begins]
+        for told in asks:
+            assert not self.worker.runner.pending, "something is in flight while leave is asked for"
+            self.worker.scheduler.proceed((told.request_id, told.choice, told.attempt))
+        return bool(asks)
 
     def run(self, max_steps: int = 200) -> None:
         """Until everyone has ended, without a turn in which nothing is computed."""
@@ -175,6 +187,53 @@ def test_an_aborted_suspect_is_forgotten() -> None:
     steps.run()
 
 
+@DEPTHS
+def test_nothing_runs_until_leave_is_given(depth: int) -> None:
+    """If the worker ended now, nobody had done it; afterwards it can only be the suspect."""
+    steps = make(depth, num_blocks=40)
+    steps.add("a", (1, 2, 3), 20)
+    steps.step(4)
+    scheduler = steps.worker.scheduler
+    steps.clients["s"] = Client(make_request("s", (4, 5, 6), 8, alone=True))
+    scheduler.add(steps.clients["s"].request, steps.now)
+    told: list[Alone] = []
+    for _ in range(6):
+        update = steps.worker.step(steps.now)
+        told += update.alone
+        for delta in update.deltas:
+            steps.clients[delta.request_id].take(delta)
+    assert told == [Alone("s", 0, 0)], "it is asked for once"
+    num_batches = len(steps.batches)
+    assert not steps.worker.runner.pending
+    scheduler.proceed(("a", 0, 0))
+    scheduler.proceed(("nobody", 0, 0))
+    steps.worker.step(steps.now)
+    assert len(steps.batches) == num_batches, "that was another's leave"
+    scheduler.proceed(("s", 0, 0))
+    steps.step()
+    assert steps.batches[num_batches:] == [{"s"}]
+    steps.run()
+    assert not steps.told, "it did not have to ask again"
+
+
+def test_leave_ends_with_the_blocks() -> None:
+    """Others go on beside one that was preempted, so that it must ask again."""
+    steps = make(1, num_blocks=6, max_model_len=12, prefix_cache=False)
+    steps.add("a", (1, 2, 3, 4), 6)
+    steps.step(2)
+    steps.add("s", (5, 6, 7), 7, alone=True)
+    steps.step(2)
+    assert steps.worker.scheduler._suspects["s", 0, 0].status is Status.RUNNING
+    assert steps.told == [Alone("s", 0, 0)]
+    seq = steps.worker.scheduler._suspects["s", 0, 0]
+    steps.worker.scheduler._preempt(seq)
+    assert seq.leave is None
+    steps.run()
+    begins = [told.begins for told in steps.told]
+    assert len(begins) > 2, "it asks again"
+    assert begins == [True, False] * (len(begins) // 2) + [True], "and tells when others go on"
+
+
 def test_the_twin_may_jump_over_a_suspects_steps() -> None:
     """Where nobody waits, nothing changes when it has got on."""
     steps = make(1, num_blocks=40)
@@ -211,11 +270,35 @@ def _never_gets_on(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(alone, "has_got_on", lambda num_drawn: False)
 
 
+def _without_leave(patch: pytest.MonkeyPatch) -> None:
+    original = Sequence.__init__
+
+    def init(self: Sequence, *args: object) -> None:
+        original(self, *args)  # type: ignore[arg-type]
+        self.leave = True
+
+    patch.setattr(Sequence, "__init__", init)
+
+
+def _leave_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(alone, "give_leave", lambda scheduler, seq_id: None)
+
+
+def _leave_for_ever(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(alone, "gives_way", lambda scheduler, seq: None)
+
+
 @pytest.mark.parametrize(
-    "bug", [_company, _beside_what_is_in_flight, _two_at_a_time, _never_gets_on]
-)
+    "bug",
+    [
+        _company, _beside_what_is_in_flight, _two_at_a_time, _never_gets_on, _without_leave,
+        _leave_is_forgotten, _leave_for_ever,
+    ],
+)  # fmt: skip
 def test_finds(bug: object, monkeypatch: pytest.MonkeyPatch) -> None:
     bug(monkeypatch)  # type: ignore[operator]
     with pytest.raises(AssertionError):
         test_a_suspect_has_its_first_steps_to_itself(2)
         test_one_suspect_at_a_time(2)
+        test_nothing_runs_until_leave_is_given(1)
+        test_leave_ends_with_the_blocks()

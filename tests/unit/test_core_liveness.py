@@ -90,6 +90,35 @@ def test_who_waits_for_others_does_not_stand_still() -> None:
     assert clock.run(600, still=True, working=False) == []
 
 
+def copying(clock: Clock, num_copied: int, is_copying: bool = True) -> list[Frozen]:
+    """Half a second later: `a` steps on, and its copier has done so many copies."""
+    clock.now += HEARTBEAT_S
+    clock.progress += 1
+    clock.watched.heard("b", Pulse(clock.progress, True, 0.01), clock.now)
+    pulse = Pulse(clock.progress, True, 0.01, (), num_copied, is_copying)
+    clock.watched.heard("a", pulse, clock.now)
+    return clock.watched.check(clock.now)
+
+
+def test_a_copier_that_stands_still() -> None:
+    """Its engine gets on, or waits for the copies: nobody is to blame, but it takes no more."""
+    clock = Clock()
+    assert [copying(clock, n) for n in range(20)] == [[]] * 20
+    found = [frozen for _ in range(7) for frozen in copying(clock, 19)]
+    assert found == [("a", PATIENCE_S + 0.5, ())]
+    assert not clock.watched.heard("a", Pulse(999, True, 0.01, (), 19, True), clock.now)
+    assert clock.watched.frozen(), "that its engine steps on does not help"
+    assert clock.watched.heard("a", Pulse(1000, True, 0.01, (), 20, True), clock.now)
+    assert not clock.watched.frozen()
+
+
+def test_a_copier_without_copies_may_rest() -> None:
+    clock = Clock()
+    assert [copying(clock, 5, is_copying=False) for _ in range(50)] == [[]] * 50
+    assert [found for _ in range(9) for found in copying(clock, 5)] != []
+    assert clock.watched.heard("a", Pulse(999, True, 0.01, (), 5, False), clock.now)
+
+
 @pytest.mark.parametrize("how", [{"silent": True}, {"still": True}])
 def test_it_comes_back_when_its_counter_moves(how: dict[str, bool]) -> None:
     clock = Clock()

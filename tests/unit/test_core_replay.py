@@ -55,7 +55,10 @@ def _traffic(worker: SimWorker, source: SimWorker | None, seed: int, num_steps: 
             worker.scheduler.add(request, now)
         if rng.random() < 0.1:
             worker.scheduler.abort((f"r{rng.randrange(step + 1)}", 0, 0))
-        handoffs += worker.step(now).handoffs
+        update = worker.step(now)
+        handoffs += update.handoffs
+        for told in update.alone:
+            worker.scheduler.proceed((told.request_id, told.choice, told.attempt))
         while worker.exports and rng.random() < 0.7:
             position = rng.randrange(len(worker.exports))
             handoffs += worker.finish_export(position, now, ok=rng.random() < 0.95).handoffs

@@ -306,3 +306,58 @@ def test_blocks_of_another_format_come_by_a_transport_of_that_format(
     fabric.fetch("b")  # a block like ours, of the same peer: another transport
     fabric.answer()
     assert fabric.transport.formats == [theirs, None]
+
+
+def test_a_fetch_that_does_not_return_holds_up_nobody_else(
+    fabric: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of that peer nothing more is asked, until it returns after all; nor does `stop` wait."""
+    monkeypatch.setattr(thread, "OVERDUE_AFTER_S", 0.1)
+    gate = threading.Event()
+    results = [ReadResult.OK]
+
+    def fetch(grant: Grant, *_: object) -> list[ReadResult]:
+        assert grant.source != "p0" or gate.wait(10)
+        return results
+
+    monkeypatch.setattr(fabric.transport, "fetch", fetch)
+    deadline = time.monotonic() + 0.1
+    wanted = (Wanted(KEY, 0, b"", bytearray(8)),)
+    fabric.thread.fetch(FetchJob("hangs", GRANT, wanted, deadline))
+    fabric.thread.fetch(FetchJob("behind it", GRANT, wanted, deadline))
+    assert not fabric.thread.hangs
+    until(lambda: fabric.thread.hangs)
+    assert time.monotonic() >= deadline + 0.1
+    fabric.fetch("refused")
+    refused = fabric.answer()
+    assert isinstance(refused, FetchDone)
+    assert (refused.tag, refused.results) == ("refused", (ReadResult.UNREACHABLE,))
+    fabric.fetch("of another", source="p1")
+    assert fabric.answer().tag == "of another"
+    before = time.monotonic()
+    fabric.thread.stop()
+    assert time.monotonic() - before < 5, "it waits for one that hangs"
+    assert fabric.inbox.empty()
+    gate.set()
+    assert [fabric.answer().tag for _ in range(2)] == ["hangs", "behind it"]
+    until(lambda: not any(each.name == "baton-fetch-p0" for each in threading.enumerate()))
+
+
+def test_the_copier_tells_how_far_it_is(fabric: Fixture) -> None:
+    gate = threading.Event()
+
+    def source() -> bytes:
+        assert gate.wait(10)
+        return b"x"
+
+    assert fabric.thread.copied() == (0, False)
+    fabric.thread.export(ExportJob("a", 0, KEY, b"x"))
+    fabric.answer()
+    assert fabric.thread.copied() == (1, False)
+    fabric.thread.export(ExportJob("b", 0, KEY, source))
+    fabric.thread.fetch(FetchJob("c", None, (), time.monotonic() + 5))
+    assert fabric.thread.copied() == (1, True)
+    gate.set()
+    fabric.answer()
+    fabric.answer()
+    assert fabric.thread.copied() == (3, False)

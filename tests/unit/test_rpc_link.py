@@ -60,6 +60,7 @@ def test_one_message_a_turn(tmp_path: Path) -> None:
             for i in range(50):
                 gateway.link.submit(request(f"r{i}"))
             gateway.link.abort("r3", 0, 1)
+            gateway.link.proceed("r4", 0, 2)
             gateway.link.renew("g1")
             gateway.link.renew("g1")
             gateway.link.release("g2")
@@ -68,10 +69,11 @@ def test_one_message_a_turn(tmp_path: Path) -> None:
             assert handler.submitted() == [f"r{i}" for i in range(50)]
             first = handler.messages[0]
             assert [a.request_id for a in first.abort] == ["r3"]
+            assert first.proceed == (("r4", 0, 2),)
             assert (first.renew, first.release, first.drain) == (("g1",), ("g2",), True)
             gateway.link.submit(request("later"))
             await until(lambda: len(handler.messages) == 2)
-            assert handler.messages[1].drain is False
+            assert (handler.messages[1].drain, handler.messages[1].proceed) == (False, ())
             await gateway.link.close()
 
     run(main())

@@ -6,7 +6,8 @@ A prefill worker tells of the blocks of a prompt as they are sealed. The decode 
 take the sequence over fetches them at once, into blocks of the pool that nobody waits for; what
 verified is published under its key and is from then on a cached block like any other: the
 sequence finds it as a prefix hit, and if room runs short it is evicted. Nothing is reserved, and a
-fetch that fails costs nothing: the handoff asks for what is missing.
+fetch that fails costs nothing: the handoff asks for what is missing. Nor does one that does not
+end: nobody waits for it any more, and its blocks are not used until it does (`given_up`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterable
 
 from baton.core.block_pool import BlockPool
 from baton.core.codec_choice import RAW
-from baton.core.imports import OK, READ_WINDOW
+from baton.core.imports import OK, OVERDUE, READ_WINDOW
 from baton.core.keys import lossy_key
 from baton.core.plan import ImportOrder, WantedBlock
 from baton.types import Landed, Sealed
@@ -35,9 +36,11 @@ class EarlyFetches:
         self._orders: dict[int, ImportOrder] = {}
         self._offers: dict[int, Sealed] = {}
         self._keys: set[bytes] = set()
+        self.given_up: set[int] = set()  # under way, but nothing may come of them
 
     def __len__(self) -> int:
-        return len(self._orders)
+        """Fetches that may still bring something."""
+        return len(self._orders) - len(self.given_up)
 
     def __contains__(self, number: int) -> bool:
         return number in self._orders
@@ -73,6 +76,10 @@ class EarlyFetches:
     def finish(self, number: int, results: tuple[str, ...]) -> Landed | None:
         """A fetch was acknowledged, with a word a block. None if nothing came of it."""
         order, sealed = self._orders.pop(number), self._offers.pop(number)
+        if number in self.given_up:
+            self.given_up.discard(number)
+            self._pool.release([want.block for want in order.wanted])
+            return None
         for want, result in zip(order.wanted, results, strict=True):
             key = _class_key(want.key, order.codec)
             self._keys.discard(key)
@@ -89,9 +96,20 @@ class EarlyFetches:
             return None
         return Landed(sealed.request_id, sealed.choice, sealed.attempt, num_landed)
 
+    def give_up(self, number: int) -> None:
+        """A fetch does not end: nothing may come of it any more."""
+        order = self._orders[number]
+        self.given_up.add(number)
+        self._keys.difference_update(_class_key(want.key, order.codec) for want in order.wanted)
+        self._counters[f"early_lost_{OVERDUE}"] += len(order.wanted)
+
     def awaits(self, keys: Iterable[bytes]) -> bool:
         """Whether one of the blocks with these keys is on its way."""
         return not self._keys.isdisjoint(keys)
+
+    def is_awaited(self, number: int) -> bool:
+        """Whether a fetch is under way, and something may come of it."""
+        return number in self._orders and number not in self.given_up
 
     def order_of(self, number: int) -> ImportOrder:
         """The fetch of that number, which is under way."""

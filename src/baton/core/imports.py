@@ -1,7 +1,7 @@
 """Blocks that a sequence takes out of stores, its own worker's or a peer's, into the pool.
 
     order ──▶ FETCHING ──results of all orders──▶ the longest verified prefix counts as computed
-                  └──abort──▶ blocks stay referenced until the fetches are acknowledged
+                  └──abort, overdue──▶ blocks stay referenced until the fetches are acknowledged
 
 For each block after those that the pool has, there is one source, the first of: this worker's own
 store, the commit record of a handoff, a prefix that a peer lends. The first block without one ends
@@ -35,6 +35,7 @@ starts; readers stop a quarter before the end: 2/3 - 1/4.
 
 OK = "ok"
 CORRUPT = "corrupt"
+OVERDUE = "overdue"
 
 Sources = dict[tuple[Grant | None, str], list[WantedBlock]]
 """What to fetch from whom, and in which codec; None is this worker's own store."""
@@ -66,6 +67,7 @@ class ImportTable:
         self._counters = counters
         self._orders: dict[int, ImportOrder] = {}
         self._imports: dict[SequenceId, _Import] = {}
+        self.given_up: set[int] = set()  # orders that nobody waits for any more
 
     def __len__(self) -> int:
         """Sequences whose blocks are being fetched, those that ended meanwhile included."""
@@ -182,6 +184,9 @@ class ImportTable:
             self._counters[f"lossy_blocks_{order.codec}"] += results.count(OK)
         if order.recut is not None:
             self._counters["converted_blocks"] += results.count(OK)
+        if number in self.given_up:
+            self.given_up.discard(number)
+            return None
         waiting = self._imports[order.seq_id]
         waiting.results.update(zip((want.index for want in order.wanted), results, strict=True))
         waiting.num_orders -= 1
@@ -199,12 +204,29 @@ class ImportTable:
             self._counters["restored_blocks" if i in waiting.own else "imported_blocks"] += 1
         return waiting.seq, num_verified
 
+    def give_up(self, number: int) -> Sequence | None:
+        """A fetch does not end: nothing may come of it, nor of what its sequence waits for beside.
+
+        Returns that sequence, if it still waits. It must have other blocks from now on: those that
+        it has may be written to at any time. To be called while the fetch is awaited.
+        """
+        seq_id = self._orders[number].seq_id
+        assert seq_id is not None
+        seq = self._imports.pop(seq_id).seq
+        self.given_up.update(n for n, order in self._orders.items() if order.seq_id == seq_id)
+        self._counters[f"fallback_import_{OVERDUE}"] += 1
+        return seq if seq.status is Status.IMPORTING else None
+
     def _unhold(self, order: ImportOrder, results: tuple[str, ...]) -> None:
         for want, result in zip(order.wanted, results, strict=True):
             entry = self._index.lookup(want.key)
             if result == CORRUPT and entry is not None and entry.sealed:
                 self._index.fail(want.key)  # it must answer nobody else
             self._index.unhold(want.key)
+
+    def is_awaited(self, number: int) -> bool:
+        """Whether a fetch is under way, and something may come of it."""
+        return number in self._orders and number not in self.given_up
 
     def order_of(self, number: int) -> ImportOrder:
         """The fetch of that number, which is under way."""

@@ -10,7 +10,8 @@ Every worker sends a `Pulse` every `HEARTBEAT_S`, from a thread that waits for n
   host or the link to it is gone. What has no work is given none that would have to wait.
 * stuck: it is heard, it says that it is working, and its counter has stood still for `patience_s`
   and for `PATIENCE_STEPS` times what its step was predicted to take. The counter moves layer by
-  layer, so a step may take as long as it likes.
+  layer, so a step may take as long as it likes. The same holds for copies into its own store: they
+  wait for nobody but the step, so a copier that stands still is broken.
 
 Who waits for others (a store that is full, a peer's blocks) says that it is not working.
 
@@ -37,7 +38,7 @@ PATIENCE_STEPS = 5
 
 class Frozen(NamedTuple):
     """A worker stands still, for `for_s` already; `stuck_at` is what is in its step, as far as it
-    has said so, or None: it is silent."""
+    has said so (nothing, if it is its copier), or None: it is silent."""
 
     worker_id: str
     for_s: float
@@ -45,11 +46,12 @@ class Frozen(NamedTuple):
 
 
 class _Watched:
-    __slots__ = ("frozen_at", "heard_at", "moved_at", "pulse")
+    __slots__ = ("copied_at", "frozen_at", "heard_at", "moved_at", "pulse")
 
     def __init__(self, at: float) -> None:
         self.heard_at = at
         self.moved_at = at
+        self.copied_at = at
         self.pulse = Pulse()
         self.frozen_at: float | None = None
 
@@ -82,10 +84,14 @@ class Liveness:
         if pulse is None:
             return False
         moves = not pulse.is_working or pulse.progress != worker.pulse.progress
+        copies = not pulse.is_copying or pulse.num_copied != worker.pulse.num_copied
         worker.pulse = pulse
-        if not moves:
+        if moves:
+            worker.moved_at = self._time
+        if copies:
+            worker.copied_at = self._time
+        if not (moves and copies):
             return False
-        worker.moved_at = self._time
         goes_on, worker.frozen_at = worker.frozen_at is not None, None
         return goes_on
 
@@ -113,9 +119,13 @@ class Liveness:
         if silent_s > self._patience_s:
             return Frozen(worker_id, silent_s, None)
         # By what it has said: while it is silent nobody knows whether its counter moves.
+        patience_s = max(self._patience_s, PATIENCE_STEPS * pulse.predicted_s)
         still_s = worker.heard_at - worker.moved_at
-        if pulse.is_working and still_s > max(self._patience_s, PATIENCE_STEPS * pulse.predicted_s):
+        if pulse.is_working and still_s > patience_s:
             return Frozen(worker_id, still_s, pulse.batch)
+        still_s = worker.heard_at - worker.copied_at
+        if pulse.is_copying and still_s > patience_s:
+            return Frozen(worker_id, still_s, ())
         return None
 
     def _advance(self, now: float) -> None:

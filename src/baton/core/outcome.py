@@ -111,6 +111,20 @@ def take_over(scheduler: Scheduler, seq: Sequence, num_verified: int, now: float
     scheduler._running[seq.id] = seq
 
 
+def give_up_fetches(scheduler: Scheduler, now: float) -> None:
+    """What waited for fetches that do not end goes back to the queue; none reads its handoff again.
+
+    A sequence that imports comes back as one that was preempted does: to other blocks.
+    """
+    for seq in scheduler.fetches.give_up(now):
+        if seq.status is Status.IMPORTING:
+            seq.num_preemptions += 1
+            scheduler.pool.release(seq.blocks)
+            seq.reset()
+        seq.status = Status.WAITING
+        scheduler._waiting.add(seq)
+
+
 def _count_prompt(scheduler: Scheduler, seq: Sequence, chunk: Chunk) -> None:
     num_prompt = min(seq.num_prompt - chunk.start, chunk.num_tokens)
     again = "recomputed" if seq.num_preemptions else "computed"

@@ -31,7 +31,7 @@ from baton.core.in_flight import MAX_DEPTH, InFlight, may_run_ahead
 from baton.core.keys import ExtendKeys, extend_chain, root_key
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
-from baton.core.outcome import take_in, take_over, try_commit
+from baton.core.outcome import give_up_fetches, take_in, take_over, try_commit
 from baton.core.plan import Chunk, StepOutput, StepPlan, Update, error_delta
 from baton.core.prompt_order import PromptQueue, rank
 from baton.core.sequence import Sequence, SequenceId, Status
@@ -115,8 +115,7 @@ class Scheduler:
 
     def abort(self, seq_id: SequenceId) -> None:
         """Forget a sequence. Blocks in transfer are freed when the transfer is acknowledged."""
-        seq = self._sequences.get(seq_id)
-        if seq is not None:
+        if (seq := self._sequences.get(seq_id)) is not None:
             self.counters["aborts"] += 1
             self._release(seq)
 
@@ -259,7 +258,7 @@ class Scheduler:
 
     def next_deadline(self) -> float | None:
         """When `schedule` has something to do even if no news comes."""
-        times = (self._deadlines.next(), self._leases.next_expiry())
+        times = self._deadlines.next(), self._leases.next_expiry(), self.fetches.next_limit()
         return min((at for at in times if at is not None), default=None)
 
     def load(self) -> WorkerLoad:
@@ -375,6 +374,7 @@ class Scheduler:
             if seq is not None:
                 self._fail(seq, now, too_late(seq))
         self.counters["leases_expired"] += len(self._leases.expire(now))
+        give_up_fetches(self, now)
 
     def _fail(self, seq: Sequence, now: float, error: ServeError) -> None:
         self._update.deltas.append(error_delta(seq.id, seq.num_generated, error))

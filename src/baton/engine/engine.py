@@ -155,7 +155,8 @@ class Engine:
 
     def pulse(self) -> Pulse:
         """The engine's part of the sign of life. Any thread may ask, also within a step."""
-        return Pulse(self.progress, not self._rests, self._predicted_s)
+        copied = (0, False) if self.fabric is None else self.fabric.copied()
+        return Pulse(self.progress, not self._rests, self._predicted_s, (), *copied)
 
     def batch(self) -> tuple[SequenceId, ...]:
         """What is in the steps under way. Any thread may ask, also after a step has failed."""
@@ -174,7 +175,7 @@ class Engine:
             num_held_frames=index.num_used - index.num_cached,
             num_reserved_frames=index.num_reserved,
             num_leases=len(exports.leases),
-            num_transfers=self.scheduler.num_transfers,
+            num_transfers=self.scheduler.num_transfers + self.scheduler.fetches.num_given_up,
         )
 
     def _pass_on(self, stepped: bool) -> None:

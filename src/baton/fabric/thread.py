@@ -9,14 +9,20 @@ one at a time in the order of submission, so a peer that is slow delays nothing 
 Blocks and frames that a job names belong to it until its answer: a KV block that is being
 imported, or exported, may be freed only then.
 
+A transport that does not return at its deadline is beyond help here: its thread may write to the
+blocks of that job as long as it lives, so they stay its own, and what is asked of that peer
+meanwhile is `unreachable` at once. Who waited for it is the scheduler's business (`core.fetches`).
+The copier has no peer to wait for; whether it gets on, the worker's pulse tells.
+
 Threads sleep when there is nothing to do. A fetcher that has slept for `REST_AFTER_S` closes its
 transport and ends, so that an idle worker pins nobody's store. None is a daemon: the owner calls
-`stop`.
+`stop`, which waits for none that hangs.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -25,6 +31,7 @@ from typing import Any, Final
 
 import msgspec
 
+from baton.core.fetches import OVERDUE_AFTER_S
 from baton.core.plan import Recut
 from baton.fabric.arena import Arena, MappedArena
 from baton.fabric.recut import fetch_recut
@@ -104,9 +111,15 @@ Done = ExportDone | FetchDone | FabricFailed
 
 
 class _Queue:
-    """The jobs of one thread; None ends it, after what was put before."""
+    """The jobs of one thread; None ends it, after what was put before.
+
+    num_put, num_done: jobs. late_at: when the job under way should have ended at the latest.
+    """
 
     def __init__(self, name: str, run: Callable[[_Queue], None]) -> None:
+        self.num_put = 0
+        self.num_done = 0
+        self.late_at = math.inf
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._thread = threading.Thread(target=run, args=(self,), name=name, daemon=False)
         self._thread.start()
@@ -114,7 +127,13 @@ class _Queue:
     def put(self, job: Job) -> None:
         if not self._thread.is_alive():
             raise RuntimeError("a thread of the fabric has died")
+        self.num_put += 1
         self.jobs.put(job)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the job under way should have ended."""
+        return time.monotonic() > self.late_at
 
     def end(self) -> None:
         self.jobs.put(None)
@@ -157,28 +176,47 @@ class Fabric:
         if job.grant is None:
             self._copier.put(job)
             return
-        source = (job.grant.source, job.kv_format)
+        problem = self._fetch_from(job, job.grant.source)
+        if problem is not None:
+            logger.error("%s source=%s", problem, job.grant.source)
+            self._on_done(FetchDone(job.tag, (ReadResult.UNREACHABLE,) * len(job.wanted), 0.0))
+
+    def _fetch_from(self, job: FetchJob, name: str) -> str | None:
+        """Give a job to the fetcher of its source; returns why that cannot be."""
+        source = (name, job.kv_format)
         with self._lock:
             fetcher = self._fetchers.get(source)
             if fetcher is None and len(self._fetchers) < MAX_FETCHERS:
-                name = f"baton-fetch-{job.grant.source}"
-                fetcher = _Queue(name, lambda queue: self._fetch(source, queue))
+                fetcher = _Queue(f"baton-fetch-{name}", lambda queue: self._fetch(source, queue))
                 self._fetchers[source] = fetcher
-            if fetcher is not None:
-                fetcher.put(job)
-                return
-        logger.error("too many peers at once num=%d", MAX_FETCHERS)
-        self._on_done(FetchDone(job.tag, (ReadResult.UNREACHABLE,) * len(job.wanted), 0.0))
+            if fetcher is None:
+                return f"more than {MAX_FETCHERS} peers at once"
+            if fetcher.hangs:
+                return "a fetch has not returned at its deadline, so nothing more is asked for"
+            fetcher.put(job)
+            return None
+
+    def copied(self) -> tuple[int, bool]:
+        """How many jobs the copier has done, and whether there are more. Any thread may ask."""
+        num_done = self._copier.num_done
+        return num_done, num_done != self._copier.num_put
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a fetch has not returned at its deadline. Any thread may ask."""
+        with self._lock:
+            return any(fetcher.hangs for fetcher in self._fetchers.values())
 
     def stop(self) -> None:
-        """Answer every job submitted so far, then end the threads. Idempotent."""
+        """Answer every job submitted so far, then end the threads, but those that hang. Idempotent."""
         self._stopping = True
         with self._lock:
             queues = [self._copier, *self._fetchers.values()]
         for queue in queues:
             queue.end()
         for queue in queues:
-            queue.join()
+            if not queue.hangs:
+                queue.join()
         self._own.close()
 
     def _check(self) -> None:
@@ -190,7 +228,9 @@ class Fabric:
 
     def _copy(self, queue: _Queue) -> None:
         while (job := queue.jobs.get()) is not None:
-            self._on_done(self._answer(job, self._read_own))
+            done = self._answer(job, self._read_own)
+            queue.num_done += 1
+            self._on_done(done)
 
     def _fetch(self, source: _Source, queue: _Queue) -> None:
         opened: list[Transport] = []
@@ -212,7 +252,11 @@ class Fabric:
                     continue
                 if job is None:
                     return
-                self._on_done(self._answer(job, fetch))
+                assert isinstance(job, FetchJob)
+                queue.late_at = job.deadline + OVERDUE_AFTER_S
+                done = self._answer(job, fetch)
+                queue.late_at = math.inf
+                self._on_done(done)
         finally:
             for transport in opened:
                 transport.close()

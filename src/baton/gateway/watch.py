@@ -17,6 +17,12 @@ from baton.types import Pulse
 logger = logging.getLogger(__name__)
 
 
+def _how(frozen: Frozen) -> str:
+    if frozen.stuck_at is None:
+        return "silent"
+    return "stuck in a step" if frozen.stuck_at else "stuck, in no step of a request"
+
+
 class Watch:
     """Checks every `HEARTBEAT_S` from the first worker on; `on_frozen` is told of each, once."""
 
@@ -58,7 +64,7 @@ class Watch:
             logger.warning(
                 "worker id=%s stands still: %s for %.1f s",
                 frozen.worker_id,
-                "silent" if frozen.stuck_at is None else "stuck in a step",
+                _how(frozen),
                 frozen.for_s,
             )
             self._on_frozen(frozen)

@@ -63,7 +63,7 @@ def run(
         decisions.close()
     logging.shutdown()
     # The engine's and the fabric's threads may be stuck in whatever broke: do not wait for them.
-    if code != 0:
+    if code != 0 or worker.hangs:
         os._exit(code)
     return code
 

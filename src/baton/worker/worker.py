@@ -146,6 +146,11 @@ class Worker:
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(code)
 
+    @property
+    def hangs(self) -> bool:
+        """Whether a thread does not return: then the process can end only by force."""
+        return self._store.fabric.hangs
+
     def close(self) -> None:
         """Stop the threads and give back the memory. Only after a `run` that ended well."""
         self._loop_thread.stop()
