@@ -363,6 +363,8 @@ class SimWorker:
             beside = {chunk.seq.id for before, _ in self.runner._work for chunk in before.chunks}
             assert planned | beside == {seq_id}, "a suspect is not alone"
             assert scheduler._suspects[seq_id].leave, "a suspect did not wait for leave"
+        asks = any(told.begins for told in scheduler._update.alone)
+        assert not (asks and self.runner.pending), "leave is asked for beside a step in flight"
         active = (Status.RUNNING, Status.IMPORTING)
         assert sum(s.status in active for s in scheduler._suspects.values()) <= 1
         if before.suspect is not None and before.suspect.status is Status.RUNNING:

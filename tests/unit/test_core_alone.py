@@ -50,7 +50,6 @@ class Steps:
         self.told += update.alone
         asks = [told for told in update.alone if told.begins]
         for told in asks:
-            assert not self.worker.runner.pending, "something is in flight while leave is asked for"
             self.worker.scheduler.proceed((told.request_id, told.choice, told.attempt))
         return bool(asks)
 
