@@ -7,8 +7,8 @@ depends on nothing but the calls made here, and replays.
 
 Where another worker's store is believed to hold more of the prompt's beginning than the one that
 will compute it has, it is named as the lender, if fetching is predicted to take less time than
-computing. Both rates are what workers told of finished requests; until there are some, fetching is
-taken to be the cheaper. From such rates, too, come the seconds that are predicted of a placement
+computing. Both are what workers told of finished requests (of fetches, see `fetch_time`); until
+there are some, fetching is taken to be the cheaper. From such rates, too, come the seconds that are predicted of a placement
 (see `candidate`); those decide nothing.
 
 Keys are those of one class of workers. A worker of another class has other keys for the same
@@ -24,6 +24,7 @@ from typing import NamedTuple
 import msgspec
 
 from baton.core.candidate import Candidate, times
+from baton.core.fetch_time import FetchTime
 from baton.core.predicted import Predicted
 from baton.errors import Unavailable
 from baton.types import Role, StageTimes
@@ -79,7 +80,7 @@ class _Worker:
     __slots__ = (
         "context_tokens",
         "decode_token_s",
-        "fetch_block_s",
+        "fetch_time",
         "info",
         "known",
         "num_requests",
@@ -98,7 +99,7 @@ class _Worker:
         self.stored: OrderedDict[bytes, None] = OrderedDict()
         # None: not known yet. A block that is taken over had the time to come early.
         self.prefill_token_s: float | None = None
-        self.fetch_block_s: float | None = None
+        self.fetch_time = FetchTime()
         self.take_block_s: float | None = None
         self.decode_token_s: float | None = None
 
@@ -253,8 +254,7 @@ class Router:
         if best is None:
             return None
         compute_s = times(num_blocks * first.info.block_size, first.prefill_token_s)
-        fetch_s = times(num_blocks, first.fetch_block_s)
-        is_dearer = compute_s is not None and fetch_s is not None and fetch_s > compute_s
+        is_dearer = first.fetch_time.is_dearer(num_blocks, compute_s)
         return None if is_dearer else best.info.worker_id
 
     def timed(self, worker_id: str, told: StageTimes) -> None:
@@ -264,8 +264,8 @@ class Router:
             return
         rate = _learned(worker.prefill_token_s, told.prefill_s, told.num_prompt_computed)
         worker.prefill_token_s = rate
-        rate = _learned(worker.fetch_block_s, told.import_s, told.num_imported_blocks)
-        worker.fetch_block_s = rate
+        if told.num_imported_blocks > 0 and told.import_s > 0:
+            worker.fetch_time.observe(told.num_imported_blocks, told.import_s)
         rate = _learned(worker.decode_token_s, told.decode_s, told.num_decoded)
         worker.decode_token_s = rate
         placed = self._placed.get((told.request_id, told.choice))
