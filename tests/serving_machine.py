@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from sim_engine import Client, Frame, SimWorker, expected_tokens, make_config, make_request
 
-from baton.core.keys import chain, root_key
+from baton.core.keys import chain, extend_chain, root_key
+from baton.core.life import Content
 from baton.core.limits import SchedulerConfig
+from baton.core.offers import Offers
 from baton.core.plan import Update
 from baton.core.sequence import Status
 from baton.types import FinishReason, Handoff, Lend, Request, Sealed
@@ -80,7 +82,7 @@ class ServingMachine(RuleBasedStateMachine):
     )
     check = True
     alike = True
-    """Whether the workers have the same keys; if not, the gateway offers nothing early."""
+    """Whether the workers have the same keys; if not, what is offered is recast."""
     depth = 1
     max_settle_steps = 600
 
@@ -95,6 +97,7 @@ class ServingMachine(RuleBasedStateMachine):
         self.lent: list[Sealed] = []
         self.early = True  # whether what is sealed is offered to the decode worker
         self.seen: list[Handoff] = []
+        self.offers: dict[tuple[str, int, int], Offers] = {}  # of unlike workers
         self.disturbed = False  # a fault was injected: fallbacks are allowed
         self.export_failed = False
 
@@ -117,8 +120,8 @@ class ServingMachine(RuleBasedStateMachine):
                 continue
             if sealed.grant.source == "decode":
                 self.lent.append(sealed)
-            elif self.early and self.alike:
-                self.decode.scheduler.offer(sealed, self.now)
+            elif self.early and (offered := self.offered(client, sealed)):
+                self.decode.scheduler.offer(offered, self.now)
                 self.absorb(self.decode, self.decode.settle())
         for told in update.alone if update.alone else ():
             if told.begins:  # a gateway answers, sooner or later
@@ -129,6 +132,18 @@ class ServingMachine(RuleBasedStateMachine):
             client = self.clients[handoff.request_id]
             if handoff.attempt == client.request.attempt:
                 client.take_handoff(handoff)
+
+    def offered(self, client: Client, sealed: Sealed) -> Sealed | None:
+        """What a gateway makes of it, for the decode worker."""
+        if self.alike:
+            return sealed
+        if client.id not in self.offers:
+            contents = [
+                Content(c.fingerprint, c.numerics, c.kv_format.block_size, c.kv_format)
+                for c in (self.prefill_config, self.decode_config)
+            ]
+            self.offers[client.id] = Offers(*contents, client.request.salt, extend_chain)
+        return self.offers[client.id].add(sealed, (*client.request.prompt, *client.received))
 
     def send(self, worker: SimWorker, request: Request) -> None:
         self.home[request.id] = worker

@@ -191,13 +191,26 @@ class Handoff(msgspec.Struct, frozen=True):
     frames: tuple[int, ...]
 
 
+class Recast(msgspec.Struct, frozen=True):
+    """What blocks become at a reader whose own are others.
+
+    kv_format and numerics are the writer's. keys: those that the reader has for its own full blocks
+    of these tokens, from its block `first` of the sequence on.
+    """
+
+    kv_format: KvFormat
+    numerics: str
+    first: int
+    keys: tuple[bytes, ...]
+
+
 class Sealed(msgspec.Struct, frozen=True):
     """Full blocks of one prompt that lie sealed in a store, and the grant that opens them.
 
     keys, digests and frames have one entry per block, in sequence order, the first of which is
     block `first` of the sequence. What a worker says of a prompt that it computes and hands off,
     or when it is asked to lend what its store holds (`Lend`); the gateway passes it to whoever may
-    want to read.
+    want to read, with `recast` if its blocks are of another form.
     """
 
     request_id: str
@@ -208,6 +221,7 @@ class Sealed(msgspec.Struct, frozen=True):
     keys: tuple[bytes, ...]
     digests: tuple[bytes, ...]
     frames: tuple[int, ...]
+    recast: Recast | None = None
 
 
 class Landed(msgspec.Struct, frozen=True):

@@ -118,7 +118,7 @@ def _unlike(prefill_size: int, decode_size: int, **changes: object) -> type[Serv
 def test_blocks_of_unlike_workers(
     prefill_size: int, decode_size: int, changes: dict[str, object]
 ) -> None:
-    total = _run(_unlike(prefill_size, decode_size, **changes), 60)
+    total = _run(_unlike(prefill_size, decode_size, **changes), 120)
     for name in ("preemptions", "prefix_hit_tokens", "imported_blocks", "converted_blocks",
                  "aborts", "fallback_import_missing", "fallback_import_corrupt"):  # fmt: skip
         assert total[name], f"no {name} in all examples"

@@ -19,8 +19,11 @@ from baton.core.block_pool import BlockPool
 from baton.core.codec_choice import RAW
 from baton.core.imports import OK, OVERDUE, READ_WINDOW
 from baton.core.keys import lossy_key
-from baton.core.plan import ImportOrder, WantedBlock
-from baton.types import Landed, Sealed
+from baton.core.limits import SchedulerConfig
+from baton.core.plan import ImportOrder, Recut, WantedBlock
+from baton.core.recut import recut_sealed
+from baton.core.unlike import can_take, origin
+from baton.types import Landed, Recast, Sealed
 
 
 class EarlyFetches:
@@ -29,9 +32,11 @@ class EarlyFetches:
     Counters: `early_blocks` that arrived whole; `early_lost_<reason>`, blocks that did not.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, counters: Counter[str]) -> None:
+    def __init__(
+        self, config: SchedulerConfig, pool: BlockPool, counters: Counter[str]
+    ) -> None:
+        self._config = config
         self._pool = pool
-        self._block_size = block_size
         self._counters = counters
         self._orders: dict[int, ImportOrder] = {}
         self._offers: dict[int, Sealed] = {}
@@ -49,8 +54,11 @@ class EarlyFetches:
         self, sealed: Sealed, codec: str, num_spare: int, now: float, number: int
     ) -> ImportOrder | None:
         """Fetch those of the offered blocks that are not here, into at most `num_spare` blocks."""
+        if sealed.recast is not None:
+            return self._offer_unlike(sealed, sealed.recast, num_spare, now, number)
+        size = self._config.kv_format.block_size
         places = zip(sealed.keys, sealed.frames, sealed.digests, strict=False)
-        under_way, pool, size = self._keys, self._pool, self._block_size
+        under_way, pool = self._keys, self._pool
         missing = [
             (index, *place)
             for index, place in enumerate(places, sealed.first)
@@ -66,8 +74,50 @@ class EarlyFetches:
                 for block, (index, key, frame, digest) in zip(blocks, missing, strict=True)
             ]
         )
+        return self._order(sealed, now, number, wanted, codec)
+
+    def _offer_unlike(
+        self, sealed: Sealed, recast: Recast, num_spare: int, now: float, number: int
+    ) -> ImportOrder | None:
+        """The same, of blocks that become ours on the way. They come raw."""
+        config, pool = self._config, self._pool
+        if not can_take(config, recast):
+            return None
+        ours, theirs = config.kv_format.block_size, recast.kv_format.block_size
+        kv_class = origin(config, recast)
+        begin, end = sealed.first * theirs, (sealed.first + len(sealed.keys)) * theirs
+        missing = [
+            (index, key)
+            for index, exact in enumerate(recast.keys, recast.first)
+            if begin <= index * ours
+            and (index + 1) * ours <= end
+            and (key := lossy_key(exact, kv_class) if kv_class else exact) not in self._keys
+            and key not in pool
+        ][: max(0, num_spare)]
+        if not missing:
+            return None
+        blocks = pool.allocate(len(missing))
+        wanted = tuple(
+            [
+                WantedBlock(index, block, key, 0, b"", ours)
+                for block, (index, key) in zip(blocks, missing, strict=True)
+            ]
+        )
+        indices = [index for index, _ in missing]
+        cut = recut_sealed(sealed, recast.kv_format, config.kv_format, indices)
+        return self._order(sealed, now, number, wanted, RAW, cut)
+
+    def _order(
+        self,
+        sealed: Sealed,
+        now: float,
+        number: int,
+        wanted: tuple[WantedBlock, ...],
+        codec: str,
+        cut: Recut | None = None,
+    ) -> ImportOrder:
         deadline = now + sealed.grant.ttl_s * READ_WINDOW
-        order = ImportOrder(number, None, sealed.grant, wanted, deadline, codec)
+        order = ImportOrder(number, None, sealed.grant, wanted, deadline, codec, cut)
         self._orders[number] = order
         self._offers[number] = sealed
         self._keys.update(_class_key(want.key, codec) for want in wanted)
@@ -91,6 +141,8 @@ class EarlyFetches:
         num_landed = results.count(OK)
         if order.codec != RAW:
             self._counters[f"lossy_blocks_{order.codec}"] += num_landed
+        if order.recut is not None:
+            self._counters["converted_blocks"] += num_landed
         self._counters["early_blocks"] += num_landed
         if not num_landed:
             return None

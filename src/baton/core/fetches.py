@@ -20,6 +20,7 @@ from collections import Counter
 import msgspec
 
 from baton.core.block_pool import BlockPool
+from baton.core.codec_choice import RAW
 from baton.core.early import EarlyFetches
 from baton.core.imports import OK, ImportTable
 from baton.core.limits import SchedulerConfig
@@ -56,7 +57,7 @@ class Fetches:
     ) -> None:
         self._config = config
         self.imports = ImportTable(config, pool, index, counters)
-        self.early = EarlyFetches(pool, config.kv_format.block_size, counters)
+        self.early = EarlyFetches(config, pool, counters)
         self.links = LinkTable(config)
         self.arriving: dict[SequenceId, Sequence] = {}
         self.orders: list[ImportOrder] = []
@@ -88,7 +89,9 @@ class Fetches:
     def offer(self, sealed: Sealed, num_spare: int, now: float) -> None:
         """Fetch what a peer has sealed and is not here, into at most `num_spare` blocks."""
         seq_id = (sealed.request_id, sealed.choice, sealed.attempt)
-        codec = self.links.codec(seq_id, sealed.grant.source)
+        codec = RAW  # none was measured for another form
+        if sealed.recast is None:
+            codec = self.links.codec(seq_id, sealed.grant.source)
         order = self.early.offer(sealed, codec, num_spare, now, self._num_ordered)
         if order is not None:
             self._num_ordered += 1

@@ -34,10 +34,11 @@ import msgspec
 from baton.core.blame import blame, blame_without_a_word, leave
 from baton.core.counters import new_request_counters
 from baton.core.held_leases import HeldLeases
-from baton.core.instructions import Ask, Instruction, Offer, Outcome, Release, Submit, Withdraw
+from baton.core.instructions import Ask, Instruction, Outcome, Release, Submit, Withdraw
 from baton.core.keys import ExtendKeys, extend_chain
 from baton.core.life import LEGS, Content, HandoffPolicy, Life, Phase, Timers
 from baton.core.members import Members
+from baton.core.offers import offers
 from baton.core.router import Router, WorkerInfo
 from baton.core.sequence import SequenceId
 from baton.errors import DeadlineExceeded, Internal, ServeError, Unavailable, WorkerLost, from_wire
@@ -165,8 +166,8 @@ class RequestTable:
             return
         elif life.phase is Phase.FIRST and worker_id == placement.prefill:
             self._held.hold(life, worker_id, grant_id, now)
-            if self._policy.fetch_early and self._members.are_alike(worker_id, placement.decode):
-                self._tell(Offer(placement.decode, sealed))
+            if self._policy.fetch_early:
+                self._outcome.instructions += offers(self._members, life, sealed, self._extend_keys)
             return
         self._tell(Release(worker_id, grant_id))  # a lender that was late, for one
 
@@ -188,8 +189,7 @@ class RequestTable:
             return
         if delta.token_ids:
             if delta.first_index != len(life.tokens):
-                count = len(life.tokens)
-                what = f"worker {worker_id} sent token {delta.first_index} after {count}"
+                what = f"worker {worker_id} sent token {delta.first_index}, not {len(life.tokens)}"
                 self._fail(life, Internal(what, stage="decode"), now)
                 return
             if not life.drew:

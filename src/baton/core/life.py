@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import heapq
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,7 +17,10 @@ from baton.core.alone import has_got_on
 from baton.core.keys import ExtendKeys, extend_chain, root_key
 from baton.core.router import Placement
 from baton.errors import ServeError, WireError
-from baton.types import FinishReason, Handoff, Request, Sealed
+from baton.types import FinishReason, Handoff, KvFormat, Request, Sealed
+
+if TYPE_CHECKING:
+    from baton.core.offers import Offers
 
 
 class Phase(enum.Enum):
@@ -53,11 +57,12 @@ class HandoffPolicy(msgspec.Struct, frozen=True):
 
 
 class Content(msgspec.Struct, frozen=True):
-    """What the keys of a worker's blocks depend on (see `keys.root_key`)."""
+    """What the keys of a worker's blocks depend on (see `keys.root_key`), and their form, if known."""
 
     fingerprint: bytes
     numerics: str
     block_size: int
+    kv_format: KvFormat | None = None
 
 
 class Life:
@@ -93,6 +98,7 @@ class Life:
         "num_early_blocks",
         "num_landed",
         "num_placed_keys",
+        "offers",
         "phase",
         "placement",
         "received",
@@ -120,6 +126,7 @@ class Life:
         self.num_landed = 0
         self.num_crashes = 0  # steps that took their worker with them, since it got on alone
         self.blamed: set[int] = set()  # attempts that were in such steps
+        self.offers: Offers | None = None  # of the present attempt, if they must be recast
         self.is_alone = False  # its worker makes no steps but those of the present leg
         self.leg_start = 0  # tokens that there were when the present leg began
         self.loss: ServeError | None = None  # why it waits to be placed again
@@ -149,6 +156,7 @@ class Life:
         self.key_class = key_class
         self.drew = False
         self.num_landed = 0
+        self.offers = None
 
     def borrows_from(self, worker_id: str) -> bool:
         """Whether it waits for this worker's answer."""

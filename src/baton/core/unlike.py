@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from baton.core.limits import SchedulerConfig
-from baton.types import Handoff, KvFormat
+from baton.types import Handoff, KvFormat, Recast
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """The types between which KV can be converted, with their sizes."""
@@ -73,21 +73,21 @@ def end_of(config: SchedulerConfig) -> End:
     return End(config.fingerprint, config.numerics, config.kv_format)
 
 
-def is_like(config: SchedulerConfig, handoff: Handoff) -> bool:
+def is_like(config: SchedulerConfig, handoff: Handoff | Recast) -> bool:
     """Whether the handoff's blocks are as ours: their keys are ours, their bytes are taken over."""
     return (handoff.kv_format, handoff.numerics) == (config.kv_format, config.numerics)
 
 
-def can_take(config: SchedulerConfig, handoff: Handoff) -> bool:
+def can_take(config: SchedulerConfig, handoff: Handoff | Recast) -> bool:
     """Whether its blocks can be used here, as they are or converted.
 
-    Nothing is said of the weights: the handoff's keys tell them.
+    Nothing is said of the weights: the keys tell them.
     """
     theirs = End(config.fingerprint, handoff.numerics, handoff.kv_format)
     return misfit(theirs, end_of(config)) is None
 
 
-def origin(config: SchedulerConfig, handoff: Handoff) -> str:
+def origin(config: SchedulerConfig, handoff: Handoff | Recast) -> str:
     """The name of the class of what is computed from these blocks here; "" if it is our own.
 
     Blocks that were only cut anew have the bits that we would have computed.

@@ -139,7 +139,7 @@ class PlacingDispatcher:
             hello.keeps_blocks,
             key_class=f"{hello.numerics}/{fmt.dtype}/{fmt.block_size}",
         )
-        content = Content(hello.fingerprint, hello.numerics, fmt.block_size)
+        content = Content(hello.fingerprint, hello.numerics, fmt.block_size, fmt)
         self.watch.joined(hello.worker_id)
         self.auditor.joined(hello.worker_id, hello.role)
         self._table.join(info, content, time.monotonic())
