@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from faults.served import SMALL, Victim, make_long_model, prompt_of
+from faults.served import LONG, SMALL, Victim, make_long_model, prompt_of
 
 PROMPTS = [prompt_of(length, seed) for seed, length in enumerate((1, 15, 16, 17, 33, 200, 700))]
 NUM_TOKENS = 12
@@ -43,15 +43,35 @@ def test_another_block_size_changes_no_token(
         served.until(served.is_idle)
         output = served.output
     assert of_decode["prompt_tokens_computed"] == 0
-    assert of_decode["converted_blocks"] == of_decode["imported_blocks"]
-    assert of_decode["converted_blocks"] == sum(-(-len(prompt) // ours) for prompt in PROMPTS)
-    # Nothing of it was offered early, and nothing was lost.
-    assert not {name for name, total in of_decode.items() if name.startswith("early_") and total}
+    num_came = of_decode["imported_blocks"] + of_decode["early_blocks"]
+    assert of_decode["converted_blocks"] == num_came
+    assert num_came == sum(-(-len(prompt) // ours) for prompt in PROMPTS)
+    lost = {name for name, total in of_decode.items() if name.startswith("early_lost") and total}
+    assert not lost
     assert f"name={'tcp' if way else 'shm'}" in output
     # What the workers cannot use as it is can be measured all the same.
     pairs = {(link["source"], link["reader"]) for link in check["links"]}
     assert ("prefill-0", "decode-0") in pairs
     assert [link["problem"] for link in check["links"]] == [""] * len(check["links"])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "dtype"), [(16, 32, "float32"), (24, 16, "float32"), (16, 16, "bfloat16")]
+)
+def test_most_of_it_arrives_before_the_last_chunk_is_computed(
+    model: Path, expected: list[list[int]], theirs: int, ours: int, dtype: str
+) -> None:
+    flags = (*SMALL, *LONG, *flags_of("block-size", theirs, ours), "--decode.dtype", dtype)
+    with Victim.start(model, "1P1D", *flags) as served:
+        tokens = served.ask(PROMPTS[-1], NUM_TOKENS)  # 44 chunks
+        (waterfall,) = served.requests()
+        of_decode = served.counters()["decode-0"]
+    assert dtype != "float32" or tokens == expected[-1]
+    num_blocks = -(-700 // ours)
+    assert waterfall["num_early_blocks"] >= 0.8 * num_blocks
+    assert of_decode["early_blocks"] + of_decode["imported_blocks"] == num_blocks
+    assert of_decode["converted_blocks"] == num_blocks
+    assert of_decode["prompt_tokens_computed"] == 0
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("float32", "bfloat16"), ("bfloat16", "float16")])

@@ -120,6 +120,7 @@ def test_blocks_of_unlike_workers(
 ) -> None:
     total = _run(_unlike(prefill_size, decode_size, **changes), 120)
     for name in ("preemptions", "prefix_hit_tokens", "imported_blocks", "converted_blocks",
-                 "aborts", "fallback_import_missing", "fallback_import_corrupt"):  # fmt: skip
+                 "early_blocks", "aborts", "fallback_import_missing",
+                     "fallback_import_corrupt"):  # fmt: skip
         assert total[name], f"no {name} in all examples"
     assert not total["fallback_import_format"]

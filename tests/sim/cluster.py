@@ -327,7 +327,8 @@ class Cluster:
             if delta.error.code == "worker_lost":
                 # Whoever is stuck twice may be the cause; only a poisoned one takes workers along.
                 # One that was alone when its worker was killed cannot be told from that.
-                guilty = delta.request_id in {*self.poison, *self.was_alone} or self.hits["hang"] > 1
+                suspects = {*self.poison, *self.was_alone}
+                guilty = delta.request_id in suspects or self.hits["hang"] > 1
                 assert guilty or self.hits["part"], "an innocent request ended for another"
                 return
             assert delta.error.code == "transfer_failed", delta.error

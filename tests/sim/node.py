@@ -168,7 +168,7 @@ class Node:
         self.later(read_at, read)
 
     def _stall(self, order: ImportOrder) -> None:
-        """It writes to its blocks whenever it likes, and is acknowledged long after its deadline."""
+        """It writes to its blocks whenever it likes, and is acknowledged long after."""
         cluster = self.cluster
         late_s = max(0.0, order.deadline - cluster.now) + OVERDUE_AFTER_S
         late_s += cluster.rng.uniform(0.0, 8.0)

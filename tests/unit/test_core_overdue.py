@@ -1,4 +1,4 @@
-"""Fetches that do not end at their deadlines: what waited for them goes on without, in other blocks."""
+"""Fetches that do not end: what waited for them goes on without, in other blocks."""
 
 from __future__ import annotations
 

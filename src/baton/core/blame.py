@@ -1,8 +1,8 @@
 """Who may have been the cause when a worker is lost: what the gateway's books say.
 
-    with last words       what it names was in the step that failed
-    without a word        a suspect that was alone: it was that one (`alone`); if there was none, any
-                          leg that it had may have been, so all are suspects, and none is convicted
+    with last words    what it names was in the step that failed
+    without a word     a suspect that was alone: it was that one (`alone`); if there was none, any
+                       leg that it had may have been, so all are suspects, and none is convicted
 
 So a request ends by this only if it was in two such steps for certain, or in one after it may have
 been in another; and what stood still beside a suspect counts for nothing.

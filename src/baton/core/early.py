@@ -32,9 +32,7 @@ class EarlyFetches:
     Counters: `early_blocks` that arrived whole; `early_lost_<reason>`, blocks that did not.
     """
 
-    def __init__(
-        self, config: SchedulerConfig, pool: BlockPool, counters: Counter[str]
-    ) -> None:
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, counters: Counter[str]) -> None:
         self._config = config
         self._pool = pool
         self._counters = counters

@@ -31,7 +31,6 @@ from baton.core.store_index import StoreIndex
 from baton.core.unlike import is_like, origin
 from baton.types import Landed, Sealed
 
-
 OVERDUE_AFTER_S = 3.0
 """After a fetch's deadline; on a busy machine its answer may come late by some of it."""
 

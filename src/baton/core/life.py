@@ -57,7 +57,7 @@ class HandoffPolicy(msgspec.Struct, frozen=True):
 
 
 class Content(msgspec.Struct, frozen=True):
-    """What the keys of a worker's blocks depend on (see `keys.root_key`), and their form, if known."""
+    """What the keys of a worker's blocks depend on (see `keys.root_key`); their form, if known."""
 
     fingerprint: bytes
     numerics: str

@@ -62,9 +62,7 @@ class Offers:
         )
 
 
-def offers(
-    members: Members, life: Life, sealed: Sealed, extend_keys: ExtendKeys
-) -> list[Offer]:
+def offers(members: Members, life: Life, sealed: Sealed, extend_keys: ExtendKeys) -> list[Offer]:
     """What follows from blocks that the prefill worker of the present placement has sealed."""
     placement = life.placement
     if placement is None or placement.prefill is None:
@@ -75,7 +73,7 @@ def offers(
     if not all(end in members for end in ends):
         return []
     if life.offers is None:
-        contents = map(members.content, ends)
-        life.offers = Offers(*contents, life.request.salt, extend_keys)
+        writer, reader = map(members.content, ends)
+        life.offers = Offers(writer, reader, life.request.salt, extend_keys)
     found = life.offers.add(sealed, (*life.request.prompt, *life.tokens))
     return [] if found is None else [Offer(placement.decode, found)]

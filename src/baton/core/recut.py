@@ -23,7 +23,9 @@ def recut(handoff: Handoff, target: KvFormat, indices: Sequence[int]) -> Recut:
     return _recut(handoff.kv_format, handoff, 0, handoff.num_tokens, target, indices)
 
 
-def recut_sealed(sealed: Sealed, source: KvFormat, target: KvFormat, indices: Sequence[int]) -> Recut:
+def recut_sealed(
+    sealed: Sealed, source: KvFormat, target: KvFormat, indices: Sequence[int]
+) -> Recut:
     """As `recut`, of full blocks in the form `source`, which cover our blocks `indices`."""
     num_tokens = (sealed.first + len(sealed.keys)) * source.block_size
     return _recut(source, sealed, sealed.first, num_tokens, target, indices)

@@ -8,8 +8,8 @@ depends on nothing but the calls made here, and replays.
 Where another worker's store is believed to hold more of the prompt's beginning than the one that
 will compute it has, it is named as the lender, if fetching is predicted to take less time than
 computing. Both are what workers told of finished requests (of fetches, see `fetch_time`); until
-there are some, fetching is taken to be the cheaper. From such rates, too, come the seconds that are predicted of a placement
-(see `candidate`); those decide nothing.
+there are some, fetching is taken to be the cheaper. From such rates, too, come the seconds that are
+predicted of a placement (see `candidate`); those decide nothing.
 
 Keys are those of one class of workers. A worker of another class has other keys for the same
 prompt, so nothing is believed of what it holds.

@@ -56,7 +56,5 @@ class Stop(msgspec.Struct, frozen=True):
     """End the loop after this turn."""
 
 
-Message = (
-    Submit | Abort | Proceed | Offer | Wire | Lend | Renew | Release | Drain | Stop | Done
-)
+Message = Submit | Abort | Proceed | Offer | Wire | Lend | Renew | Release | Drain | Stop | Done
 Inbox = SimpleQueue[Message]

@@ -208,7 +208,7 @@ class Fabric:
             return any(fetcher.hangs for fetcher in self._fetchers.values())
 
     def stop(self) -> None:
-        """Answer every job submitted so far, then end the threads, but those that hang. Idempotent."""
+        """Answer every job submitted so far, but those of threads that hang. Idempotent."""
         self._stopping = True
         with self._lock:
             queues = [self._copier, *self._fetchers.values()]

@@ -15,7 +15,16 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from baton.core.handoff import RequestTable
-from baton.core.instructions import Ask, Instruction, Offer, Proceed, Release, Renew, Submit, Withdraw
+from baton.core.instructions import (
+    Ask,
+    Instruction,
+    Offer,
+    Proceed,
+    Release,
+    Renew,
+    Submit,
+    Withdraw,
+)
 from baton.core.life import Content, HandoffPolicy, Life
 from baton.core.liveness import PATIENCE_S, Frozen
 from baton.core.router import Router, WorkerInfo

@@ -164,8 +164,7 @@ class WorkerLink:
         self._abort.append(Abort(request_id, choice, attempt))
         self._news.set()
 
-    def proceed(self, request_id: str, choice: int, attempt: int) -> None:
-        """Let a suspect make steps of its own."""
+    def proceed(self, request_id: str, choice: int, attempt: int) -> None:  # see core.alone
         self._proceed.append((request_id, choice, attempt))
         self._news.set()
 
@@ -333,8 +332,9 @@ class WorkerLink:
         self._acked = self._received
         self._peers = None
         lists: tuple[list[Any], ...] = (self._offer, self._lend, self._measure, self._submit)
-        for sent in (*lists, self._abort, self._proceed, self._renew, self._release):
+        for sent in (*lists, self._abort, self._proceed):
             sent.clear()
+        self._renew, self._release = {}, {}
         self._drain = False
 
     def _append(self, message: Instructions) -> None:
