@@ -34,10 +34,19 @@ def test_most_of_a_long_prompt_arrives_before_its_last_chunk_is_computed(
 def test_the_next_turn_of_a_chat_computes_its_new_text_only(
     model: Path, expected: Victim, layout: str, num_prompt: int, num_answer: int
 ) -> None:
-    # Each in a deployment of its own: once a worker has fetched, its router knows what fetching
-    # takes, and may find it quicker to compute the turn anew with so small a model.
+    # Each in a deployment of its own: where a worker has fetched, its router knows what fetching
+    # takes, and may rightly find it quicker to compute the turn anew with so small a model.
     with Victim.start(model, layout, *SMALL) as served:
         check_next_turn(served, expected, prompt_of(num_prompt, num_prompt), num_answer)
+
+
+def test_so_it_is_where_short_turns_were_fetched_before(model: Path, expected: Victim) -> None:
+    """A fetch of one block takes as long as one of many, nearly, and must not make that seem dear.
+    In steps of 4 tokens even this model takes longer to compute hundreds than to fetch them."""
+    slow = ("--engine.max-num-batched-tokens", "4", "--engine.max-num-seqs", "4")
+    with Victim.start(model, "1P1D", *SMALL, *slow) as served:
+        for seed, (num_prompt, num_answer) in enumerate([(200, 20), (210, 400), (220, 300)]):
+            check_next_turn(served, expected, prompt_of(num_prompt, 30 + seed), num_answer)
 
 
 def check_next_turn(served: Victim, expected: Victim, history: list[int], num_answer: int) -> None:

@@ -168,3 +168,15 @@ def test_the_address_is_the_gateways_word(runtime_dir: Path, stack: contextlib.E
     assert reader.fetch() is ReadResult.UNREACHABLE
     assert reader.ways._tcp_peer("p0") is None
     assert reader.ways._nixl_address("p1") is None, "it has no door there"
+
+
+def test_that_a_source_is_unlike_is_told_once_with_the_reasons(
+    runtime_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ways = Reader(runtime_dir).ways
+    other = KvFormat(32, "float32", 2, 2, 8, 8192)
+    for source, kv_format in (("p0", other), ("p0", None), ("p0", other), ("p1", other)):
+        ways.to(source, kv_format).close()
+    told = [message for message in caplog.messages if "unlike ours" in message]
+    assert [message.split()[2] for message in told] == ["source=p0", "source=p1"]
+    assert "raw" in told[0] and "no prefix is lent" in told[0]

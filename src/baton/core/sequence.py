@@ -40,8 +40,9 @@ class Sequence:
     `num_scheduled` (tokens computed or being computed) and `num_expected` (tokens there or being
     drawn) run ahead of `num_computed` and `num_tokens`; else they are equal to them. `codec` is
     that of the KV it took over, `origin` names whose arithmetic that KV comes from if it is not our
-    own; what it computes from that is of the same numerics class. `leave` is for suspects: None,
-    asked for (False), or given (`alone`). Times are the caller's monotonic seconds, 0.0 until known.
+    own; what it computes from that is of the same numerics class. `leave` is a suspect's: None,
+    asked for (False), or given (see `alone`). Times are the caller's monotonic seconds, 0.0 until
+    known.
     """
 
     __slots__ = (

@@ -34,8 +34,8 @@ EVENTS: dict[str, str] = {
     "restored_blocks": "Blocks that came back from this worker's own store.",
     "early_blocks": "Blocks fetched, and verified, before the sequence that needs them came.",
     "lossy_blocks_*": "Of these two, blocks that came in the lossy codec of the ending.",
-    "converted_blocks": "Of the imported ones, blocks that were made of a worker's whose blocks "
-    "are unlike: of another size, type or device.",
+    "converted_blocks": "Of the imported and the early ones, blocks that were made of a worker's "
+    "whose blocks are unlike: of another size, type or device.",
     "early_lost_*": "Blocks that could not be fetched early; the ending says why. They are asked "
     "for again. 0 without faults.",
     "blocks_by_*": "Blocks fetched from other workers over `shm`, `tcp` or `nixl`, and verified.",
@@ -65,7 +65,7 @@ REQUEST_EVENTS: dict[str, str] = {
     "a worker, were used up. 0 without faults.",
     "workers_silent": "Workers that nothing was heard of for too long; their requests were placed "
     "again. 0 without faults.",
-    "workers_stuck": "Workers whose step did not get on for too long; the same. 0 without faults.",
+    "workers_stuck": "Workers whose step, or copies, did not get on for too long; the same. 0 without faults.",
     "workers_thawed": "Of these two, workers that went on.",
 }
 """What the label `event` of `GATEWAY_EVENTS` may be."""

@@ -60,6 +60,7 @@ class Ways:
         self._tls = client_context(config.block_tls) if config.block_tls else None
         self._lock = threading.Lock()
         self._counters: dict[str, int] = {}
+        self._unlike: set[tuple[str, KvFormat]] = set()  # sources of which that was told
 
     def to(self, source: str, kv_format: KvFormat | None = None) -> Transport:
         """The way to a source; for one thread, which closes it.
@@ -67,9 +68,21 @@ class Ways:
         kv_format: of the blocks that it is to fetch; None is ours.
         """
         if kv_format is not None:
-            ours = self._kv_format
-            logger.info("blocks of source=%s are unlike ours: %s, not %s", source, kv_format, ours)
+            self._tell_unlike(source, kv_format)
         return _Way(self, kv_format or self._kv_format)
+
+    def _tell_unlike(self, source: str, kv_format: KvFormat) -> None:
+        with self._lock:
+            if (source, kv_format) in self._unlike:
+                return
+            self._unlike.add((source, kv_format))
+        logger.info(
+            "blocks of source=%s are unlike ours: %s, not %s; so they come raw, as codecs are measured "
+            "on blocks of one form, and no prefix is lent, as the keys are others",
+            source,
+            kv_format,
+            self._kv_format,
+        )
 
     def choose(self, grant: Grant, kv_format: KvFormat) -> tuple[str, Transport]:
         """The transport for blocks of this form from the source of `grant` now, by name."""
