@@ -361,3 +361,17 @@ def test_the_copier_tells_how_far_it_is(fabric: Fixture) -> None:
     fabric.answer()
     fabric.answer()
     assert fabric.thread.copied() == (3, False)
+
+
+def test_stop_does_not_wait_for_a_fetch_that_comes_to_hang_meanwhile(
+    fabric: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thread, "OVERDUE_AFTER_S", 0.1)
+    fabric.transport.gate.clear()
+    fabric.thread.fetch(FetchJob("hangs", GRANT, (), time.monotonic() + 0.3))
+    stopped = time.monotonic()
+    fabric.thread.stop()
+    assert 0.3 < time.monotonic() - stopped < 5
+    assert fabric.inbox.empty()
+    fabric.transport.gate.set()
+    assert fabric.answer().tag == "hangs"

@@ -180,13 +180,13 @@ class ImportTable:
         self._pool.release([want.block for want in order.wanted])
         if order.grant is None:
             self._unhold(order, results)
+        if number in self.given_up:
+            self.given_up.discard(number)
+            return None
         if order.codec != RAW:
             self._counters[f"lossy_blocks_{order.codec}"] += results.count(OK)
         if order.recut is not None:
             self._counters["converted_blocks"] += results.count(OK)
-        if number in self.given_up:
-            self.given_up.discard(number)
-            return None
         waiting = self._imports[order.seq_id]
         waiting.results.update(zip((want.index for want in order.wanted), results, strict=True))
         waiting.num_orders -= 1

@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 REST_AFTER_S: Final = 2.0
 MAX_FETCHERS: Final = 256
+_LOOK_S: Final = 0.2
+"""Between two looks at a thread that is to end, and may hang."""
 
 
 class ExportJob(msgspec.Struct, frozen=True, eq=False):
@@ -139,7 +141,9 @@ class _Queue:
         self.jobs.put(None)
 
     def join(self) -> None:
-        self._thread.join()
+        """Wait for the thread's end, unless it hangs."""
+        while self._thread.is_alive() and not self.hangs:
+            self._thread.join(_LOOK_S)
 
 
 class Fabric:
@@ -215,8 +219,7 @@ class Fabric:
         for queue in queues:
             queue.end()
         for queue in queues:
-            if not queue.hangs:
-                queue.join()
+            queue.join()
         self._own.close()
 
     def _check(self) -> None:

@@ -65,7 +65,8 @@ REQUEST_EVENTS: dict[str, str] = {
     "a worker, were used up. 0 without faults.",
     "workers_silent": "Workers that nothing was heard of for too long; their requests were placed "
     "again. 0 without faults.",
-    "workers_stuck": "Workers whose step, or copies, did not get on for too long; the same. 0 without faults.",
+    "workers_stuck": "Workers whose step, or copies, did not get on for too long; the same. "
+    "0 without faults.",
     "workers_thawed": "Of these two, workers that went on.",
 }
 """What the label `event` of `GATEWAY_EVENTS` may be."""

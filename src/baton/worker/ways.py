@@ -77,8 +77,8 @@ class Ways:
                 return
             self._unlike.add((source, kv_format))
         logger.info(
-            "blocks of source=%s are unlike ours: %s, not %s; so they come raw, as codecs are measured "
-            "on blocks of one form, and no prefix is lent, as the keys are others",
+            "blocks of source=%s are unlike ours: %s, not %s; they come raw, as codecs are "
+            "measured on blocks of one form, and no prefix is lent, as the keys are others",
             source,
             kv_format,
             self._kv_format,
