@@ -127,3 +127,17 @@ def test_what_is_quicker_to_compute_is_computed() -> None:
     lenders = [chat(router, f"c{n}", 20 + n % 5, 1e-5) for n in range(40)]
     assert lenders[0] == "d0"
     assert 0 < sum(lender is not None for lender in lenders[2:]) <= 4, "but for tests of that"
+
+
+def test_one_request_has_one_lender() -> None:
+    """Where the prompt's worker is busy, another one borrows the prompt of it, not the answer too."""
+    router = pair()
+    router.join(WorkerInfo("p1", Role.PREFILL, 1, 1000, BLOCK_SIZE, 1000, keeps_blocks=True))
+    prompt, answer = [b"x0", b"x1", b"x2"], [b"y0", b"y1"]
+    assert router.place("x", 0, 12, prompt).prefill == "p0"
+    router.prefilled("x", 0)
+    router.kept("d0", answer)
+    router.finished("x", 0)
+    router.place("z", 0, 10_000, [b"z%d" % n for n in range(2500)])
+    busy = router.place("x++", 0, 20, [*prompt, *answer])
+    assert (busy.prefill, busy.lender, busy.first_lent) == ("p1", "p0", 0)
