@@ -12,6 +12,7 @@
 
 #include "attention_frame.h"
 #ifdef __AMX_BF16__
+#include "attention_few.h"
 #include "attention_tiles.h"
 #endif
 
@@ -120,7 +121,8 @@ inline void gather(const Walk& w, const Context& block, int64_t h, Scratch& c) {
 template <class T>
 inline void attend_block(const Walk& w, const Context& block, Scratch& c) {
 #ifdef __AMX_BF16__
-    if constexpr (kInTiles<T>) return attend_block_in_tiles(w, block, c);
+    if constexpr (kInTiles<T>)
+        return is_few(w) ? attend_block_of_few(w, block, c) : attend_block_in_tiles(w, block, c);
 #endif
     int64_t tokens = rounded<T>(block.count);
     for (int64_t h = 0; h < w.item.heads; ++h) score<T>(w, block, h, c);
@@ -141,13 +143,17 @@ void walk_segment(const Walk& w, const Walk& next, int64_t segment, Scratch& c) 
     block.begin<Value>(w, next, first);
     for (int64_t at = first; at < limit; at += kContext) {
         if (at > first) block.advance<Value>(w, next, at);
-        for (int64_t r = 0; r < w.rows(); ++r) {
-            int64_t position = w.position(r % w.item.rows);
+        for (int64_t r = 0; r < w.item.rows; ++r) {
+            int64_t position = w.position(r);
             int64_t from = w.layer.window ? position - w.layer.window + 1 - at : 0;
             int64_t to = position + 1 - at;
             bool none = to <= 0 || from >= kContext;
             c.from[r] = none ? kContext : from > 0 ? from : 0;
             c.to[r] = none ? 0 : to < kContext ? to : kContext;
+        }
+        for (int64_t r = w.item.rows; r < w.rows(); ++r) {  // under the other heads alike
+            c.from[r] = c.from[r - w.item.rows];
+            c.to[r] = c.to[r - w.item.rows];
         }
         attend_block<T>(w, block, c);
     }
@@ -187,19 +193,29 @@ void finish(const Walk& w, Scratch& c) {
 // Floats that the softmax of one segment takes among the partial ones.
 inline int64_t partial_size(const Walk& w) { return w.rows() * (w.width + 2); }
 
+// The item's queries as words, to c.queries: [rows][words], or as few rows want them.
 template <class T>
-void attend_item(const Walk& w, const Walk& next, float* partials, Scratch& c) {
+void lay_out_queries(const Walk& w, Scratch& c) {
+#ifdef __AMX_BF16__
+    if constexpr (kInTiles<T>)
+        if (is_few(w)) return turn_queries(w, c);
+#endif
     typedef typename T::Value Value;
-    int64_t dim = w.s.head_dim, steps = steps_of<T>(dim), rows = w.rows(), token;
-    int64_t words = words_of<T>(dim);
+    int64_t dim = w.s.head_dim, steps = steps_of<T>(dim), words = words_of<T>(dim), token;
     int64_t row_width = (w.s.heads + 2 * w.s.kv_heads) * dim;
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < w.rows(); ++r) {
         int64_t head = w.query(r, &token);
         const Value* q = (const Value*)w.s.qkv + token * row_width + head * dim;
         memcpy(c.queries + r * words, q, (size_t)steps * 4);
         memset(c.queries + r * words + steps, 0, (size_t)(words - steps) * 4);
     }
     memset(c.keys + steps * kContext, 0, (size_t)((words - steps) * kContext) * 4);
+}
+
+template <class T>
+void attend_item(const Walk& w, const Walk& next, float* partials, Scratch& c) {
+    int64_t rows = w.rows();
+    lay_out_queries<T>(w, c);
     bool shared = w.item.partial >= 0;
     clear(c.whole, rows, w.width);
     for (int64_t i = w.item.first_segment; i < w.item.last_segment; ++i) {

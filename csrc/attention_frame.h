@@ -51,6 +51,7 @@ struct alignas(64) Scratch {
     int64_t from[kTileRows];  // what of this block the row sees
     int64_t to[kTileRows];
 #ifdef __AMX_BF16__
+    alignas(64) float by_token[kContext * kTileRows];  // scores before they are turned to rows
     Tiles tiles;
 #endif
 };
@@ -257,10 +258,11 @@ inline void raise_most(Scratch& c, int64_t first, int64_t rows, const float* sco
 }
 
 // Of the same rows, scores to `weights`, and their sum into the total. The weights are rounded to
-// what they are multiplied as, and so is their sum, so that they add up to 1.
-template <class T>
+// what they are multiplied as, and so is their sum, so that they add up to 1. `meanwhile(r)` runs
+// along with row r.
+template <class T, class Meanwhile>
 inline void soften(Scratch& c, int64_t first, int64_t rows, const float* scores, uint32_t* weights,
-                   int64_t count, float scale) {
+                   int64_t count, float scale, Meanwhile meanwhile) {
     V16 scales = set1(scale * kLog2E);
     for (int64_t r = 0; r < rows; ++r) {
         int64_t from = c.from[first + r], to = c.to[first + r];
@@ -272,12 +274,18 @@ inline void soften(Scratch& c, int64_t first, int64_t rows, const float* scores,
             sum = add(sum, T::store_weights(weights + r * kContext + i / T::kPack, weight));
         }
         c.added[first + r] = sum_lanes(sum);
+        meanwhile(r);
     }
     float* total = c.segment.total + first;
     for (int64_t r = 0; r < rows; r += 16) {
         V16 kept = mul(load_up_to(total + r, rows - r), load_up_to(c.shrink + first + r, rows - r));
         store_up_to(total + r, add(kept, load_up_to(c.added + first + r, rows - r)), rows - r);
     }
+}
+template <class T>
+inline void soften(Scratch& c, int64_t first, int64_t rows, const float* scores, uint32_t* weights,
+                   int64_t count, float scale) {
+    soften<T>(c, first, rows, scores, weights, count, scale, [](int64_t) {});
 }
 
 }  // namespace

@@ -42,27 +42,41 @@ public:
         if (rows == rows_) return;
         rows_ = rows;
         Config c;
-        memset(&c, 0, sizeof(c));
-        c.palette = 1;
         int64_t upper = rows < kTile ? rows : kTile, lower = rows - upper;
         for (int tile = 0; tile < 8; ++tile) {
             bool is_lower = tile == 2 || tile == 3 || tile == 5;
             int64_t used = tile >= 6 ? kTile : is_lower ? lower : upper;
-            c.rows[tile] = (uint8_t)used;
-            c.row_bytes[tile] = used ? 64 : 0;
+            c.shape(tile, used, used ? 64 : 0);
         }
-        asm volatile("ldtilecfg %0" ::"m"(c) : "memory");
+        c.load();
+    }
+    // For products that have `rows` (1 to 16) columns, or as many rows: tiles 0 and 1 (sums) and 5
+    // (B) hold so many columns, 2 and 3 (sums) and 4 (A) so many rows; 6 and 7 are whole.
+    void set_few(int64_t rows) {
+        if (-rows == rows_) return;
+        rows_ = -rows;
+        Config c;
+        for (int tile = 0; tile < 8; ++tile) {
+            bool by_column = tile < 2 || tile == 5, by_row = tile >= 2 && tile <= 4;
+            c.shape(tile, by_row ? rows : kTile, by_column ? 4 * rows : 64);
+        }
+        c.load();
     }
 
 private:
     struct alignas(64) Config {
-        uint8_t palette;
-        uint8_t start_row;
-        uint8_t reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
+        uint8_t palette = 1;
+        uint8_t start_row = 0;
+        uint8_t reserved[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+        void shape(int tile, int64_t tile_rows, int64_t bytes) {
+            rows[tile] = (uint8_t)tile_rows;
+            row_bytes[tile] = (uint16_t)bytes;
+        }
+        void load() const { asm volatile("ldtilecfg %0" ::"m"(*this) : "memory"); }
     };
-    int64_t rows_ = 0;
+    int64_t rows_ = 0;  // what they are set up for; negative: by `set_few`
 };
 
 // A matrix that is read or written in tiles: `stride` bytes from row to row; `step` bytes from one
