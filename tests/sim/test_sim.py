@@ -21,6 +21,8 @@ from baton.core.imports import ImportTable
 from baton.core.lease import LeaseTable
 from baton.core.life import Life
 from baton.core.liveness import Liveness
+from baton.core.lives import Lives
+from baton.core.placing import Placing
 from baton.core.scheduler import Scheduler
 from baton.core.store_index import StoreIndex
 from baton.types import Pulse
@@ -124,38 +126,38 @@ def aborted_prefill_keeps_its_lease(patch: Patch) -> None:
 
 def attempt_is_not_raised(patch: Patch) -> None:
     """A request is placed again under the name of the attempt that was given up."""
-    original = RequestTable._place_again
+    original = Placing.place_again
 
-    def place_again(self: RequestTable, life: Life, *args: object) -> None:
+    def place_again(self: Placing, life: Life, *args: object) -> None:
         life.attempt -= 1
         original(self, life, *args)  # type: ignore[arg-type]
 
-    patch.setattr(RequestTable, "_place_again", place_again)
+    patch.setattr(Placing, "place_again", place_again)
 
 
 def zombie_is_believed(patch: Patch) -> None:
     """Whoever names a request that lives may add to it: a frozen worker that wakes, for one."""
     patch.setattr(
-        RequestTable,
-        "_current",
+        Lives,
+        "current",
         lambda self, worker_id, key, attempt: (
-            life if (life := self._lives.get(key)) and life.worker_id else None
+            life if (life := self.living.get(key)) and life.worker_id else None
         ),
     )
 
 
 def emitted_is_forgotten(patch: Patch) -> None:
     """A request that is placed again begins anew, and repeats what the client has."""
-    original = RequestTable._submit
+    original = Placing._submit
 
-    def submit(self: RequestTable, life: Life, *args: object, **legs: object) -> None:
+    def submit(self: Placing, life: Life, *args: object, **legs: object) -> None:
         tokens = life.tokens
         if life.attempt and "handoff" not in legs:
             life.tokens = []
         original(self, life, *args, **legs)  # type: ignore[arg-type]
         life.tokens = tokens
 
-    patch.setattr(RequestTable, "_submit", submit)
+    patch.setattr(Placing, "_submit", submit)
 
 
 def half_a_prompt_is_decoded(patch: Patch) -> None:
@@ -206,13 +208,13 @@ def suspects_have_company(patch: Patch) -> None:
 
 def whoever_is_there_is_a_suspect(patch: Patch) -> None:
     """Also those that wait behind the one that is run alone."""
-    original = RequestTable._lose_legs
+    original = Placing.lose_legs
 
-    def lose_legs(self: RequestTable, worker_id: str, now: float, suspects: object) -> None:
-        everyone = [(*life.key, life.attempt) for life in self._lives.values()]
+    def lose_legs(self: Placing, worker_id: str, now: float, suspects: object) -> None:
+        everyone = [(*life.key, life.attempt) for life in self._lives.living.values()]
         original(self, worker_id, now, everyone if suspects else ())
 
-    patch.setattr(RequestTable, "_lose_legs", lose_legs)
+    patch.setattr(Placing, "lose_legs", lose_legs)
 
 
 def a_frozen_worker_never_comes_back(patch: Patch) -> None:

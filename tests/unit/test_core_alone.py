@@ -12,8 +12,9 @@ import pytest
 from sim_engine import Client, SimWorker, make_config, make_request
 
 from baton.core import alone
-from baton.core.alone import ALONE_TOKENS
+from baton.core.alone import ALONE_TOKENS, Suspects
 from baton.core.in_flight import InFlight
+from baton.core.next_step import NextStep
 from baton.core.sequence import Status
 from baton.types import Request
 
@@ -159,7 +160,8 @@ def test_a_suspect_to_hand_off_is_alone_until_its_token() -> None:
     steps.add("s", (4, 5, 6), 8, alone=True, hand_off=True)
     steps.step(2)
     assert {"s"} in steps.batches
-    assert [seq.status for seq in steps.worker.scheduler._suspects.values()] == [Status.EXPORTING]
+    suspects = steps.worker.scheduler.books.suspects
+    assert [seq.status for seq in suspects] == [Status.EXPORTING]
     steps.step()
     assert steps.batches[-1] == {"a"}, "the others go on while it is copied"
 
@@ -169,7 +171,7 @@ def test_an_aborted_suspect_is_forgotten() -> None:
     steps.add("s", (1, 2, 3), 8, alone=True)
     steps.step()
     steps.worker.scheduler.abort(("s", 0, 0))
-    assert not steps.worker.scheduler._suspects
+    assert not steps.worker.scheduler.books.suspects
     steps.add("a", (1, 2), 2)
     steps.clients.pop("s")
     steps.run()
@@ -196,7 +198,7 @@ def test_the_twin_may_jump_over_a_suspects_steps() -> None:
 
 
 def _company(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(alone, "plan", lambda scheduler: False)
+    patch.setattr(NextStep, "_plan_alone", lambda self: False)
 
 
 def _beside_what_is_in_flight(patch: pytest.MonkeyPatch) -> None:
@@ -204,7 +206,7 @@ def _beside_what_is_in_flight(patch: pytest.MonkeyPatch) -> None:
 
 
 def _two_at_a_time(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(alone, "may_enter", lambda scheduler, seq: True)
+    patch.setattr(Suspects, "may_enter", lambda self, seq: True)
 
 
 def _never_gets_on(patch: pytest.MonkeyPatch) -> None:

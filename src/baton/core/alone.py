@@ -16,12 +16,9 @@ A step of its own is one beside which no other is in flight.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-from baton.core.sequence import Sequence, Status
-
-if TYPE_CHECKING:
-    from baton.core.scheduler import Scheduler
+from baton.core.sequence import Sequence, SequenceId, Status
 
 ALONE_TOKENS = 4
 """The token that was being drawn, one that may have been drawn ahead of it, and two more."""
@@ -34,33 +31,38 @@ def has_got_on(num_drawn: int) -> bool:
     return num_drawn >= ALONE_TOKENS
 
 
-def running(scheduler: Scheduler) -> Sequence | None:
-    """The suspect that has the next step to itself; those that have got on are none any more."""
-    suspects = scheduler._suspects
-    found = None
-    for seq in list(suspects.values()):
-        if has_got_on(seq.num_generated - len(seq.request.emitted)):
-            del suspects[seq.id]
-        elif seq.status is Status.RUNNING:
-            found = seq
-    return found
+class Suspects:
+    """Those of one worker that have not ended and have not got on; pure, kept in its books."""
 
+    def __init__(self) -> None:
+        self._suspects: dict[SequenceId, Sequence] = {}
 
-def may_enter(scheduler: Scheduler, seq: Sequence) -> bool:
-    """Whether `seq` may be admitted: anyone may, but of suspects one at a time."""
-    suspects = scheduler._suspects
-    return seq.id not in suspects or not any(s.status in _ACTIVE for s in suspects.values())
+    def __len__(self) -> int:
+        return len(self._suspects)
 
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._suspects.values())
 
-def plan(scheduler: Scheduler) -> bool:
-    """Plan a step of the running suspect's own. Returns whether it is: others must wait.
+    def __contains__(self, seq_id: SequenceId) -> bool:
+        return seq_id in self._suspects
 
-    It is, but an empty one, as long as something else is in flight; it is not if there is none, or
-    if it has just had to give its blocks back.
-    """
-    seq = running(scheduler)
-    if seq is None:
-        return False
-    if scheduler._in_flight.has_only(seq.id) and scheduler._is_ready(seq) and scheduler._grow(seq):
-        scheduler._plan(seq)
-    return seq.status is Status.RUNNING
+    def add(self, seq: Sequence) -> None:
+        self._suspects[seq.id] = seq
+
+    def discard(self, seq_id: SequenceId) -> None:
+        """It is none any more, if it was one."""
+        self._suspects.pop(seq_id, None)
+
+    def running(self) -> Sequence | None:
+        """The one that has the next step to itself; those that have got on are taken out."""
+        found = None
+        for seq in list(self):
+            if has_got_on(seq.num_generated - len(seq.request.emitted)):
+                self.discard(seq.id)
+            elif seq.status is Status.RUNNING:
+                found = seq
+        return found
+
+    def may_enter(self, seq: Sequence) -> bool:
+        """Whether `seq` may be admitted: anyone may, but of suspects one at a time."""
+        return seq.id not in self or not any(each.status in _ACTIVE for each in self)
