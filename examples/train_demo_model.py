@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jinja2.sandbox
 import torch
 import torch.nn.functional as F  # noqa: N812
+from demo_batches import Batch, Data
 from demo_data import (
     BOS_ID,
     END_ID,
@@ -33,8 +34,6 @@ from demo_data import (
     PAD_ID,
     TOKENIZER_CONFIG,
     VOCAB_SIZE,
-    Batch,
-    Data,
     Pair,
     make_pairs,
     read_pairs,

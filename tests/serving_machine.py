@@ -324,7 +324,7 @@ class ServingMachine(RuleBasedStateMachine):
     def is_at(self, client: Client, where: str) -> bool:
         if client.ended or where == "any":
             return not client.ended
-        seq = self.home[client.request.id].scheduler._sequences.get(client.id)
+        seq = self.home[client.request.id].scheduler.books.sequences.get(client.id)
         if seq is None:
             return False
         if where == "preempted":

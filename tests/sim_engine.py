@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from baton.core import alone
 from baton.core.in_flight import may_run_ahead
 from baton.core.lease import LeaseTable, verify_mac
 from baton.core.limits import SchedulerConfig
@@ -294,9 +293,9 @@ class Before:
     """What a scheduler had before it planned a step; `ranks` are those of prompts."""
 
     def __init__(self, scheduler: Scheduler) -> None:
-        self.suspect = alone.running(scheduler)
-        self.running = list(scheduler._running.values())
-        self.waiting = list(scheduler._waiting)
+        self.suspect = scheduler.books.suspects.running()
+        self.running = list(scheduler.books.running.values())
+        self.waiting = list(scheduler.books.waiting)
         self.arriving = list(scheduler.fetches.arriving.values())
         self.decodes = [seq for seq in self.running if seq.num_unscheduled == 1]
         self.awaited = {seq.id for seq in self.running if seq.num_expected > seq.num_tokens}
@@ -359,20 +358,20 @@ class SimWorker:
     def _check_plan(self, before: Before, plan: StepPlan) -> None:
         scheduler = self.scheduler
         planned = {chunk.seq.id for chunk in plan.chunks}
-        for seq_id in planned & scheduler._suspects.keys():
+        for seq_id in planned & scheduler.books.suspects.keys():
             beside = {chunk.seq.id for before, _ in self.runner._work for chunk in before.chunks}
             assert planned | beside == {seq_id}, "a suspect is not alone"
-            assert scheduler._suspects[seq_id].leave, "a suspect did not wait for leave"
-        asks = any(told.begins for told in scheduler._update.alone)
+            assert scheduler.books.suspects[seq_id].leave, "a suspect did not wait for leave"
+        asks = any(told.begins for told in scheduler.books.update.alone)
         assert not (asks and self.runner.pending), "leave is asked for beside a step in flight"
         active = (Status.RUNNING, Status.IMPORTING)
-        assert sum(s.status in active for s in scheduler._suspects.values()) <= 1
+        assert sum(s.status in active for s in scheduler.books.suspects.values()) <= 1
         if before.suspect is not None and before.suspect.status is Status.RUNNING:
             assert planned <= {before.suspect.id}
             waits = before.suspect.leave is False or self.runner.pending
             assert planned or waits, "it has the step, and does not use it"
             return
-        returning = scheduler._in_flight.num_returning()
+        returning = scheduler.books.in_flight.num_returning()
         for seq in before.decodes:
             known = seq.id not in before.awaited or may_run_ahead(seq, self.config)
             starved = known and seq.status is Status.RUNNING and seq.id not in planned
@@ -391,7 +390,7 @@ class SimWorker:
             assert not planned & {seq.id for seq in alive}, "the oldest was preempted by another"
             assert not any(seq.status is Status.RUNNING for seq in alive)
             sched = self.scheduler
-            elsewhere = [s for s in sched._sequences.values() if s.status is Status.EXPORTING]
+            elsewhere = [s for s in sched.books.sequences.values() if s.status is Status.EXPORTING]
             others = sched.num_transfers + sched.fetches.num_given_up
             assert elsewhere or others, "nothing else held blocks"
         elif alive and alive[0].id not in planned:
@@ -484,14 +483,14 @@ class SimWorker:
         scheduler.check()
         self.index.check()
         copying = {order.key for order in self.exports}
-        copying |= {order.key for order in scheduler._update.exports}
+        copying |= {order.key for order in scheduler.books.update.exports}
         assert set(scheduler.exports._copying) == copying
         fetching = {order.number for order in (*self.imports, *scheduler.fetches.orders)}
         assert {*scheduler.fetches.imports._orders, *scheduler.fetches.early._orders} == fetching
         credits = sum(e.credits for e in scheduler.exports._exports.values())
         assert self.index.num_reserved == credits, "a credit leaked"
-        for seq in scheduler._sequences.values():
-            places = (scheduler.fetches.arriving, scheduler._waiting, scheduler._running)
+        for seq in scheduler.books.sequences.values():
+            places = (scheduler.fetches.arriving, scheduler.books.waiting, scheduler.books.running)
             states = (Status.ARRIVING, Status.WAITING, Status.RUNNING)
             for place, status in zip(places, states, strict=True):
                 assert (seq.id in place) == (seq.status is status)
@@ -501,7 +500,7 @@ class SimWorker:
             assert len(seq.blocks) * seq.block_size >= seq.num_computed
             if seq.status is Status.IMPORTING:
                 assert seq.id in scheduler.fetches.imports._imports
-        assert set(scheduler.exports._exports) <= set(scheduler._sequences)
+        assert set(scheduler.exports._exports) <= set(scheduler.books.sequences)
 
     def check_empty(self) -> None:
         """Nothing is left but caches."""

@@ -55,7 +55,7 @@ class World:
         shared += [m for channel in (self.to_prefill, self.to_decode) for m in channel]
         shared += [*self.from_prefill, *self.from_decode]
         for worker in (self.prefill, self.decode):
-            shared += [seq.request for seq in worker.scheduler._sequences.values()]
+            shared += [seq.request for seq in worker.scheduler.books.sequences.values()]
             shared += [*worker.exports, *worker.imports]
             shared += worker.kv.blocks + worker.store.frames + [worker.runner]
             shared += worker.scheduler.fetches.imports._orders.values()
@@ -78,7 +78,7 @@ class World:
             worker: SimWorker = getattr(self, name)
             if any(
                 seq.status in (Status.WAITING, Status.RUNNING)
-                for seq in worker.scheduler._sequences.values()
+                for seq in worker.scheduler.books.sequences.values()
             ):
                 yield (f"step_{name}", 0)
         for position in range(len(self.prefill.exports)):
@@ -312,11 +312,11 @@ def _worker_key(worker: SimWorker, now: float) -> Hashable:
                 seq.request.hand_off,
                 seq.request.handoff is None,
             )
-            for seq in scheduler._sequences.values()
+            for seq in scheduler.books.sequences.values()
         ),
-        tuple(seq.id for seq in scheduler._waiting),
-        tuple(scheduler._running),
-        tuple(scheduler._attempts._latest.values()),
+        tuple(seq.id for seq in scheduler.books.waiting),
+        tuple(scheduler.books.running),
+        tuple(scheduler.books.attempts._latest.values()),
         tuple(
             (seq_id, e.credits, e.state, e.grant, tuple((p.key, p.digest) for p in e.parts))
             for seq_id, e in exports._exports.items()

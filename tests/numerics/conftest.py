@@ -1,11 +1,18 @@
-"""Fixtures that several files of these tests ask for."""
+"""Fixtures that several files of these tests ask for.
+
+Without a GPU, Triton's kernels run in its interpreter, which must be known before its import.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

@@ -114,6 +114,7 @@ class Walker:
     def state(self) -> dict[str, Any]:
         """All that a later call could depend on."""
         scheduler, pool, index = self.scheduler, self.scheduler.pool, self.index
+        books, planned = scheduler.books, scheduler._next_step
         return {
             "refs": pool._refs,
             "keys": pool._key_of,
@@ -123,14 +124,14 @@ class Walker:
             "slots": {k: (s.frame, s.state, s.num_holds) for k, s in index._slots.items()},
             "store": (index._free, list(index._cached), index.num_evictions),
             "copying": scheduler.exports._copying,
-            "sequences": {i: _values(seq) for i, seq in scheduler._sequences.items()},
-            "running": list(scheduler._running),
-            "waiting": [seq.id for seq in scheduler._waiting],
+            "sequences": {i: _values(seq) for i, seq in books.sequences.items()},
+            "running": list(books.running),
+            "waiting": [seq.id for seq in books.waiting],
             "counters": scheduler.counters,
-            "step": scheduler._step,
+            "step": planned.number,
             "lengths": scheduler.admission.lengths._counts,
-            "in_flight": {step: _chunks(c) for step, c in scheduler._in_flight._steps.items()},
-            "planned": _chunks(scheduler._chunks) if len(scheduler._in_flight) else [],
+            "in_flight": {step: _chunks(c) for step, c in books.in_flight._steps.items()},
+            "planned": _chunks(planned.chunks) if len(books.in_flight) else [],
             "plans": [(p.step, [(c.seq.id, *_chunk(c)) for c in p.chunks]) for p in self.in_flight],
             "told": self.told,
             "exports": self.exports,
@@ -214,7 +215,7 @@ def _count(seen: Counter[str], jumper: Walker, plan: StepPlan, steps: int) -> No
         seen["ends"] += end + 1 >= len(chunk.seq.request.prompt) + (
             chunk.seq.request.sampling.max_tokens
         )
-    seen["waiting"] += bool(len(jumper.scheduler._waiting))
+    seen["waiting"] += bool(len(jumper.scheduler.books.waiting))
     seen["first_tokens"] += any(not chunk.seq.prefilled for chunk in plan.chunks)
     seen["evicting"] += jumper.scheduler.pool.num_cached > 0 == len(jumper.scheduler.pool._empty)
     seen["kept"] += bool(jumper.scheduler.config.keep_blocks and jumper.index.num_frames)

@@ -16,12 +16,13 @@ from hypothesis.stateful import run_state_machine_as_test
 from serving_machine import ServingMachine
 from sim_engine import make_config
 
-from baton.core import keys, lease, prompt_order, scheduler
+from baton.core import keys, lease, next_step, prompt_order
 from baton.core.attempts import AttemptMemory
 from baton.core.block_pool import BlockPool
 from baton.core.exports import ExportState, ExportTable
 from baton.core.imports import ImportTable
 from baton.core.in_flight import InFlight
+from baton.core.next_step import NextStep
 from baton.core.outcome import publish
 from baton.core.plan import Chunk
 from baton.core.scheduler import Scheduler
@@ -119,12 +120,12 @@ def no_reset(patch: Patch) -> None:
 
 def no_recompute(patch: Patch) -> None:
     """A preempted sequence comes back with new blocks and its old `num_computed`."""
-    original = Scheduler._admit
+    original = NextStep._admit
 
     def reset(self: Sequence) -> None:
         self.blocks = []
 
-    def admit(self: Scheduler, seq: Sequence, *rest: object) -> bool:
+    def admit(self: NextStep, seq: Sequence, *rest: object) -> bool:
         computed = seq.num_computed
         admitted = original(self, seq, *rest)  # type: ignore[arg-type]
         if admitted:
@@ -132,23 +133,23 @@ def no_recompute(patch: Patch) -> None:
         return admitted
 
     patch.setattr(Sequence, "reset", reset)
-    patch.setattr(Scheduler, "_admit", admit)
+    patch.setattr(NextStep, "_admit", admit)
 
 
 def zero_token_chunk(patch: Patch) -> None:
     """Chunks are cut to whole blocks, although less than one may be left of the budget."""
-    original = Scheduler._plan
+    original = NextStep._give
 
-    def plan(self: Scheduler, seq: Sequence) -> None:
+    def give(self: NextStep, seq: Sequence) -> None:
         original(self, seq)
-        chunk = self._chunks[seq.id]
+        chunk = self.chunks[seq.id]
         if not chunk.samples:
             excess = chunk.end % seq.block_size
-            self._chunks[seq.id] = Chunk(seq, chunk.start, chunk.num_tokens - excess, False)
-            self._budget += excess
+            self.chunks[seq.id] = Chunk(seq, chunk.start, chunk.num_tokens - excess, False)
+            self.budget += excess
             seq.num_scheduled -= excess
 
-    patch.setattr(Scheduler, "_plan", plan)
+    patch.setattr(NextStep, "_give", give)
 
 
 def cached_block_counted_twice(patch: Patch) -> None:
@@ -164,17 +165,17 @@ def free_blocks_counted_twice(patch: Patch) -> None:
 
 def published_before_computed(patch: Patch) -> None:
     """Blocks can be found from admission on, while they are still being written."""
-    original = Scheduler._admit
+    original = NextStep._admit
 
-    def admit(self: Scheduler, seq: Sequence, *rest: object) -> bool:
+    def admit(self: NextStep, seq: Sequence, *rest: object) -> bool:
         admitted = original(self, seq, *rest)  # type: ignore[arg-type]
-        if admitted and seq.id in self._running:
+        if admitted and seq.id in self._books.running:
             computed, seq.num_computed = seq.num_computed, seq.num_tokens
-            publish(self, seq)
+            publish(self._books, seq)
             seq.num_computed = computed
         return admitted
 
-    patch.setattr(Scheduler, "_admit", admit)
+    patch.setattr(NextStep, "_admit", admit)
 
 
 def digest_not_checked(patch: Patch) -> None:
@@ -269,10 +270,10 @@ def attempt_ignored(patch: Patch) -> None:
     original = Scheduler.add
 
     def add(self: Scheduler, request: sim_engine.Request, now: float) -> None:
-        known = self._attempts.latest(request.id, request.choice)
+        known = self.books.attempts.latest(request.id, request.choice)
         if known is not None:
             self.abort(known)
-        self._attempts = AttemptMemory()
+        self.books.attempts = AttemptMemory()
         original(self, request, now)
 
     patch.setattr(Scheduler, "add", add)
@@ -322,17 +323,17 @@ def credit_leaked(patch: Patch) -> None:
 
 def prompt_starves_decodes(patch: Patch) -> None:
     """Prompts are planned before running answers."""
-    original = Scheduler._grow
+    original = NextStep._grow
 
-    def grow(self: Scheduler, seq: Sequence) -> bool:
+    def grow(self: NextStep, seq: Sequence) -> bool:
         # The budget is gone before the first decode, if a prompt is waiting for more.
-        others = [s for s in self._running.values() if s.num_remaining > 1 and s is not seq]
+        others = [s for s in self._books.running.values() if s.num_remaining > 1 and s is not seq]
         grown = original(self, seq)
         if others and seq.num_remaining == 1:
-            self._budget = min(self._budget, 1)
+            self.budget = min(self.budget, 1)
         return grown
 
-    patch.setattr(Scheduler, "_grow", grow)
+    patch.setattr(NextStep, "_grow", grow)
 
 
 def no_ageing(patch: Patch) -> None:
@@ -342,7 +343,7 @@ def no_ageing(patch: Patch) -> None:
         return (seq.num_preemptions == 0, seq.num_remaining, seq.order)
 
     patch.setattr(prompt_order, "rank", by_work_alone)
-    patch.setattr(scheduler, "rank", by_work_alone)
+    patch.setattr(next_step, "rank", by_work_alone)
 
 
 def preempted_ranks_like_a_new_one(patch: Patch) -> None:
@@ -353,7 +354,7 @@ def preempted_ranks_like_a_new_one(patch: Patch) -> None:
         return (True, value, seq.order)
 
     patch.setattr(prompt_order, "rank", anew)
-    patch.setattr(scheduler, "rank", anew)
+    patch.setattr(next_step, "rank", anew)
 
 
 def block_freed_under_a_step(patch: Patch) -> None:
@@ -385,7 +386,7 @@ def token_after_the_end(patch: Patch) -> None:
 
 def runs_past_a_foreseen_end(patch: Patch) -> None:
     """A sequence whose last token is being drawn is given another chunk."""
-    patch.setattr(scheduler, "may_run_ahead", lambda seq, config: True)
+    patch.setattr(next_step, "may_run_ahead", lambda seq, config: True)
 
 
 def exported_before_collected(patch: Patch) -> None:

@@ -30,7 +30,6 @@ from typing import Any
 from sim.node import BEAT_S, Node
 from sim_engine import Client, Frame, SimWorker, expected_tokens, make_config, make_request
 
-from baton.core import alone
 from baton.core.handoff import RequestTable
 from baton.core.instructions import (
     Ask,
@@ -346,7 +345,7 @@ class Cluster:
             self.at(self.now + self.rng.uniform(0.1, 1.5), lambda: self._mishap(kind))
 
     def _kill(self, node: Node) -> None:
-        only = alone.running(node.worker.scheduler)
+        only = node.worker.scheduler.books.suspects.running()
         if only is not None and only.leave is not None:
             self.was_alone.add(only.id[0])
         self.starts_anew(node, None)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from sim_engine import Crashed, Frame, SimWorker, fetch
 
-from baton.core import alone
 from baton.core.fetches import OVERDUE_AFTER_S
 from baton.core.limits import SchedulerConfig
 from baton.core.plan import ExportOrder, ImportOrder, Update
@@ -79,9 +78,9 @@ class Node:
         self.num_moves += layers
         batch: tuple[SequenceId, ...] = ()
         if self.busy and self.num_moves == self.told_moves:
-            scheduler = self.worker.scheduler
-            only = alone.running(scheduler)
-            batch = tuple(scheduler._running) if only is None else (only.id,)
+            books = self.worker.scheduler.books
+            only = books.suspects.running()
+            batch = tuple(books.running) if only is None else (only.id,)
         self.told_moves = self.num_moves
         self.cluster.hear(self, Pulse(self.num_moves, self.busy, 0.01, batch))
         if not self.cluster.is_over:

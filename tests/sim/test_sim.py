@@ -14,7 +14,8 @@ import sim_engine
 from sim.cluster import FAULTS, simulate
 from sim.run import many, one
 
-from baton.core.blame import Lives
+from baton.core.blame import Living
+from baton.core.books import Books
 from baton.core.exports import ExportTable
 from baton.core.handoff import RequestTable
 from baton.core.held_leases import HeldLeases
@@ -22,7 +23,9 @@ from baton.core.imports import ImportTable
 from baton.core.lease import LeaseTable
 from baton.core.life import Life
 from baton.core.liveness import Liveness
+from baton.core.lives import Lives
 from baton.core.outcome import take_over
+from baton.core.placing import Placing
 from baton.core.scheduler import Scheduler
 from baton.core.sequence import Status
 from baton.core.store_index import StoreIndex
@@ -129,38 +132,38 @@ def aborted_prefill_keeps_its_lease(patch: Patch) -> None:
 
 def attempt_is_not_raised(patch: Patch) -> None:
     """A request is placed again under the name of the attempt that was given up."""
-    original = RequestTable._place_again
+    original = Placing.place_again
 
-    def place_again(self: RequestTable, life: Life, *args: object) -> None:
+    def place_again(self: Placing, life: Life, *args: object) -> None:
         life.attempt -= 1
         original(self, life, *args)  # type: ignore[arg-type]
 
-    patch.setattr(RequestTable, "_place_again", place_again)
+    patch.setattr(Placing, "place_again", place_again)
 
 
 def zombie_is_believed(patch: Patch) -> None:
     """Whoever names a request that lives may add to it: a frozen worker that wakes, for one."""
     patch.setattr(
-        RequestTable,
-        "_current",
+        Lives,
+        "current",
         lambda self, worker_id, key, attempt: (
-            life if (life := self._lives.get(key)) and life.worker_id else None
+            life if (life := self.living.get(key)) and life.worker_id else None
         ),
     )
 
 
 def emitted_is_forgotten(patch: Patch) -> None:
     """A request that is placed again begins anew, and repeats what the client has."""
-    original = RequestTable._submit
+    original = Placing._submit
 
-    def submit(self: RequestTable, life: Life, *args: object, **legs: object) -> None:
+    def submit(self: Placing, life: Life, *args: object, **legs: object) -> None:
         tokens = life.tokens
         if life.attempt and "handoff" not in legs:
             life.tokens = []
         original(self, life, *args, **legs)  # type: ignore[arg-type]
         life.tokens = tokens
 
-    patch.setattr(RequestTable, "_submit", submit)
+    patch.setattr(Placing, "_submit", submit)
 
 
 def half_a_prompt_is_decoded(patch: Patch) -> None:
@@ -211,13 +214,13 @@ def suspects_have_company(patch: Patch) -> None:
 
 def whoever_is_there_is_a_suspect(patch: Patch) -> None:
     """Also those that wait behind the one that is run alone."""
-    original = RequestTable._lose_legs
+    original = Placing.lose_legs
 
-    def lose_legs(self: RequestTable, worker_id: str, now: float, suspects: object) -> None:
-        everyone = [(*life.key, life.attempt) for life in self._lives.values()]
+    def lose_legs(self: Placing, worker_id: str, now: float, suspects: object) -> None:
+        everyone = [(*life.key, life.attempt) for life in self._lives.living.values()]
         original(self, worker_id, now, everyone if suspects else ())
 
-    patch.setattr(RequestTable, "_lose_legs", lose_legs)
+    patch.setattr(Placing, "lose_legs", lose_legs)
 
 
 def a_frozen_worker_never_comes_back(patch: Patch) -> None:
@@ -252,8 +255,8 @@ def a_frozen_worker_stays_healthy(patch: Patch) -> None:
 def all_legs_of_a_dead_worker_are_convicted(patch: Patch) -> None:
     """Whatever was there when a worker ended without a word counts as its cause."""
 
-    def blame_all(lives: Lives, worker_id: str) -> None:
-        for life in lives.values():
+    def blame_all(living: Living, worker_id: str) -> None:
+        for life in living.values():
             if life.worker_id == worker_id:
                 life.blame(life.attempt)
 
@@ -262,21 +265,20 @@ def all_legs_of_a_dead_worker_are_convicted(patch: Patch) -> None:
 
 def nobody_is_suspected_of_a_silent_end(patch: Patch) -> None:
     """A request that crashes workers without a word takes one after the other along."""
-    patch.setattr("baton.core.handoff.blame_without_a_word", lambda lives, worker_id: None)
+    patch.setattr("baton.core.handoff.blame_without_a_word", lambda living, worker_id: None)
 
 
 def blocks_of_an_overdue_fetch_are_used(patch: Patch) -> None:
     """What did not come in time is recomputed where it may still arrive (sglang#38961)."""
 
-    def give_up(scheduler: Scheduler, now: float) -> None:
-        for seq in scheduler.fetches.give_up(now):
+    def give_up(books: Books, now: float) -> None:
+        for seq in books.fetches.give_up(now):
             if seq.status is Status.IMPORTING:
-                take_over(scheduler, seq, 0, now)
+                take_over(books, seq, 0, now)
             else:
-                seq.status = Status.WAITING
-                scheduler._waiting.add(seq)
+                books.wait(seq)
 
-    patch.setattr("baton.core.scheduler.give_up_fetches", give_up)
+    patch.setattr("baton.core.outcome.give_up_fetches", give_up)
 
 
 BUGS: tuple[Callable[[Patch], None], ...] = (

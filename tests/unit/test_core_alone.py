@@ -12,8 +12,9 @@ import pytest
 from sim_engine import Client, SimWorker, make_config, make_request
 
 from baton.core import alone
-from baton.core.alone import ALONE_TOKENS
+from baton.core.alone import ALONE_TOKENS, Suspects
 from baton.core.in_flight import InFlight
+from baton.core.next_step import NextStep
 from baton.core.sequence import Sequence, Status
 from baton.types import Alone, Request
 
@@ -170,7 +171,8 @@ def test_a_suspect_to_hand_off_is_alone_until_its_token() -> None:
     steps.add("s", (4, 5, 6), 8, alone=True, hand_off=True)
     steps.step(2)
     assert {"s"} in steps.batches
-    assert [seq.status for seq in steps.worker.scheduler._suspects.values()] == [Status.EXPORTING]
+    suspects = steps.worker.scheduler.books.suspects
+    assert [seq.status for seq in suspects.values()] == [Status.EXPORTING]
     steps.step()
     assert steps.batches[-1] == {"a"}, "the others go on while it is copied"
 
@@ -180,7 +182,7 @@ def test_an_aborted_suspect_is_forgotten() -> None:
     steps.add("s", (1, 2, 3), 8, alone=True)
     steps.step()
     steps.worker.scheduler.abort(("s", 0, 0))
-    assert not steps.worker.scheduler._suspects
+    assert not steps.worker.scheduler.books.suspects
     steps.add("a", (1, 2), 2)
     steps.clients.pop("s")
     steps.run()
@@ -222,10 +224,10 @@ def test_leave_ends_with_the_blocks() -> None:
     steps.step(2)
     steps.add("s", (5, 6, 7), 7, alone=True)
     steps.step(2)
-    assert steps.worker.scheduler._suspects["s", 0, 0].status is Status.RUNNING
+    assert steps.worker.scheduler.books.suspects["s", 0, 0].status is Status.RUNNING
     assert steps.told == [Alone("s", 0, 0)]
-    seq = steps.worker.scheduler._suspects["s", 0, 0]
-    steps.worker.scheduler._preempt(seq)
+    seq = steps.worker.scheduler.books.suspects["s", 0, 0]
+    steps.worker.scheduler.books.preempt(seq)
     assert seq.leave is None
     steps.run()
     begins = [told.begins for told in steps.told]
@@ -254,7 +256,7 @@ def test_the_twin_may_jump_over_a_suspects_steps() -> None:
 
 
 def _company(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(alone, "plan", lambda scheduler: False)
+    patch.setattr(NextStep, "_plan_alone", lambda self: False)
 
 
 def _beside_what_is_in_flight(patch: pytest.MonkeyPatch) -> None:
@@ -262,7 +264,7 @@ def _beside_what_is_in_flight(patch: pytest.MonkeyPatch) -> None:
 
 
 def _two_at_a_time(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(alone, "may_enter", lambda scheduler, seq: True)
+    patch.setattr(Suspects, "may_enter", lambda self, seq: True)
 
 
 def _never_gets_on(patch: pytest.MonkeyPatch) -> None:
@@ -280,11 +282,11 @@ def _without_leave(patch: pytest.MonkeyPatch) -> None:
 
 
 def _leave_is_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(alone, "give_leave", lambda scheduler, seq_id: None)
+    patch.setattr(Suspects, "give_leave", lambda self, seq_id: None)
 
 
 def _leave_for_ever(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(alone, "gives_way", lambda scheduler, seq: None)
+    patch.setattr(Suspects, "give_way", lambda self, seq: None)
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,12 @@ def test_whoever_was_there_is_a_suspect_and_nobody_else() -> None:
     gateway = Gateway("u0", "u1")
     for name in ("r", "x", "y", "z"):
         gateway.add(name)
-    there = {key[0] for key, life in gateway.table._lives.items() if life.worker_id == "u0"}
+    there = {key[0] for key, life in gateway.table.lives.living.items() if life.worker_id == "u0"}
     assert there and len(there) < 4
     placed = legs(dies(gateway, "u0"))
     assert placed.keys() == there
     assert all(leg.alone for leg in placed.values())
-    assert {k[0] for k, life in gateway.table._lives.items() if life.num_crashes} == there
+    assert {k[0] for k, life in gateway.table.lives.living.items() if life.num_crashes} == there
 
 
 def test_a_second_silent_end_convicts_only_the_one_that_was_alone() -> None:

@@ -318,7 +318,7 @@ def test_a_draining_worker_stays_while_its_blocks_may_be_read() -> None:
 def test_grant_ids_never_come_twice() -> None:
     worker = SimWorker(make_config())
     first = _prefilled(worker)
-    worker.scheduler._attempts = type(worker.scheduler._attempts)()  # all is forgotten
+    worker.scheduler.books.attempts = type(worker.scheduler.books.attempts)()  # all is forgotten
     second = _prefilled(worker)
     assert first.handoff is not None
     assert second.handoff is not None

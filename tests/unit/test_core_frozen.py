@@ -227,7 +227,7 @@ def test_suspects_go_where_there_is_the_least_work() -> None:
     where = life.worker_id
     assert where is not None
     gateway.lose(where, 1.0, [SUSPECT])
-    leg = next(one for one in gateway.table._lives.values() if one.key == ("r", 0))
+    leg = next(one for one in gateway.table.lives.living.values() if one.key == ("r", 0))
     assert leg.worker_id not in (None, where)
     assert leg.placement is not None
     assert leg.placement.lender is None

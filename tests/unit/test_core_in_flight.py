@@ -128,7 +128,7 @@ def test_preemption_waits_for_the_blocks_of_the_step_in_flight() -> None:
     while not worker.scheduler.counters["preemptions"]:
         worker.step(0.0)
     assert worker.scheduler.counters["preemptions"] == 1
-    assert [seq.request.id for seq in worker.scheduler._running.values()] == ["a", "b"]
+    assert [seq.request.id for seq in worker.scheduler.books.running.values()] == ["a", "b"]
     for _ in range(40):
         worker.step(0.0)
     assert not worker.scheduler.num_sequences

@@ -58,7 +58,7 @@ def test_what_waited_for_it_is_recomputed_in_other_blocks(word: str) -> None:
     assert not client.ended
     blocks = {want.block for want in worker.imports[0].wanted}
     absorb(client, worker.step(LIMIT_S))
-    (seq,) = worker.scheduler._sequences.values()
+    (seq,) = worker.scheduler.books.sequences.values()
     assert seq.status is Status.RUNNING
     assert not blocks & set(seq.blocks)
     for block in blocks:  # it may write at any time
@@ -115,7 +115,7 @@ def test_what_is_fetched_anew_is_not_mistaken_for_what_was_given_up() -> None:
     absorb(client, worker.step(0.0))
     assert [order.grant is None for order in worker.imports] == [True, False]
     absorb(client, worker.step(LIMIT_S))
-    (seq,) = worker.scheduler._sequences.values()
+    (seq,) = worker.scheduler.books.sequences.values()
     assert [order.grant is None for order in worker.imports] == [True, False, True]
     late(worker, LIMIT_S)
     late(worker, LIMIT_S)
@@ -141,7 +141,7 @@ def test_an_early_fetch_that_does_not_end_detains_nobody() -> None:
     worker.scheduler.offer(sealed, 0.0)
     worker.step(0.0)
     worker.scheduler.add(client.next_leg(hand_off=False, handoff=handoff), 0.0)
-    (seq,) = worker.scheduler._sequences.values()
+    (seq,) = worker.scheduler.books.sequences.values()
     worker.step(1.0)
     assert seq.status is Status.ARRIVING
     absorb(client, worker.step(LIMIT_S))

@@ -80,10 +80,10 @@ def test_a_short_prompt_passes_a_long_one_between_chunks() -> None:
     worker = SimWorker(make_config(max_num_batched_tokens=4))
     _add(worker, "long", 12, 1)
     assert _chunks(_plan(worker)) == [("long", 0, 4)]
-    blocks = list(worker.scheduler._sequences["long", 0, 0].blocks)
+    blocks = list(worker.scheduler.books.sequences["long", 0, 0].blocks)
     _add(worker, "short", 3, 1)
     assert _chunks(_plan(worker)) == [("short", 0, 3), ("long", 4, 1)]
-    assert worker.scheduler._sequences["long", 0, 0].blocks == blocks
+    assert worker.scheduler.books.sequences["long", 0, 0].blocks == blocks
     _add(worker, "longer", 13, 1)
     assert _chunks(_plan(worker)) == [("long", 5, 4)]
     assert _chunks(_plan(worker)) == [("long", 9, 3), ("longer", 0, 1)]
@@ -134,8 +134,8 @@ def test_what_was_preempted_goes_before_new_ones() -> None:
         _plan(worker)
     _add(worker, "c", 1, 1)
     waiting = []
-    while worker.scheduler._waiting:
-        waiting.append([seq.request.id for seq in worker.scheduler._waiting])
+    while worker.scheduler.books.waiting:
+        waiting.append([seq.request.id for seq in worker.scheduler.books.waiting])
         _plan(worker)
     assert waiting[0] == ["b", "c"]
     assert ["b"] not in waiting
@@ -159,8 +159,8 @@ def test_the_newest_is_preempted_and_goes_to_the_front() -> None:
         _add(worker, name, 3, 8)  # 2 blocks each, 6 in the end
     while not worker.scheduler.counters["preemptions"]:
         _plan(worker)
-    assert [s.request.id for s in worker.scheduler._running.values()] == ["a", "b"]
-    assert [s.request.id for s in worker.scheduler._waiting] == ["c"]
+    assert [s.request.id for s in worker.scheduler.books.running.values()] == ["a", "b"]
+    assert [s.request.id for s in worker.scheduler.books.waiting] == ["c"]
     _add(worker, "d", 1, 8)
     seen = []
     while worker.scheduler.num_sequences:
@@ -322,10 +322,10 @@ def test_a_higher_attempt_replaces_and_a_lower_one_is_ignored() -> None:
     worker.settle()
     _add(worker, "a", 5, attempt=1)
     _add(worker, "a", 5, attempt=0)
-    assert [seq.id for seq in worker.scheduler._sequences.values()] == [("a", 0, 1)]
+    assert [seq.id for seq in worker.scheduler.books.sequences.values()] == [("a", 0, 1)]
     assert worker.scheduler.load().num_running == 1
     _add(worker, "a", 5, attempt=2)
-    assert list(worker.scheduler._sequences) == [("a", 0, 2)]
+    assert list(worker.scheduler.books.sequences) == [("a", 0, 2)]
     assert worker.scheduler.load().num_running == 0
 
 
@@ -355,7 +355,7 @@ def test_deadline_ends_with_a_typed_error(steps: int) -> None:
     assert deltas[0].error is not None
     assert deltas[0].error.code == "deadline_exceeded"
     assert deltas[0].error.stage == ("queue", "prefill", "x", "decode")[steps]
-    assert list(worker.scheduler._sequences) == [("b", 0, 0)]
+    assert list(worker.scheduler.books.sequences) == [("b", 0, 0)]
 
 
 def test_drain_finishes_what_runs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import socket
 import threading
@@ -24,7 +25,7 @@ from tcp_ends import (
 from baton.core.lease import LeaseTable
 from baton.core.store_index import StoreIndex
 from baton.fabric import tcp, tcp_server
-from baton.fabric.exchange import MAX_ASK_BYTES, Exchange
+from baton.fabric.exchange import MAX_ASK_BYTES, MIN_ASK_BYTES, Exchange
 from baton.fabric.tcp import TcpTransport
 from baton.fabric.transport import Peer, ReadResult
 from baton.fabric.wire import (
@@ -34,15 +35,21 @@ from baton.fabric.wire import (
 pytest_plugins = ["tcp_fixtures"]
 
 OK = ReadResult.OK
+STREAMS = (1, 2, 4)
 
 
 # What is right
 
 
-@pytest.mark.parametrize("num_streams", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("num_blocks", "block_bytes"),
-    [(1, 2), (600, 96), (40, 300_000), (3, MAX_ASK_BYTES + 2), (5, 2 << 20)],
+    ("num_blocks", "block_bytes", "num_streams"),
+    [
+        *itertools.product([1], [2], STREAMS),
+        *itertools.product([600], [96], STREAMS),
+        *itertools.product([40], [300_000], STREAMS),
+        *itertools.product([5], [2 << 20], STREAMS),  # with several, a block is more than an ask
+        (3, MAX_ASK_BYTES + 2, 1),  # and here more than any
+    ],
 )
 def test_right_bytes(
     make: Make,
@@ -65,7 +72,7 @@ def test_right_bytes(
 def test_several_streams_share_a_large_fetch(
     make: Make, stack: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = make(num_blocks=12, block_bytes=MAX_ASK_BYTES)
+    store = make(num_blocks=12, block_bytes=MIN_ASK_BYTES)
     reader = stack.enter_context(contextlib.closing(store.transport(num_streams=3)))
     met = threading.Barrier(3)
     asked: list[str] = []

@@ -140,6 +140,20 @@ def torch_imports(root: Path) -> list[str]:
     return wrong
 
 
+def reaches_inside(root: Path) -> list[str]:
+    """Private fields and methods of core that are used through another object than their own."""
+    return [
+        f"{name}:{node.lineno} uses {ast.unparse(node)}"
+        for name, _, tree in _files(root)
+        if _room(name) == "core"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+    ]
+
+
 def banned(root: Path) -> list[str]:
     """Unsafe modules and calls."""
     wrong = []
@@ -173,6 +187,10 @@ def test_imports_point_down() -> None:
 
 def test_policy_imports_without_torch() -> None:
     assert torch_imports(SOURCE) == []
+
+
+def test_core_keeps_to_public_names() -> None:
+    assert reaches_inside(SOURCE) == []
 
 
 def test_nothing_unsafe() -> None:
@@ -249,6 +267,14 @@ def test_finds_upward_imports(tmp_path: Path, files: dict[str, str], wrong: int)
 def test_finds_torch(tmp_path: Path, files: dict[str, str], wrong: int) -> None:
     found = torch_imports(_tree(tmp_path, files))
     assert (len(found) > 0) == bool(wrong), found
+
+
+def test_finds_what_reaches_inside(tmp_path: Path) -> None:
+    text = "def f(pool, own):\n  pool._refs[0] = 1\n  own.pool._take()\n"
+    own = "class A:\n  def f(self):\n    return self._x + self.__class__.__name__\n"
+    tree = _tree(tmp_path, {"core/a.py": text, "core/b.py": own, "rpc/c.py": text})
+    where = [each.split(" ")[0] for each in reaches_inside(tree)]
+    assert where == ["baton.core.a:2", "baton.core.a:3"]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,23 @@ def simple() -> Plan:
     return plan(worlds.trace(), worlds.space(), worlds.wish(), today=worlds.unified(3))
 
 
+@pytest.fixture(scope="module")
+def heard() -> dict[str, list[tuple[int, int]]]:
+    """What `divided` has told on its way: by stage, how much was done, of how much."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def divided(heard: dict[str, list[tuple[int, int]]]) -> Plan:
+    """Two kinds of device, each good at one phase."""
+    return plan(
+        worlds.trace(),
+        worlds.space(worlds.offer("Fast", **FAST), worlds.offer("Wide", **WIDE)),
+        worlds.wish("ttft=40ms,tpot=8ms"),
+        tell=lambda stage, done, total: heard.setdefault(stage, []).append((done, total)),
+    )
+
+
 def test_light_traffic_stays_unified(simple: Plan) -> None:
     assert simple.holds
     assert simple.chosen.style is Style.UNIFIED
@@ -39,14 +56,11 @@ def test_light_traffic_stays_unified(simple: Plan) -> None:
     assert next(sentences(simple)).startswith("Verdict: stay unified: 1U Box")
 
 
-def test_hardware_that_is_good_at_one_phase_each_is_split() -> None:
+def test_hardware_that_is_good_at_one_phase_each_is_split(divided: Plan) -> None:
     """Prompts are slow on one device and answers on the other, and the link is fast."""
-    space = worlds.space(worlds.offer("Fast", **FAST), worlds.offer("Wide", **WIDE))
-    wish = worlds.wish("ttft=40ms,tpot=8ms")
-    found = plan(worlds.trace(), space, wish)
-    assert found.holds
-    assert found.chosen.style is Style.SPLIT
-    names = [kind.offer.name for kind, _ in found.chosen.candidate.workers.values()]
+    assert divided.holds
+    assert divided.chosen.style is Style.SPLIT
+    names = [kind.offer.name for kind, _ in divided.chosen.candidate.workers.values()]
     assert names == ["Fast", "Wide"]
 
 
@@ -156,6 +170,35 @@ def test_an_empty_trace_and_no_promise() -> None:
         plan([], worlds.space(), worlds.wish())
     with pytest.raises(ConfigError, match="needs a promise to keep: give --slo"):
         plan(worlds.trace(), worlds.space(), worlds.wish(""))
+
+
+def test_progress_ends_where_it_said_it_would(
+    divided: Plan, heard: dict[str, list[tuple[int, int]]]
+) -> None:
+    assert next(iter(heard)) == "predicting candidates"
+    assert len(heard) == 4
+    for stage, steps in heard.items():
+        done = [each[0] for each in steps]
+        assert done == sorted(done), stage
+        assert all(each <= total for each, total in steps), stage
+        assert steps[-1][0] == steps[-1][1], stage
+    assert heard["looking for head-room"][-1][0] == len(divided.headroom)
+    draws = sum(row.certainty.num_draws for row in divided.rows if row.certainty is not None)
+    assert heard["running candidates in the twin"][-1][0] == len(divided.rows) + draws
+
+
+def test_what_is_left_out_changes_nothing() -> None:
+    """`property` has larger ones."""
+    space, slo = worlds.space(max_devices=3), "ttft=150ms,tpot=8ms"
+    found = []
+    for thorough in (False, True):
+        wish = worlds.wish(slo, num_draws=5, num_requests=30, thorough=thorough)
+        found.append(plan(worlds.trace(num=30, rate=14.0), space, wish))
+    pruned, whole = found
+    assert pruned.chosen.candidate.name == whole.chosen.candidate.name
+    assert pruned.chosen.probability == whole.chosen.probability
+    assert pruned.num_runs < whole.num_runs
+    assert len(whole.rows) == whole.num_candidates
 
 
 def test_the_frontier_has_nothing_that_is_beaten(simple: Plan) -> None:

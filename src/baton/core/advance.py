@@ -20,32 +20,29 @@ wanted a step earlier; k updates leave one plan in flight, which must not run pa
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
 
+from baton.core.books import Books
+from baton.core.next_step import NextStep
 from baton.core.outcome import finish_of, finish_sequence, publish
 from baton.core.plan import Chunk, StepPlan
 from baton.core.sequence import Sequence
 from baton.types import TokenDelta
 
-if TYPE_CHECKING:
-    from baton.core.scheduler import Scheduler
-
 _PUBLISH, _ALLOCATE = 0, 1
 
 
-def steady_steps(scheduler: Scheduler, plan: StepPlan) -> int:
+def steady_steps(books: Books, latest: NextStep, plan: StepPlan) -> int:
     """See `Scheduler.steady_steps`."""
     chunks = plan.chunks
-    if len(chunks) != len(scheduler._running) or scheduler.fetches.orders:
+    if len(chunks) != len(books.running) or books.fetches.orders:
         return 1
     if not chunks or chunks[-1].num_tokens != 1:
         return 1  # prompts come last
-    ahead = scheduler._in_flight.num_like(plan.step, len(chunks)) - 1
-    has_room = scheduler._budget > 0 and scheduler._num_active() < scheduler._max_running
-    if ahead < 0 or (has_room and scheduler._waiting):
+    ahead = books.in_flight.num_like(plan.step, len(chunks)) - 1
+    if ahead < 0 or (books.waiting and latest.has_room()):
         return 1
-    size = scheduler.config.kv_format.block_size
-    steps = scheduler.config.max_model_len
+    size = books.config.kv_format.block_size
+    steps = books.config.max_model_len
     rooms = []  # for how many steps the blocks of each sequence last
     for chunk in chunks:
         seq, start = chunk.seq, chunk.start
@@ -59,7 +56,7 @@ def steady_steps(scheduler: Scheduler, plan: StepPlan) -> int:
         if left < steps:
             steps = left
         rooms.append(len(seq.blocks) * size - start - ahead)
-    return max(1, _within_room(rooms, steps - ahead, scheduler.pool.num_free, size))
+    return max(1, _within_room(rooms, steps - ahead, books.pool.num_free, size))
 
 
 def _within_room(rooms: list[int], steps: int, num_free: int, block_size: int) -> int:
@@ -83,15 +80,14 @@ def _within_room(rooms: list[int], steps: int, num_free: int, block_size: int) -
 
 
 def advance(
-    scheduler: Scheduler, plan: StepPlan, token_ids: Seq[Seq[int]], nows: Seq[float]
+    books: Books, latest: NextStep, plan: StepPlan, token_ids: Seq[Seq[int]], nows: Seq[float]
 ) -> StepPlan | None:
     """See `Scheduler.advance`."""
     steps, chunks = len(nows), plan.chunks
     assert steps >= 1
-    size = scheduler.config.kv_format.block_size
-    ahead = len(scheduler._in_flight) - 1
-    scheduler._in_flight.end(plan.step)
-    scheduler._step += steps - 1
+    size = books.config.kv_format.block_size
+    ahead = len(books.in_flight) - 1
+    books.in_flight.end(plan.step)
     borders: list[tuple[int, int, int]] = []
     for order, (chunk, tokens) in enumerate(zip(chunks, token_ids, strict=True)):
         seq, start = chunk.seq, chunk.start
@@ -105,15 +101,15 @@ def advance(
     if borders:
         borders.sort()
         at_end = {order for update, _, order in borders if update == steps}
-        _visit(scheduler, plan, borders[: len(borders) - len(at_end)])
-    tell, first, last = scheduler._update.deltas.append, nows[0], nows[-1]
+        _visit(books, plan, borders[: len(borders) - len(at_end)])
+    tell, first, last = books.update.deltas.append, nows[0], nows[-1]
     for order, (chunk, tokens) in enumerate(zip(chunks, token_ids, strict=True)):
         seq = chunk.seq
         seq.num_computed = chunk.start + steps
         seq.num_scheduled = seq.num_computed + ahead
         seq.num_expected = num_tokens = len(seq.token_ids) + ahead
         if order in at_end:
-            _publish(scheduler, seq)
+            _publish(books, seq)
         if not seq.prefilled:
             seq.prefilled = first
         finish = finish_of(seq) if num_tokens >= seq.max_tokens and not ahead else None
@@ -133,13 +129,14 @@ def advance(
         )
         seq.told_cached = True
         if finish is not None:
-            finish_sequence(scheduler, seq, last)
-    scheduler.counters["tokens_computed"] += steps * len(chunks)
-    scheduler.counters["tokens_generated"] += steps * len(chunks)
-    return _plan_ahead(scheduler, chunks, steps) if ahead else None
+            finish_sequence(books, seq, last)
+    books.counters["tokens_computed"] += steps * len(chunks)
+    books.counters["tokens_generated"] += steps * len(chunks)
+    moved = [Chunk(chunk.seq, chunk.start + steps, 1, True) for chunk in chunks] if ahead else ()
+    return latest.moved_on(steps - 1, moved)
 
 
-def _visit(scheduler: Scheduler, plan: StepPlan, borders: list[tuple[int, int, int]]) -> None:
+def _visit(books: Books, plan: StepPlan, borders: list[tuple[int, int, int]]) -> None:
     """Do what is due at block borders before the last update, in the order of the steps.
 
     borders: (update after which, what is due, whose): when a sequence fills a block, and when it
@@ -150,21 +147,13 @@ def _visit(scheduler: Scheduler, plan: StepPlan, borders: list[tuple[int, int, i
         chunk = plan.chunks[order]
         seq = chunk.seq
         if due == _ALLOCATE:
-            seq.blocks += scheduler.pool.allocate(1)
+            seq.blocks += books.pool.allocate(1)
         else:
             seq.num_computed = chunk.start + update
-            _publish(scheduler, seq)
+            _publish(books, seq)
 
 
-def _publish(scheduler: Scheduler, seq: Sequence) -> None:
-    publish(scheduler, seq)
-    if scheduler.config.keep_blocks:
-        scheduler._update.exports += scheduler.exports.keep(seq)
-
-
-def _plan_ahead(scheduler: Scheduler, chunks: Seq[Chunk], steps: int) -> StepPlan:
-    """The step that was planned last, and is in flight."""
-    moved = [Chunk(chunk.seq, chunk.start + steps, 1, True) for chunk in chunks]
-    scheduler._chunks = {chunk.seq.id: chunk for chunk in moved}
-    scheduler._in_flight.replace(scheduler._step, scheduler._chunks)
-    return StepPlan(scheduler._step, tuple(moved))
+def _publish(books: Books, seq: Sequence) -> None:
+    publish(books, seq)
+    if books.config.keep_blocks:
+        books.update.exports += books.exports.keep(seq)

@@ -21,13 +21,8 @@ more, and a word that it has only sent may never arrive.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from baton.core.sequence import Sequence, SequenceId, Status
 from baton.types import Alone
-
-if TYPE_CHECKING:
-    from baton.core.scheduler import Scheduler
 
 ALONE_TOKENS = 4
 """The token that was being drawn, one that may have been drawn ahead of it, and two more."""
@@ -40,51 +35,38 @@ def has_got_on(num_drawn: int) -> bool:
     return num_drawn >= ALONE_TOKENS
 
 
-def running(scheduler: Scheduler) -> Sequence | None:
-    """The suspect that has the next step to itself; those that have got on are none any more."""
-    suspects = scheduler._suspects
-    found = None
-    for seq in list(suspects.values()):
-        if has_got_on(seq.num_generated - len(seq.request.emitted)):
-            del suspects[seq.id]
-        elif seq.status is Status.RUNNING:
-            found = seq
-    return found
+class Suspects(dict[SequenceId, Sequence]):
+    """Those of one worker that have not ended and have not got on; pure, kept in its books."""
 
+    def running(self) -> Sequence | None:
+        """The one that has the next step to itself; those that have got on are taken out."""
+        found = None
+        for seq in list(self.values()):
+            if has_got_on(seq.num_generated - len(seq.request.emitted)):
+                del self[seq.id]
+            elif seq.status is Status.RUNNING:
+                found = seq
+        return found
 
-def may_enter(scheduler: Scheduler, seq: Sequence) -> bool:
-    """Whether `seq` may be admitted: anyone may, but of suspects one at a time."""
-    suspects = scheduler._suspects
-    return seq.id not in suspects or not any(s.status in _ACTIVE for s in suspects.values())
+    def may_enter(self, seq: Sequence) -> bool:
+        """Whether `seq` may be admitted: anyone may, but of suspects one at a time."""
+        return seq.id not in self or not any(each.status in _ACTIVE for each in self.values())
 
+    def ask(self, seq: Sequence) -> Alone | None:
+        """What the gateway is to be told before the first of its steps; None if it was told."""
+        if seq.leave is not None:
+            return None
+        seq.leave = False
+        return Alone(*seq.id)
 
-def plan(scheduler: Scheduler) -> bool:
-    """Plan a step of the running suspect's own. Returns whether it is: others must wait.
+    def give_leave(self, seq_id: SequenceId) -> None:
+        """The gateway knows that this one is alone now. Nothing, if it does not wait for that."""
+        seq = self.get(seq_id)
+        if seq is not None and seq.leave is False:
+            seq.leave = True
 
-    It is, but an empty one, as long as something else is in flight or leave is awaited; it is not
-    if there is none, or if it has just had to give its blocks back.
-    """
-    seq = running(scheduler)
-    if seq is None:
-        return False
-    if scheduler._in_flight.has_only(seq.id):
-        if seq.leave is None:
-            seq.leave = False
-            scheduler._update.alone.append(Alone(*seq.id))
-        elif seq.leave and scheduler._is_ready(seq) and scheduler._grow(seq):
-            scheduler._plan(seq)
-    return seq.status is Status.RUNNING
-
-
-def give_leave(scheduler: Scheduler, seq_id: SequenceId) -> None:
-    """The gateway knows that this suspect is alone now. Nothing, if it does not wait for that."""
-    seq = scheduler._suspects.get(seq_id)
-    if seq is not None and seq.leave is False:
-        seq.leave = True
-
-
-def gives_way(scheduler: Scheduler, seq: Sequence) -> None:
-    """`seq` gives its blocks back: if it was alone, others go on beside it."""
-    if seq.leave is not None and seq.id in scheduler._suspects:
-        scheduler._update.alone.append(Alone(*seq.id, begins=False))
-    seq.leave = None
+    def give_way(self, seq: Sequence) -> Alone | None:
+        """`seq` gives its blocks back. What is to be told if it was alone: others go on beside it."""
+        was_alone = seq.leave is not None and seq.id in self
+        seq.leave = None
+        return Alone(*seq.id, begins=False) if was_alone else None

@@ -16,19 +16,19 @@ from baton.core.instructions import Proceed
 from baton.core.life import LEGS, Life
 from baton.core.sequence import SequenceId
 
-Lives = Mapping[tuple[str, int], Life]
+Living = Mapping[tuple[str, int], Life]
 
 
-def blame(lives: Lives, suspects: Sequence[SequenceId]) -> None:
+def blame(living: Living, suspects: Sequence[SequenceId]) -> None:
     """These were in it, by a worker's own word; also by attempts that were given up before."""
     for request_id, choice, attempt in suspects:
-        if (life := lives.get((request_id, choice))) is not None:
+        if (life := living.get((request_id, choice))) is not None:
             life.blame(attempt)
 
 
-def blame_without_a_word(lives: Lives, worker_id: str) -> None:
+def blame_without_a_word(living: Living, worker_id: str) -> None:
     """A worker was ended from one moment to the next."""
-    legs = [life for life in lives.values() if life.worker_id == worker_id and life.phase in LEGS]
+    legs = [life for life in living.values() if life.worker_id == worker_id and life.phase in LEGS]
     alone = [life for life in legs if life.is_alone]
     for life in alone:
         life.blame(life.attempt)

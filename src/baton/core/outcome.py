@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from baton.core.books import Books
 from baton.core.plan import Chunk, StepOutput, StepPlan
-from baton.core.sequence import Sequence, Status
+from baton.core.sequence import Sequence
 from baton.types import FinishReason, TokenDelta
 
-if TYPE_CHECKING:
-    from baton.core.scheduler import Scheduler
 
-
-def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float) -> None:
+def take_in(books: Books, plan: StepPlan, output: StepOutput, now: float) -> None:
     """See `Scheduler.update`."""
     num_generated = num_computed = 0
-    config, update, exports = scheduler.config, scheduler._update, scheduler.exports
+    config, update, exports = books.config, books.update, books.exports
     tell = update.deltas.append
-    counting = scheduler._in_flight.end(plan.step)
+    counting = books.in_flight.end(plan.step)
     all_count = len(counting) == len(plan.chunks)
     for chunk, tokens, logprobs in zip(plan.chunks, output.token_ids, output.logprobs, strict=True):
         seq, num_tokens = chunk.seq, chunk.num_tokens
@@ -26,10 +22,10 @@ def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float
             continue  # ended or preempted while the step ran
         start, hand_off = chunk.start, seq.request.hand_off
         if start < seq.num_prompt:
-            _count_prompt(scheduler, seq, chunk)
+            _count_prompt(books, seq, chunk)
         seq.num_computed = end = start + num_tokens
         if end >= (seq.num_published + 1) * seq.block_size:
-            publish(scheduler, seq)
+            publish(books, seq)
             if config.keep_blocks and not hand_off:
                 update.exports += exports.keep(seq)
         if hand_off:
@@ -58,19 +54,19 @@ def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float
         )
         seq.told_cached = True
         if finish is not None:
-            finish_sequence(scheduler, seq, now)
+            finish_sequence(books, seq, now)
         elif hand_off:
-            _await_seals(scheduler, seq, now)
-    scheduler.counters["tokens_computed"] += num_computed
-    scheduler.counters["tokens_generated"] += num_generated
+            _await_seals(books, seq, now)
+    books.counters["tokens_computed"] += num_computed
+    books.counters["tokens_generated"] += num_generated
 
 
-def publish(scheduler: Scheduler, seq: Sequence) -> None:
+def publish(books: Books, seq: Sequence) -> None:
     """Let others find the blocks of `seq` that are full by now."""
     num_full = seq.num_computed // seq.block_size
-    if scheduler.config.prefix_cache and num_full > seq.num_published:
+    if books.config.prefix_cache and num_full > seq.num_published:
         begin, keys = seq.num_published, seq.class_keys(seq.num_computed)
-        scheduler.pool.publish_all(seq.blocks[begin:num_full], keys[begin:])
+        books.pool.publish_all(seq.blocks[begin:num_full], keys[begin:])
     seq.num_published = num_full
 
 
@@ -82,22 +78,22 @@ def finish_of(seq: Sequence) -> FinishReason | None:
     return FinishReason.LENGTH if len(seq.token_ids) >= seq.max_tokens else None
 
 
-def finish_sequence(scheduler: Scheduler, seq: Sequence, now: float) -> None:
+def finish_sequence(books: Books, seq: Sequence, now: float) -> None:
     """It has its last token."""
-    scheduler.admission.lengths.observe(seq.num_generated)
-    scheduler._end(seq, now)
+    books.admission.lengths.observe(seq.num_generated)
+    books.end(seq, now)
 
 
-def try_commit(scheduler: Scheduler, seq: Sequence, now: float) -> None:
+def try_commit(books: Books, seq: Sequence, now: float) -> None:
     """Hand `seq` off, if all its blocks are sealed."""
-    handoff = scheduler.exports.commit(seq.id, now)
+    handoff = books.exports.commit(seq.id, now)
     if handoff is not None:
         seq.exported = now
-        scheduler._update.handoffs.append(handoff)
-        scheduler._end(seq, now)
+        books.update.handoffs.append(handoff)
+        books.end(seq, now)
 
 
-def take_over(scheduler: Scheduler, seq: Sequence, num_verified: int, now: float) -> None:
+def take_over(books: Books, seq: Sequence, num_verified: int, now: float) -> None:
     """The fetch that `seq` waited for has ended: it runs, `num_verified` blocks further on."""
     if num_verified:
         computed = seq.num_computed + num_verified * seq.block_size
@@ -105,36 +101,33 @@ def take_over(scheduler: Scheduler, seq: Sequence, num_verified: int, now: float
         seq.num_computed = seq.num_scheduled = min(computed, seq.num_tokens - 1)
         seq.num_imported_blocks = num_verified
         seq.num_kept = seq.num_computed // seq.block_size
-        publish(scheduler, seq)
+        publish(books, seq)
     seq.import_done = now
-    seq.status = Status.RUNNING
-    scheduler._running[seq.id] = seq
+    books.run(seq)
 
 
-def give_up_fetches(scheduler: Scheduler, now: float) -> None:
+def give_up_fetches(books: Books, now: float) -> None:
     """What waited for fetches that do not end goes back to the queue; none reads its handoff again.
 
     A sequence that imports comes back as one that was preempted does: to other blocks.
     """
-    for seq in scheduler.fetches.give_up(now):
+    for seq in books.fetches.give_up(now):
         if seq.status is Status.IMPORTING:
             seq.num_preemptions += 1
-            scheduler.pool.release(seq.blocks)
+            books.pool.release(seq.blocks)
             seq.reset()
-        seq.status = Status.WAITING
-        scheduler._waiting.add(seq)
+        books.wait(seq)
 
 
-def _count_prompt(scheduler: Scheduler, seq: Sequence, chunk: Chunk) -> None:
+def _count_prompt(books: Books, seq: Sequence, chunk: Chunk) -> None:
     num_prompt = min(seq.num_prompt - chunk.start, chunk.num_tokens)
     again = "recomputed" if seq.num_preemptions else "computed"
-    scheduler.counters[f"prompt_tokens_{again}"] += num_prompt
+    books.counters[f"prompt_tokens_{again}"] += num_prompt
     seq.num_prompt_computed += num_prompt
 
 
-def _await_seals(scheduler: Scheduler, seq: Sequence, now: float) -> None:
+def _await_seals(books: Books, seq: Sequence, now: float) -> None:
     """Its prompt is computed and its first token drawn: only copies keep it here."""
-    scheduler._update.exports += scheduler.exports.close(seq)
-    del scheduler._running[seq.id]
-    seq.status = Status.EXPORTING
-    try_commit(scheduler, seq, now)
+    books.update.exports += books.exports.close(seq)
+    books.close(seq)
+    try_commit(books, seq, now)
