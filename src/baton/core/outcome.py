@@ -16,7 +16,7 @@ def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float
     """See `Scheduler.update`."""
     num_generated = num_computed = 0
     config, update, exports = scheduler.config, scheduler._update, scheduler.exports
-    tell = update.deltas.append
+    tell, is_quiet = update.deltas.append, not scheduler.tells_each
     counting = scheduler._in_flight.end(plan.step)
     all_count = len(counting) == len(plan.chunks)
     for chunk, tokens, logprobs in zip(plan.chunks, output.token_ids, output.logprobs, strict=True):
@@ -45,11 +45,17 @@ def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float
         num_there = len(seq.token_ids)
         ends = num_there >= seq.max_tokens or seq.request.sampling.stop_token_ids
         finish = finish_of(seq) if ends else None
+        if is_quiet and finish is None and seq.told_cached and not seq.num_preemptions:
+            continue  # `hand_off` ends with the token that is told at once
+        request_id, choice, attempt = seq.id
+        num_told = seq.num_told
         tell(
             TokenDelta(
-                *seq.id,
-                num_there - seq.num_prompt - 1,
-                (token,),
+                request_id,
+                choice,
+                attempt,
+                num_told - seq.num_prompt,
+                (token,) if num_told + 1 == num_there else tuple(seq.token_ids[num_told:]),
                 None if logprobs is None else (logprobs,),
                 finish,
                 None,
@@ -57,12 +63,22 @@ def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float
             )
         )
         seq.told_cached = True
+        seq.num_told = num_there
         if finish is not None:
             finish_sequence(scheduler, seq, now)
         elif hand_off:
             _await_seals(scheduler, seq, now)
     scheduler.counters["tokens_computed"] += num_computed
     scheduler.counters["tokens_generated"] += num_generated
+
+
+def tell_rest(scheduler: Scheduler) -> None:
+    """See `Scheduler.tell_rest`."""
+    for seq in scheduler._sequences.values():
+        if untold := tuple(seq.token_ids[seq.num_told :]):
+            first_index = seq.num_told - seq.num_prompt
+            scheduler._update.deltas.append(TokenDelta(*seq.id, first_index, untold))
+            seq.num_told = len(seq.token_ids)
 
 
 def publish(scheduler: Scheduler, seq: Sequence) -> None:

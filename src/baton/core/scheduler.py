@@ -31,7 +31,7 @@ from baton.core.in_flight import MAX_DEPTH, InFlight, may_run_ahead
 from baton.core.keys import ExtendKeys, extend_chain, root_key
 from baton.core.lease import LeaseTable
 from baton.core.limits import SchedulerConfig
-from baton.core.outcome import take_in, take_over, try_commit
+from baton.core.outcome import take_in, take_over, tell_rest, try_commit
 from baton.core.plan import Chunk, StepOutput, StepPlan, Update, error_delta
 from baton.core.prompt_order import PromptQueue, rank
 from baton.core.sequence import Sequence, SequenceId, Status
@@ -45,7 +45,10 @@ _RUNNING = Status.RUNNING  # read for every sequence in every step
 class Scheduler:
     """Policy of one worker. Every call is deterministic in its arguments.
 
-    extend_keys: what the keys of full blocks are made of (see `keys`).
+    extend_keys: what the keys of full blocks are made of (see `keys`). tells_each: every token is
+    told when it was drawn; else the first one is, and the others with the last, or when
+    `tell_rest` is called, for who counts steps can tell when they were drawn. A sequence that was
+    preempted, and so was not in every step, has each told from then on.
     """
 
     def __init__(
@@ -54,7 +57,10 @@ class Scheduler:
         leases: LeaseTable,
         index: StoreIndex,
         extend_keys: ExtendKeys = extend_chain,
+        *,
+        tells_each: bool = True,
     ) -> None:
+        self.tells_each = tells_each
         self.config = config
         self.counters: Counter[str] = new_counters()
         self.pool = BlockPool(config.num_blocks)
@@ -236,6 +242,10 @@ class Scheduler:
         update.sealed += self.exports.take_news()
         return update
 
+    def tell_rest(self) -> None:
+        """Tell the tokens that were kept back (see `tells_each`)."""
+        tell_rest(self)
+
     # What others ask -------------------------------------------------------------------------
 
     @property
@@ -372,7 +382,9 @@ class Scheduler:
         self.counters["leases_expired"] += len(self._leases.expire(now))
 
     def _fail(self, seq: Sequence, now: float, error: ServeError) -> None:
-        self._update.deltas.append(error_delta(seq.id, seq.num_generated, error))
+        untold = tuple(seq.token_ids[seq.num_told :])
+        first_index = seq.num_told - seq.num_prompt
+        self._update.deltas.append(error_delta(seq.id, first_index, error, untold))
         self._end(seq, now)
 
     def _end(self, seq: Sequence, now: float) -> None:

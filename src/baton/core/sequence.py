@@ -40,8 +40,9 @@ class Sequence:
     `num_scheduled` (tokens computed or being computed) and `num_expected` (tokens there or being
     drawn) run ahead of `num_computed` and `num_tokens`; else they are equal to them. `codec` is
     that of the KV it took over, `origin` names whose arithmetic that KV comes from if it is not our
-    own; what it computes from that is of the same numerics class. Times are the caller's monotonic
-    seconds, 0.0 until known.
+    own; what it computes from that is of the same numerics class. `num_told`: tokens, from the
+    prompt's first on, that the outside knows. Times are the caller's monotonic seconds, 0.0 until
+    known.
     """
 
     __slots__ = (
@@ -69,6 +70,7 @@ class Sequence:
         "num_prompt",
         "num_prompt_computed",
         "num_published",
+        "num_told",
         "num_scheduled",
         "order",
         "origin",
@@ -103,7 +105,7 @@ class Sequence:
         self.blocks: list[int] = []
         self.num_computed = 0
         self.num_scheduled = 0
-        self.num_expected = len(self.token_ids)
+        self.num_expected = self.num_told = len(self.token_ids)
         self.num_published = 0
         self.num_kept = 0
         self.num_cached = 0
