@@ -49,10 +49,9 @@ def steady_steps(scheduler: Scheduler, plan: StepPlan) -> int:
     rooms = []  # for how many steps the blocks of each sequence last
     for chunk in chunks:
         seq, start = chunk.seq, chunk.start
-        if chunk.num_tokens != 1 or start < seq.num_prompt:
+        if chunk.num_tokens != 1 or start < seq.num_prompt or not chunk.samples:
             return 1  # it catches up with its prompt, or with what was drawn elsewhere
-        request = seq.request
-        if request.hand_off or request.sampling.stop_token_ids or not chunk.samples:
+        if seq.ends_early:
             return 1
         # The next token is drawn when `start + 1` are there.
         left = seq.max_tokens - start - 1

@@ -54,9 +54,10 @@ class BlockPool:
         if count > self.num_free:
             raise MemoryError(f"{count} blocks wanted, {self.num_free} free")
         empty, refs = self._empty, self._refs
-        if count == 1 and empty:
-            refs[empty[-1]] = 1
-            return [empty.pop()]
+        if count == 1:  # most are for a token that an answer has no room for
+            block = empty.pop() if empty else self._evict()
+            refs[block] = 1
+            return [block]
         taken = empty[: -count - 1 : -1]  # the last ones, the very last first
         del empty[len(empty) - len(taken) :]
         taken += [self._evict() for _ in range(count - len(taken))]

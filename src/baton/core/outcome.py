@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float) -> None:
     """See `Scheduler.update`."""
     num_generated = num_computed = 0
-    config, update, exports = scheduler.config, scheduler._update, scheduler.exports
+    update, exports = scheduler._update, scheduler.exports
+    keeps, size = scheduler.config.keep_blocks, scheduler.config.kv_format.block_size
     tell, is_quiet = update.deltas.append, not scheduler.tells_each
     counting = scheduler._in_flight.end(plan.step)
     all_count = len(counting) == len(plan.chunks)
@@ -24,13 +25,14 @@ def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float
         num_computed += num_tokens
         if not all_count and seq.id not in counting:
             continue  # ended or preempted while the step ran
-        start, hand_off = chunk.start, seq.request.hand_off
+        start, ends_early = chunk.start, seq.ends_early
         if start < seq.num_prompt:
             _count_prompt(scheduler, seq, chunk)
         seq.num_computed = end = start + num_tokens
-        if end >= (seq.num_published + 1) * seq.block_size:
+        hand_off = ends_early and seq.request.hand_off
+        if end >= (seq.num_published + 1) * size:
             publish(scheduler, seq)
-            if config.keep_blocks and not hand_off:
+            if keeps and not hand_off:
                 update.exports += exports.keep(seq)
         if hand_off:
             update.exports += exports.export_full_blocks(seq)
@@ -41,10 +43,10 @@ def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float
         num_generated += 1
         if not seq.prefilled:
             seq.prefilled = now
-        seq.token_ids.append(token)
-        num_there = len(seq.token_ids)
-        ends = num_there >= seq.max_tokens or seq.request.sampling.stop_token_ids
-        finish = finish_of(seq) if ends else None
+        token_ids = seq.token_ids
+        token_ids.append(token)
+        num_there = len(token_ids)
+        finish = finish_of(seq) if num_there >= seq.max_tokens or ends_early else None
         if is_quiet and finish is None and seq.told_cached and not seq.num_preemptions:
             continue  # `hand_off` ends with the token that is told at once
         request_id, choice, attempt = seq.id
@@ -55,7 +57,7 @@ def take_in(scheduler: Scheduler, plan: StepPlan, output: StepOutput, now: float
                 choice,
                 attempt,
                 num_told - seq.num_prompt,
-                (token,) if num_told + 1 == num_there else tuple(seq.token_ids[num_told:]),
+                (token,) if num_told + 1 == num_there else tuple(token_ids[num_told:]),
                 None if logprobs is None else (logprobs,),
                 finish,
                 None,

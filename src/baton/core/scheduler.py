@@ -196,6 +196,7 @@ class Scheduler:
             return self._planned()
         ahead, size = len(self._in_flight), self.config.kv_format.block_size
         prompts: list[Sequence] = []
+        chunks, num_planned = self._chunks, 0
         for seq in list(self._running.values()):
             start, expected = seq.num_scheduled, seq.num_expected
             if expected - start != 1:
@@ -203,10 +204,11 @@ class Scheduler:
             elif ahead and not self._is_ready(seq):
                 continue
             elif seq.status is _RUNNING and (expected <= len(seq.blocks) * size or self._grow(seq)):
-                self._chunks[seq.id] = Chunk(seq, start, 1, True)
-                self._budget -= 1  # it lasts for all that may run
+                chunks[seq.id] = Chunk(seq, start, 1, True)
+                num_planned += 1
                 seq.num_scheduled = expected
                 seq.num_expected = expected + 1
+        self._budget -= num_planned  # it lasts for all that may run
         if prompts or self._waiting:
             # Whoever was preempted in this step must not take the blocks back in the same step.
             admits = self.counters["preemptions"] == num_preempted

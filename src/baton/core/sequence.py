@@ -41,7 +41,8 @@ class Sequence:
     drawn) run ahead of `num_computed` and `num_tokens`; else they are equal to them. `codec` is
     that of the KV it took over, `origin` names whose arithmetic that KV comes from if it is not our
     own; what it computes from that is of the same numerics class. `num_told`: tokens, from the
-    prompt's first on, that the outside knows. Times are the caller's monotonic seconds, 0.0 until
+    prompt's first on, that the outside knows. `ends_early`: a token may end it before `max_tokens`
+    are there. Times are the caller's monotonic seconds, 0.0 until
     known.
     """
 
@@ -54,6 +55,7 @@ class Sequence:
         "blocks",
         "codec",
         "deadline",
+        "ends_early",
         "exported",
         "finished",
         "first_scheduled",
@@ -95,6 +97,7 @@ class Sequence:
         self.token_ids: list[int] = [*request.prompt, *request.emitted]
         self.num_prompt = len(request.prompt)
         self.max_tokens = self.num_prompt + request.sampling.max_tokens
+        self.ends_early = request.hand_off or bool(request.sampling.stop_token_ids)
         self.block_size = block_size
         self.root = root
         self.codec = RAW

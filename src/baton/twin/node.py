@@ -55,7 +55,8 @@ class _State(enum.Enum):
 
 
 class Node:
-    """A worker process. `tell` gets its reports at the time at which they are made."""
+    """A worker process. `tell` gets its reports at the time at which they are made; tokens have the
+    times at which the gateway gets them, if each was sent at once: `message_s` later."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Node:
         fetcher: Fetcher,
         tell: Callable[[Node, Report], None],
         tracer: Tracer | None,
+        message_s: float = 0.0,
     ) -> None:
         self.setup = setup
         self.totals = NodeTotals()
@@ -72,6 +74,7 @@ class Node:
         self._fetcher = fetcher
         self._tell_gateway = tell
         self._tracer = tracer
+        self._message_s = message_s
         self._frozen_until = 0.0
         self.start()
 
@@ -94,7 +97,7 @@ class Node:
         self._step_s = 0.0
         self._copies: deque[tuple[float, bytes]] = deque()
         self._copier_free_at = 0.0
-        self._steps_ended: list[float] = []  # when each step so far did
+        self._told_at: list[float] = []  # by step so far: when its tokens are at the gateway
         self._next_step: dict[str, int] = {}  # by request: that of the first token not told yet
         self._held: dict[str, Tokens] = {}  # by request; there is one choice
 
@@ -242,7 +245,7 @@ class Node:
         plan = self._submitted.popleft()
         began = runner.began
         self.totals.count(runner.oldest, began, ends)
-        self._steps_ended += ends
+        self._told_at += [end + self._message_s for end in ends]
         if len(ends) == 1:
             output = runner.collect()
             self._step_s += STEP_TIME_WEIGHT * (output.elapsed_s - self._step_s)
@@ -295,9 +298,9 @@ class Node:
         return due
 
     def _times(self, delta: TokenDelta, num_ended: int) -> list[float]:
-        """When the tokens of `delta` were drawn: the newest in the steps that have just ended, and
-        those that were kept back in one step after the other, from that on which was told last."""
-        ended, count = self._steps_ended, len(delta.token_ids)
+        """When the gateway gets the tokens of `delta`: the newest are of the steps that have just
+        ended, those that were kept back of one step after the other, from the last told on."""
+        ended, count = self._told_at, len(delta.token_ids)
         num_new = 0 if delta.finish is FinishReason.ERROR else num_ended
         if count == num_new:
             begin, times = 0, ended[len(ended) - count :]

@@ -26,9 +26,9 @@ class Record:
         self.failure: str | None = None
         self.detail = ""
 
-    def take(self, delta: TokenDelta, times: Sequence[float], delay_s: float) -> None:
-        """Tokens that were drawn at `times` and arrived `delay_s` later."""
-        self.events += [at + delay_s for at in times]
+    def take(self, delta: TokenDelta, times: Sequence[float]) -> None:
+        """Tokens that arrived at `times`."""
+        self.events += times
         if delta.num_cached is not None:
             self.cached_tokens = delta.num_cached
 
