@@ -205,7 +205,9 @@ def race(
         mine, other = jumper.state(), walker.state()
         if not tells_each:
             seen["kept back"] += mine["told"] != other["told"]
-            seen["preempted"] += any(s.num_preemptions for s in jumper.scheduler._sequences.values())
+            seen["preempted"] += any(
+                s.num_preemptions for s in jumper.scheduler._sequences.values()
+            )
             for name, told in other["told"].items():
                 if told[2] is not None:  # it has ended
                     assert mine["told"][name] == told, "an end tells what was kept back"

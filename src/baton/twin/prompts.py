@@ -47,8 +47,7 @@ def extend_names(
 
 def _places(number: int) -> list[bytes]:
     """At least `number` of them."""
-    for place in range(len(_PLACES), number):
-        _PLACES.append(place.to_bytes(8, "little"))
+    _PLACES.extend(place.to_bytes(8, "little") for place in range(len(_PLACES), number))
     return _PLACES
 
 

@@ -66,7 +66,7 @@ class NodeTotals:
         self.busy_s = 0.0
 
     def count(self, shape: StepShape, began: float, ends: Sequence[float]) -> None:
-        """Steps of as many tokens that ended at these times, the first of which began at `began`."""
+        """Steps of as many tokens, which ended at these times; the first began at `began`."""
         self.num_steps += len(ends)
         self.num_tokens += shape.num_tokens * len(ends)
         self.num_seqs += shape.num_seqs * len(ends)
