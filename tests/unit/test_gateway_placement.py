@@ -81,12 +81,12 @@ class Harness:
         for name in workers:
             self.join(name)
 
-    def join(self, name: str) -> None:
+    def join(self, name: str, **more: Any) -> None:
         self.links[name] = FakeLink()
         role = {"p": Role.PREFILL, "d": Role.DECODE, "u": Role.UNIFIED}[name[0]]
         self.dispatcher._joined(
             Hello(name, role, 1, "m", b"w", "exact", FORMAT, 99, 99, 9, 9, 99, "cpu", "f32",
-                  num_frames=99)
+                  num_frames=99, **more)
         )  # fmt: skip
 
     def lose(self, name: str) -> None:
@@ -147,19 +147,21 @@ def test_prompts_that_begin_alike_have_equal_ids_and_no_text_leaves(
         request = Request("r", prompt, SamplingParams(9), salt=salt)
         tokens = here.dispatcher.generate(request)
         asked = await begin(tokens)
-        here.report("u0", deltas=(delta(0, finish=FinishReason.LENGTH),))
+        here.report("u0", deltas=(delta(0), delta(1, finish=FinishReason.LENGTH)))
         await asked
-        await tokens.aclose()  # type: ignore[attr-defined]
+        _ = [each async for each in tokens]
         return here.dispatcher.recent.newest_first()[0]
 
     async def run() -> None:
-        here = Harness(monkeypatch, "u0")
+        here = Harness(monkeypatch)
+        here.join("u0", keeps_blocks=True)  # its answers have keys as well
         first = await serve(here, (1, 2, 3, 4, 5, 6, 7, 8, 9))
         alike = await serve(here, (1, 2, 3, 4, 5, 6, 7, 0))
         foreign = await serve(here, (1, 2, 3, 4), salt=b"another tenant")
         elsewhere = await serve(Harness(monkeypatch, "u0"), (1, 2, 3, 4))
         assert first.block_size == 4
-        # Two full blocks; that of the answer's first token is no prompt's.
+        # Full blocks of the prompt: not one that the answer fills.
+        assert len((await serve(here, (1, 2, 3, 4, 5, 6, 7))).prompt_blocks) == ID_BYTES
         assert len(first.prompt_blocks) == len(alike.prompt_blocks) == 2 * ID_BYTES
         assert first.prompt_blocks[:ID_BYTES] == alike.prompt_blocks[:ID_BYTES]
         assert first.prompt_blocks[ID_BYTES:] != alike.prompt_blocks[ID_BYTES:]

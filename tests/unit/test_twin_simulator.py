@@ -346,7 +346,7 @@ def test_every_request_has_one_record() -> None:
     ("failure", "changes"),
     [
         (None, {}),
-        (None, {"num_blocks": 24}),  # preempts
+        (None, {"unified": 1, "num_blocks": 24}),  # preempts
         (Failure("kill", "unified-0", 2.0), {"num_blocks": 24}),
         (Failure("freeze", "unified-0", 2.0, 8.0), {}),
         (None, {"fields": {"request_timeout_s": 0.4}}),
@@ -373,11 +373,12 @@ def test_tokens_that_are_told_together_have_the_times_of_each(
                 return update
 
         monkeypatch.setattr(node_module, "Scheduler", Counting)
-        it = deployment(unified=2, depth=depth, **changes)
-        return Simulator(it, chat(80, rate=25.0), failures=failures).run(), num_told
+        it = deployment(**{"unified": 2, "depth": depth} | changes)
+        trace = chat(60, rate=10.0 if "unified" in changes else 25.0)
+        return Simulator(it, trace, failures=failures).run(), num_told
 
     (together, num_together), (each, num_each) = served(False), served(True)
-    if "num_blocks" in changes and failure is None:
+    if "unified" in changes:
         assert counter(together, "preemptions") > 0
     if "fields" in changes:
         assert any(late.failure and late.output_tokens for late in together.requests)
