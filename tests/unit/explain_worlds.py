@@ -51,7 +51,9 @@ def serve_logged(
     """Serve, and write `gateway.log` and a log for each start of a worker."""
     written: dict[str, list[bytes]] = {"gateway": []}
 
-    def scheduler(config: Any, leases: Any, index: Any, extend: Any) -> log.LoggedScheduler:
+    def scheduler(
+        config: Any, leases: Any, index: Any, extend: Any, **_: Any
+    ) -> log.LoggedScheduler:
         parts = written.setdefault(f"{leases.source}-{leases.epoch}", [])
         return log.LoggedScheduler(config, leases, index, parts.append)
 

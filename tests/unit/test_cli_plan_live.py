@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from baton.core.cost import ChunkShape, Profile, StepShape
 from baton.core.step_cost import MeasuredStep
 from baton.observe.audit import WorkerStep
 from baton.observe.audit_view import AuditView
+from baton.observe.block_ids import BlockIds
 from baton.observe.events import Waterfall
 from baton.observe.plan_watch import Finding, Reason
 from baton.planner.profiles import read_profile
+from baton.types import Role
 
 URL = "http://127.0.0.1:8001"
 PROFILE = msgspec.structs.replace(offer().profile, device="H100")
@@ -27,9 +30,13 @@ STEPS = [StepShape.of([ChunkShape(1, 10 * i, True)] * (1 + i % 8)) for i in rang
 ]
 
 
+def told(worker: str, role: Role, shape: StepShape, factor: float) -> WorkerStep:
+    """A step that took so many times as long as the profile says."""
+    return WorkerStep(worker, role, MeasuredStep(shape, factor * PROFILE.cost().step_s(shape)))
+
+
 def view(**changes: Any) -> AuditView:
     """A deployment whose steps take twice as long as its profile says."""
-    cost = PROFILE.cost()
     config = Config(
         model=ModelConfig(path="/models/toy"),
         engine=EngineConfig(max_num_batched_tokens=640),
@@ -39,11 +46,12 @@ def view(**changes: Any) -> AuditView:
     fields: dict[str, Any] = {
         "config": config,
         "shape": MODEL,
-        "profile": PROFILE,
+        "profiles": dict.fromkeys(Role, PROFILE),
         "findings": [Finding(Reason.RATE_HIGH, 2.0, True, "9 requests/s"),
                      Finding(Reason.ATTAINMENT, 0.5, False, "all is well")],
         "errors": [],
-        "steps": [WorkerStep("d0", MeasuredStep(s, 2 * cost.step_s(s))) for s in STEPS],
+        "steps": [told("d0", Role.DECODE, s, 2.0) for s in STEPS[:60]]
+        + [told("p0", Role.PREFILL, s, 2.0) for s in STEPS[60:]],
     }  # fmt: skip
     return AuditView(**fields | changes)
 
@@ -91,7 +99,8 @@ def test_a_plan_from_what_was_measured(
     assert "keep ttft=2s,tpot=80ms" in printed
     assert "Today's 2P1D H100, 640 tokens" in printed
     assert "moving saves $" in printed
-    assert "100 measured steps took 2.00 times as long as predicted (median error 100%)" in printed
+    for says in ("40 measured steps of prefill workers", "60 measured steps of decode workers"):
+        assert f"{says} took 2.00 times as long as predicted (median error 100%)" in printed
     assert "The plan that is served is stale: 9 requests/s." in printed
     assert "all is well" not in printed
     config = load_config(tmp_path / "plan.yaml")
@@ -102,18 +111,83 @@ def test_a_plan_from_what_was_measured(
     # The errors are now those of the measured steps.
     assert config.plan.decode_step_error is not None
     assert config.plan.decode_step_error < 0.1
-    assert config.plan.profile_file == str(tmp_path / "plan.profile.json")
-    written = read_profile(Path(config.plan.profile_file))
+    (written,) = (read_profile(Path(file)) for file in set(config.plan.profile_files().values()))
     for shape in STEPS[::10]:
         assert written.cost().step_s(shape) == pytest.approx(
             2 * PROFILE.cost().step_s(shape), rel=0.05
         )
 
 
+def test_roles_that_cost_unlike_are_planned_and_written_apart(
+    gateway: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps of decode workers take 8 times as long: only what was split from prompts shows it."""
+    rows = [told("p0", Role.PREFILL, s, 1.0) for s in STEPS[60:]]
+    rows += [told("d0", Role.DECODE, s, 8.0) for s in STEPS[:60]]
+    gateway["/audit"] = view(steps=rows)
+    plan(tmp_path, "--json", str(tmp_path / "plan.json"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "H100, prefill workers: cost model: " in printed
+    assert "H100, decode workers: cost model: " in printed
+    found = json.loads((tmp_path / "plan.json").read_text())
+    today = found["today"]["arithmetic"]["tpot_s"]
+    gateway["/audit"] = view(steps=[*rows[:40], *(told("d0", Role.DECODE, s, 1.0) for s in STEPS)])
+    plan(tmp_path, "--json", str(tmp_path / "plan.json"))
+    quick = json.loads((tmp_path / "plan.json").read_text())["today"]["arithmetic"]["tpot_s"]
+    assert today > 5 * quick
+
+
+def test_unlike_profiles_by_role_are_todays_devices(
+    gateway: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = msgspec.structs.replace(PROFILE, device="L40S")
+    gateway["/audit"] = view(profiles={Role.PREFILL: PROFILE, Role.DECODE: slow}, steps=[])
+    assert plan(tmp_path) in (0, 1)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Today's 2P1D H100 > L40S" in printed
+
+
+def prefixed(ids: BlockIds, num: int = 60) -> list[Waterfall]:
+    """Prompts that have all but their last 8 tokens in common."""
+    found = waterfalls(num)
+    for each in found:
+        each.block_size, each.num_cached_tokens = 16, 150
+        each.prompt_blocks = ids.of([b"the same %d" % i for i in range(200 // 16)])
+    return found
+
+
+def test_prompts_that_begin_alike_are_planned_as_such(
+    gateway: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway["/requests"] = prefixed(BlockIds())
+    plan(tmp_path)
+    printed = " ".join(capsys.readouterr().out.split())
+    # All but the first: 59/60 of 192 in 200 tokens.
+    assert (
+        "94% of the prompt tokens begin as those of an earlier request do, and the plan counts "
+        "with it; today's caches spared 75%."
+    ) in printed
+    written = (tmp_path / "plan.yaml").read_text()
+    assert "94% of the prompt tokens begin as those" in written
+
+
+def test_what_is_not_known_of_sharing_is_said(
+    gateway: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = waterfalls()
+    for each in found:
+        each.num_cached_tokens = 50
+    gateway["/requests"] = found
+    plan(tmp_path)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "today's caches spared 25% of the prompt tokens, but which prompts begin" in printed
+    assert "takes every prompt for new" in printed
+
+
 def test_what_is_given_is_not_asked_for(
     gateway: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gateway["/audit"] = view(profile=None, steps=[])
+    gateway["/audit"] = view(profiles={}, steps=[])
     (tmp_path / "p.json").write_bytes(PROFILE.to_json())
     assert plan(
         tmp_path, "--profile", str(tmp_path / "p.json"), "--slo", "ttft=5s", "--today", "4U",
@@ -122,7 +196,8 @@ def test_what_is_given_is_not_asked_for(
     printed = " ".join(capsys.readouterr().out.split())
     assert "keep ttft=5s" in printed
     assert "Today's 4U H100" in printed
-    assert "0 measured steps are too few to recalibrate with" in printed
+    assert "0 measured steps of unified" not in printed
+    assert "0 measured steps of decode workers are too few to recalibrate with" in printed
     assert load_config(tmp_path / "plan.yaml").plan.rate == pytest.approx(2.0)
 
 
@@ -130,7 +205,7 @@ def test_a_machine_that_is_in_no_list_is_taken_for_one_that_is(
     gateway: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile: Profile = msgspec.structs.replace(PROFILE, device="my box")
-    gateway["/audit"] = view(profile=profile)
+    gateway["/audit"] = view(profiles=dict.fromkeys(Role, profile))
     assert plan(tmp_path) == 2
     assert "runs on 'my box', whose memory and price are not known here" in capsys.readouterr().err
     assert plan(tmp_path, "--hardware", "Server CPU") == 0
@@ -149,12 +224,17 @@ def test_further_hardware_is_compared(
 @pytest.mark.parametrize(
     ("path", "answer", "says"),
     [
-        ("/audit", view(profile=None), "the deployment has no cost model (plan.profile_file)"),
+        ("/audit", view(profiles={}), "prefill workers have no cost model (plan.profile_file)"),
         ("/audit", view(shape=None), "does not say what it serves: give --model"),
         ("/audit", b"<html>", "is no audit of this version of Baton"),
         ("/audit", b'{"config": 3}', "is no audit of this version of Baton"),
         ("/requests", [], "holds no requests"),
         ("/requests", b'[{"request_id": 3}]', "entry 1"),
+        (
+            "/requests",
+            [msgspec.structs.replace(waterfalls(1)[0], block_size=16, prompt_blocks=bytes(91))],
+            "entry 1: 13 blocks of block_size 16 are no beginning of 200 prompt tokens",
+        ),
     ],
 )
 def test_what_is_missing_gets_a_sentence(

@@ -222,3 +222,37 @@ def test_a_pinned_request_goes_where_it_is_told_while_that_is_there() -> None:
     for name in ("a", "b", "c"):
         router.finished(name, 0)
     _assert_zero(router)
+
+
+def test_what_was_used_last_is_remembered() -> None:
+    """Against a list: new prompts, old ones, and such as begin like others, in turns."""
+    rng = random.Random(5)
+    router, limit = Router(), 20
+    router.join(WorkerInfo("u", Role.UNIFIED, 1, limit, 4))
+    model: list[bytes] = []
+    evicted_a_beginning = 0
+    for number in range(500):
+        shared, own = rng.randrange(3), rng.randrange(8)
+        names = [f"s{i}" for i in range(shared)] + [f"{own}/{i}" for i in range(rng.randrange(9))]
+        keys = _keys(*names)
+        hits = next((i for i, key in enumerate(keys) if key not in model), len(keys))
+        evicted_a_beginning += bool(keys) and not hits and any(key in model for key in keys)
+        placement = router.place(str(number), 0, 4 * len(keys) + 1, keys)
+        router.finished(str(number), 0)
+        assert placement.predicted_tokens == 4 * (len(keys) - hits) + 1
+        model = [key for key in model if key not in keys] + keys
+        del model[: max(0, len(model) - limit)]
+    assert evicted_a_beginning
+
+
+def test_a_worker_that_starts_anew_may_have_another_role() -> None:
+    router = _router(u0=Role.UNIFIED, u1=Role.UNIFIED)
+    for name, role in (("u0", Role.PREFILL), ("u1", Role.DECODE)):
+        router.join(WorkerInfo(name, role, 2, 100, 4))
+    assert router.roles() == {Role.PREFILL, Role.DECODE}
+    placement = router.place("a", 0, 10, [])
+    assert (placement.prefill, placement.decode) == ("u0", "u1")
+    router.leave("u0")
+    router.leave("u0")
+    with pytest.raises(Unavailable, match="no prefill worker"):
+        router.place("b", 0, 10, [])

@@ -39,7 +39,8 @@ DECODE = StepShape(4, 4, 4, 400, 400.0)
 
 
 def auditor(plan: PlanConfig | None = None) -> Auditor:
-    made = Auditor(Config(plan=plan or PlanConfig()), PROFILE.model, PROFILE)
+    profiles = dict.fromkeys(Role, PROFILE)
+    made = Auditor(Config(plan=plan or PlanConfig()), PROFILE.model, profiles)
     made.joined("u0", Role.UNIFIED)
     return made
 
@@ -74,7 +75,9 @@ def test_each_change_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert seconds(5) == []
     ended(WINDOW, made, tokens=4000)
     (said,) = seconds(5)
-    assert said.startswith("plan is stale reason=prompt_lengths: half of the last 300 requests")
+    assert said.startswith(
+        "plan is stale reason=prompt_lengths: the median of the last 300 requests"
+    )
     assert said.endswith("baton plan --from-live http://127.0.0.1:8001")
     ended(WINDOW, made)
     (said,) = seconds(5)
@@ -144,7 +147,7 @@ def test_the_view_can_be_read_again() -> None:
     view = msgspec.json.decode(asyncio.run(ask()), type=AuditView)
     assert view == made.view()
     assert view.config.plan.rate == 3.0
-    assert view.profile == PROFILE
+    assert view.profiles == dict.fromkeys(Role, PROFILE)
     assert [each.step.elapsed_s for each in view.steps] == [0.5]
     assert [each.stage for each in view.errors] == [Stage.DECODE_STEP]
 
@@ -160,7 +163,26 @@ def test_a_profile_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "none.json").write_bytes(PROFILE.to_json())
     made = Auditor.open(missing, spec)
     assert made.view().shape is not None
-    assert made.view().profile == PROFILE
+    assert made.view().profiles == dict.fromkeys(Role, PROFILE)
+
+
+def test_a_role_may_have_a_profile_of_its_own(tmp_path: Path) -> None:
+    spec = Path(__file__).parents[2] / "models" / "baton-demo"
+    other = msgspec.structs.replace(PROFILE, notes="on fewer cores")
+    for name, profile in (("all.json", PROFILE), ("decode.json", other)):
+        (tmp_path / name).write_bytes(profile.to_json())
+    plan = PlanConfig(
+        profile_file=str(tmp_path / "all.json"),
+        decode_profile_file=str(tmp_path / "decode.json"),
+        prefill_profile_file="",
+    )
+    view = Auditor.open(Config(plan=plan), spec).view()
+    assert view.profiles == {Role.PREFILL: PROFILE, Role.DECODE: other, Role.UNIFIED: PROFILE}
+    own = msgspec.structs.replace(plan, profile_file=None)
+    assert Auditor.open(Config(plan=own), spec).view().profiles == {Role.DECODE: other}
+    lost = msgspec.structs.replace(plan, decode_profile_file=str(tmp_path / "none.json"))
+    with pytest.raises(ConfigError, match="plan.decode_profile_file: cannot read .*none.json"):
+        Auditor.open(Config(plan=lost), spec)
 
 
 def test_legs_go_to_the_worker_that_tells_of_them() -> None:

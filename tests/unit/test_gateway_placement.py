@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from baton.core.keys import chain, root_key
 from baton.core.life import HandoffPolicy
 from baton.core.router import Router
 from baton.errors import WorkerLost
 from baton.gateway.placement import PlacingDispatcher
 from baton.gateway.worker_metrics import export
+from baton.observe.block_ids import ID_BYTES
+from baton.observe.events import Waterfall
 from baton.observe.metrics import GATEWAY_EVENTS, Metrics
 from baton.rpc.messages import Hello, StepReport
 from baton.types import (
@@ -78,12 +81,12 @@ class Harness:
         for name in workers:
             self.join(name)
 
-    def join(self, name: str) -> None:
+    def join(self, name: str, **more: Any) -> None:
         self.links[name] = FakeLink()
         role = {"p": Role.PREFILL, "d": Role.DECODE, "u": Role.UNIFIED}[name[0]]
         self.dispatcher._joined(
             Hello(name, role, 1, "m", b"w", "exact", FORMAT, 99, 99, 9, 9, 99, "cpu", "f32",
-                  num_frames=99)
+                  num_frames=99, **more)
         )  # fmt: skip
 
     def lose(self, name: str) -> None:
@@ -133,6 +136,39 @@ def test_tokens_reach_their_reader_and_the_waterfall_is_kept(
         assert (waterfall.decode_worker, waterfall.prefill_worker) == ("u0", None)
         assert 0 < waterfall.ttft_s <= waterfall.e2e_s
         assert not here.dispatcher._readers
+
+    asyncio.run(run())
+
+
+def test_prompts_that_begin_alike_have_equal_ids_and_no_text_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def serve(here: Harness, prompt: tuple[int, ...], salt: bytes = b"tenant") -> Waterfall:
+        request = Request("r", prompt, SamplingParams(9), salt=salt)
+        tokens = here.dispatcher.generate(request)
+        asked = await begin(tokens)
+        here.report("u0", deltas=(delta(0), delta(1, finish=FinishReason.LENGTH)))
+        await asked
+        _ = [each async for each in tokens]
+        return here.dispatcher.recent.newest_first()[0]
+
+    async def run() -> None:
+        here = Harness(monkeypatch)
+        here.join("u0", keeps_blocks=True)  # its answers have keys as well
+        first = await serve(here, (1, 2, 3, 4, 5, 6, 7, 8, 9))
+        alike = await serve(here, (1, 2, 3, 4, 5, 6, 7, 0))
+        foreign = await serve(here, (1, 2, 3, 4), salt=b"another tenant")
+        elsewhere = await serve(Harness(monkeypatch, "u0"), (1, 2, 3, 4))
+        assert first.block_size == 4
+        # Full blocks of the prompt: not one that the answer fills.
+        assert len((await serve(here, (1, 2, 3, 4, 5, 6, 7))).prompt_blocks) == ID_BYTES
+        assert len(first.prompt_blocks) == len(alike.prompt_blocks) == 2 * ID_BYTES
+        assert first.prompt_blocks[:ID_BYTES] == alike.prompt_blocks[:ID_BYTES]
+        assert first.prompt_blocks[ID_BYTES:] != alike.prompt_blocks[ID_BYTES:]
+        assert foreign.prompt_blocks != first.prompt_blocks[:ID_BYTES]
+        assert elsewhere.prompt_blocks != first.prompt_blocks[:ID_BYTES]
+        key = chain(root_key(b"w", "exact", b"tenant"), (1, 2, 3, 4), 4)[0]
+        assert first.prompt_blocks[:ID_BYTES] not in (key[:ID_BYTES], key[-ID_BYTES:])
 
     asyncio.run(run())
 

@@ -29,7 +29,7 @@ def times(**fields: Any) -> StageTimes:
 
 
 def audit(cost: Cost | None = None) -> Audit:
-    made = Audit(cost)
+    made = Audit({} if cost is None else dict.fromkeys(Role, cost))
     made.join("p0", Role.PREFILL)
     made.join("d0", Role.DECODE)
     return made
@@ -104,10 +104,24 @@ def test_steps_are_compared_with_the_cost_model_and_kept() -> None:
     errors = found(made)
     assert errors["d0", Stage.DECODE_STEP].ratio == pytest.approx(1.5)
     assert errors["p0", Stage.PROMPT_STEP].ratio == pytest.approx(0.5)
-    assert [(each.worker, each.step.shape) for each in made.steps()] == [
-        ("d0", DECODE),
-        ("p0", PROMPT),
+    assert [(each.worker, each.role, each.step.shape) for each in made.steps()] == [
+        ("d0", Role.DECODE, DECODE),
+        ("p0", Role.PREFILL, PROMPT),
     ]
+
+
+def test_steps_are_compared_with_the_cost_model_of_their_role() -> None:
+    class Dear(Cost):
+        def step_s(self, shape: StepShape) -> float:
+            return 4 * super().step_s(shape)
+
+    made = Audit({Role.PREFILL: Cost(), Role.DECODE: Dear()})
+    for name, role in (("p0", Role.PREFILL), ("d0", Role.DECODE), ("u0", Role.UNIFIED)):
+        made.join(name, role)
+        made.step(name, MeasuredStep(DECODE, 4e-5))
+    ratios = {each.worker: each.ratio for each in made.errors()}
+    assert ratios == {"p0": pytest.approx(1.0), "d0": pytest.approx(0.25)}
+    assert len(list(made.steps())) == 3  # kept of all, to calibrate with
 
 
 def test_steps_without_a_cost_model_are_kept_up_to_the_window() -> None:

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from plan_worlds import LINK, space, trace, wish
+from plan_worlds import LINK, kind, offer, space, split, trace, wish
 
 from baton.config import load_config
-from baton.planner.plan.assumptions import assumptions, deciles, profile_of, rate_range
+from baton.core.cost import HeldOut
+from baton.planner.plan.assumptions import assumptions, deciles, profiles_of, rate_range
 from baton.planner.plan.flips import Flip
 from baton.planner.plan.plan_file import plan_yaml
 from baton.planner.plan.traffic import busiest
 from baton.planner.plan.verdict import Plan, plan
+from baton.types import Role
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,8 @@ def found() -> Plan:
 
 def test_a_plan_can_be_read_back(found: Plan, tmp_path: Path) -> None:
     window = busiest(trace(), 60)
-    assumed = assumptions(found, window, "/somewhere/plan.profile.json")
+    assumed = assumptions(found, window, {"profile_file": "/somewhere/plan.profile.json"})
+    assert assumed.profile_file == "/somewhere/plan.profile.json"
     assert assumed.rate == pytest.approx(4.0)
     assert assumed.prompt_tokens == " ".join(["400"] * 9)
     assert assumed.output_tokens == " ".join(["30"] * 9)
@@ -35,7 +38,29 @@ def test_a_plan_can_be_read_back(found: Plan, tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(plan_yaml(found.chosen.candidate, 430, "m", (), assumed))
     assert load_config(file).plan == assumed
-    assert profile_of(found).device == "Box"
+    assert {field: each.device for field, each in profiles_of(found).items()} == {
+        "profile_file": "Box"
+    }
+
+
+def test_roles_of_unlike_profiles_are_written_apart(found: Plan) -> None:
+    prefill, decode = offer("Box").profile, offer("Slow", flops=5e11).profile
+    worse = HeldOut("step", 10, 0.2, 0.4, (0.5, 1.5))
+    decode = msgspec.structs.replace(decode, held_out=(worse,))
+    both = msgspec.structs.replace(offer("Box"), own={Role.DECODE: decode})
+    candidate = split(1, 1, kind(both), kind(both))
+    other = msgspec.structs.replace(
+        found, chosen=msgspec.structs.replace(found.chosen, candidate=candidate)
+    )
+    assert profiles_of(other) == {
+        "prefill_profile_file": prefill, "decode_profile_file": decode,
+    }  # fmt: skip
+    files = {"prefill_profile_file": "/p.json", "decode_profile_file": "/d.json"}
+    assumed = assumptions(other, busiest(trace(), 60), files)
+    assert (assumed.prompt_step_error, assumed.decode_step_error) == (0.1, 0.4)
+    assert assumed.profile_files() == files
+    assert assumed.profile_field(Role.PREFILL) == "prefill_profile_file"
+    assert assumed.profile_field(Role.UNIFIED) == "profile_file"
 
 
 @pytest.mark.parametrize(

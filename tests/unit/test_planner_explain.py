@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from baton.observe.results import RequestResult
 from baton.planner.calibrate import Observation
 from baton.planner.explain import what_if
 from baton.planner.explain.explanation import Explanation, explain
+from baton.planner.explain.facts import MAX_KEPT, Thinned
 from baton.planner.explain.history import Attempt
 from baton.planner.explain.logged_cost import fit_logged
 from baton.planner.explain.logs import Logs
@@ -250,6 +252,31 @@ def test_a_profile_takes_the_place_of_the_logged_steps(
     assert found.twin[0].served != told(logs).twin[0].served
 
 
+def test_a_profile_of_some_roles_and_of_another_model(logs: Path, run: list[RequestResult]) -> None:
+    from test_twin_cli import MODEL, RATES
+
+    from baton.core.cost import Profile
+
+    model = msgspec.structs.replace(MODEL, name="other", num_layers=77)
+    other = Profile("baton", "test", model, RATES, (), "by hand", "2026-01-01", False)
+    wanted = (f"r{WANTED}", 0)
+    found = explain(Logs(logs), wanted, {Role.PREFILL: other}, PLENTY)
+    assert not found.twin
+    assert found.no_twin.startswith("decode workers have no profile: give --profile FILE for all")
+    (note,) = explain(Logs(logs), wanted, dict.fromkeys(Role, other), PLENTY).notes
+    assert note.startswith("the profile is of other, which has 77 layers, and what was served has ")
+
+
+def test_of_a_very_long_log_an_even_part_is_kept() -> None:
+    thinned: Thinned[int] = Thinned()
+    for i in range(10 * MAX_KEPT):
+        thinned.put(i)
+    assert MAX_KEPT / 2 <= len(thinned.kept) <= MAX_KEPT
+    gaps = {b - a for a, b in pairwise(thinned.kept)}
+    assert gaps == {16} and thinned.kept[0] == 0
+    assert thinned.kept[-1] >= 10 * MAX_KEPT - 16
+
+
 # Steps' costs -------------------------------------------------------------------------------------
 
 
@@ -396,7 +423,7 @@ def test_a_log_that_begins_after_the_request_says_so(
     ("spoil", "reason"),
     [
         (lambda logs: (logs / "prefill-0-1.log").unlink(), "there is no log of prefill-0"),
-        (lambda logs: _later_start(logs / "decode-1-1.log"), "began after the request"),
+        (lambda logs: _later_start(logs / "decode-1-1.log"), "are of other starts than the one"),
         (lambda logs: _damaged(logs / "decode-0-1.log"), "decode-0-1.log: "),
         (lambda logs: _otherwise(logs / "decode-0-1.log"), "does not replay: "),
         (lambda logs: _another_plan(logs / "decode-0-1.log"), "another step would be planned"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from base64 import b64encode
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ import pytest
 from unit import trace_files as files
 
 from baton.errors import ConfigError
+from baton.observe.block_ids import MAX_BLOCKS, BlockIds
 from baton.observe.events import RecentRequests, Waterfall
 from baton.planner.traces import FORMATS, Trace, read_trace, spread
 from baton.planner.traces.checks import MAX_TOKENS, parse_date
@@ -132,6 +134,36 @@ def test_lifecycle_events_as_the_gateway_gives_them(tmp_path: Path) -> None:
     assert trace.start_unix_s == pytest.approx(time.time() - 3, abs=30)
     assert trace.num_cached_tokens == 32
     assert trace.requests[1].tpot_s == pytest.approx(0.2)
+
+
+def test_lifecycle_events_tell_which_prompts_begin_alike(tmp_path: Path) -> None:
+    ids, other = BlockIds(), BlockIds()
+    keys = [b"system", b"question"]
+    events = [
+        files.waterfall(request_id=name, block_size=16, prompt_blocks=b64encode(told).decode())
+        for name, told in (
+            ("a", ids.of(keys)), ("b", ids.of([b"system", b"another"])), ("c", other.of(keys)),
+        )
+    ]  # fmt: skip
+    a, b, c = read(tmp_path, files.lines(*events)).requests
+    assert len(a.blocks) == 2 and a.block_size == 16
+    assert a.blocks[0] == b.blocks[0] and a.blocks[1] != b.blocks[1]
+    assert not set(a.blocks) & set(c.blocks)  # of another process
+    with pytest.raises(ConfigError, match="line 1: prompt_blocks: block ids have 7 bytes each"):
+        read(tmp_path, files.lines(files.waterfall(block_size=16, prompt_blocks="AAAA")))
+    with pytest.raises(ConfigError, match="2 blocks of block_size 0 are no beginning of 40"):
+        read(tmp_path, files.lines(events[0] | {"block_size": 0}))
+
+
+def test_of_very_long_prompts_the_beginning_is_told(tmp_path: Path) -> None:
+    told = BlockIds().of([b"%d" % i for i in range(MAX_BLOCKS + 5)])
+    event = files.waterfall(
+        num_prompt_tokens=16 * (MAX_BLOCKS + 5), block_size=16,
+        prompt_blocks=b64encode(told).decode(),
+    )  # fmt: skip
+    trace = read(tmp_path, files.lines(event))
+    assert len(trace.requests[0].blocks) == MAX_BLOCKS
+    assert any("of 1 long prompts only the first 2,048 blocks are told" in n for n in trace.notes)
 
 
 def test_lifecycle_events_by_line_and_without_times(tmp_path: Path) -> None:

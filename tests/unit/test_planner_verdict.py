@@ -10,7 +10,7 @@ import pytest
 from unit import plan_worlds as worlds
 
 from baton.config import load_config
-from baton.core.cost import HeldOut, Link, Parallel
+from baton.core.cost import ChunkShape, HeldOut, Link, Parallel, Profile, StepShape
 from baton.errors import ConfigError
 from baton.planner.plan.candidates import Candidate, Style
 from baton.planner.plan.certainty import certainty, draws
@@ -19,8 +19,9 @@ from baton.planner.plan.frontier import MOST_STRAIN, frontier, plot
 from baton.planner.plan.plan_file import needs, plan_yaml
 from baton.planner.plan.report import document, runners_up, sentences
 from baton.planner.plan.rows import Wish
-from baton.planner.plan.trials import Bench, Question, Ratios, Scaled, Trial
+from baton.planner.plan.trials import Bench, Question, Ratios, Scaled, Trial, deployment_of
 from baton.planner.plan.verdict import Plan, plan
+from baton.types import Role
 
 FAST = {"flops": 8e12, "memory": 2e10}
 WIDE = {"flops": 5e11, "memory": 2e11}
@@ -126,10 +127,27 @@ def test_errors_of_prompts_and_of_answers_are_told_apart() -> None:
     assert 0.9 <= prompt <= 1.1
 
 
-def test_scaled_steps() -> None:
-    from baton.core.cost import ChunkShape, StepShape
+def test_each_role_with_a_profile_of_its_own_is_drawn_apart() -> None:
+    def sure(ratio: float) -> Profile:
+        held_out = (HeldOut("step", 9, 0.1, 0.2, (ratio, ratio)),)
+        return msgspec.structs.replace(worlds.offer().profile, held_out=held_out)
 
-    cost = worlds.kind().cost()
+    own = {Role.DECODE: sure(3.0)}
+    offered = msgspec.structs.replace(worlds.offer(), profile=sure(2.0), own=own)
+    (ratios,) = draws([offered], 1, 0)
+    assert ratios == {"Box": (2.0, 2.0), "Box/decode": (3.0, 3.0)}
+    made = worlds.kind(offered)
+    run = deployment_of(worlds.split(1, 1, made, made), worlds.trace(), ratios)
+    shape = StepShape.of([ChunkShape(1, 50, True)] * 2)
+    plain = worlds.kind().cost(Role.UNIFIED).step_s(shape)
+    scaled = {each.role: each.cost.step_s(shape) for each in run.workers}
+    assert scaled == {
+        Role.PREFILL: pytest.approx(2 * plain), Role.DECODE: pytest.approx(3 * plain),
+    }  # fmt: skip
+
+
+def test_scaled_steps() -> None:
+    cost = worlds.kind().cost(Role.UNIFIED)
     scaled = Scaled(cost, 3.0, 2.0)
     decode = StepShape.of([ChunkShape(1, 50, True)] * 2)
     prompt = StepShape.of([ChunkShape(1, 50, True), ChunkShape(20, 0, True)])

@@ -9,6 +9,8 @@ import pytest
 from twin_worlds import BLOCK_BYTES, deployment
 
 from baton.core.life import HandoffPolicy
+from baton.core.plan import Update
+from baton.core.scheduler import Scheduler
 from baton.errors import ConfigError
 from baton.observe.results import RequestResult
 from baton.twin import node as node_module
@@ -337,3 +339,50 @@ def test_every_request_has_one_record() -> None:
     assert [each.index for each in result.requests] == [0, 1]
     assert isinstance(result.requests[0], RequestResult)
     assert FinishReason.LENGTH.value == "length"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(
+    ("failure", "changes"),
+    [
+        (None, {}),
+        (None, {"unified": 1, "num_blocks": 24}),  # preempts
+        (Failure("kill", "unified-0", 2.0), {"num_blocks": 24}),
+        (Failure("freeze", "unified-0", 2.0, 8.0), {}),
+        (None, {"fields": {"request_timeout_s": 0.4}}),
+    ],
+)
+def test_tokens_that_are_told_together_have_the_times_of_each(
+    monkeypatch: pytest.MonkeyPatch, failure: Failure | None, changes: dict[str, Any], depth: int
+) -> None:
+    """Against schedulers that tell every token when it is drawn."""
+    failures = [] if failure is None else [failure]
+
+    def served(how: bool) -> tuple[RunResult, int]:
+        num_told = 0
+
+        class Counting(Scheduler):
+            def __init__(self, *args: Any, tells_each: bool) -> None:
+                assert not tells_each
+                super().__init__(*args, tells_each=how)
+
+            def take(self) -> Update:
+                nonlocal num_told
+                update = super().take()
+                num_told += len(update.deltas)
+                return update
+
+        monkeypatch.setattr(node_module, "Scheduler", Counting)
+        it = deployment(**{"unified": 2, "depth": depth} | changes)
+        trace = chat(60, rate=10.0 if "unified" in changes else 25.0)
+        return Simulator(it, trace, failures=failures).run(), num_told
+
+    (together, num_together), (each, num_each) = served(False), served(True)
+    if "unified" in changes:
+        assert counter(together, "preemptions") > 0
+    if "fields" in changes:
+        assert any(late.failure and late.output_tokens for late in together.requests)
+    assert num_each > 2 * num_together
+    assert each.requests == together.requests
+    assert each.workers == together.workers
+    assert each.gateway == together.gateway

@@ -24,7 +24,7 @@ from baton.observe.progress import counting_progress
 from baton.observe.slo import Slo
 from baton.planner.analyze.workers import DEFAULT_HARDWARE
 from baton.planner.models import find_model
-from baton.planner.plan.assumptions import assumptions, profile_of
+from baton.planner.plan.assumptions import assumptions, profiles_of
 from baton.planner.plan.frontier import plot
 from baton.planner.plan.kinds import kinds, offers
 from baton.planner.plan.plan_file import plan_yaml
@@ -107,7 +107,9 @@ def run(args: argparse.Namespace) -> int:
     model, trace = subject.model, subject.trace
     if args.rate is not None:
         trace = scale(trace, args.rate)
-    offered = offers(subject.hardware, model, subject.profiles, _prices(args.price))
+    offered = offers(
+        subject.hardware, model, subject.profiles, _prices(args.price), subject.by_role
+    )
     longest = max(each.num_prompt_tokens + each.num_output_tokens for each in trace)
     budgets = _budgets(args.budgets, subject.budget)
     usable = kinds(model, offered, longest=longest, budgets=budgets, max_pipeline=args.pipeline)
@@ -148,10 +150,15 @@ def run(args: argparse.Namespace) -> int:
 def _write(
     file: Path, found: Plan, model_path: str, trace: list[TraceRequest], said: list[str]
 ) -> None:
-    """The plan, and beside it the cost model that it rests on."""
-    profile_file = file.absolute().with_suffix(".profile.json")
-    profile_file.write_bytes(profile_of(found).to_json())
-    assumed = assumptions(found, busiest(trace, found.wish.num_requests), str(profile_file))
+    """The plan, and beside it the cost models that it rests on: `plan.profile.json`, or one a role,
+    such as `plan.prefill.profile.json`."""
+    files = {}
+    for field, profile in profiles_of(found).items():
+        ending = field.removesuffix("_file").replace("_", ".")
+        beside = file.absolute().with_suffix(f".{ending}.json")
+        beside.write_bytes(profile.to_json())
+        files[field] = str(beside)
+    assumed = assumptions(found, busiest(trace, found.wish.num_requests), files)
     longest = max(each.num_prompt_tokens + each.num_output_tokens for each in trace)
     text = plan_yaml(found.chosen.candidate, longest, model_path, said, assumed)
     file.write_text(text, encoding="utf-8")

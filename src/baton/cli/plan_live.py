@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import httpx
 import msgspec
 
 from baton.cli.plan_subject import Subject
+from baton.config import Layout
 from baton.core.cost import ModelShape, Profile
 from baton.errors import BatonError, ConfigError
 from baton.observe.audit_view import AuditView
+from baton.planner.analyze.sharing import sharing
 from baton.planner.hardware import find_device
 from baton.planner.profiles import find_profile
-from baton.planner.recalibrate import MIN_STEPS, recalibrate
+from baton.planner.recalibrate import recalibrate_roles
 from baton.planner.traces import lifecycle, spread
+from baton.planner.traces.trace import Trace
+from baton.types import Role
 
 T = TypeVar("T")
 TIMEOUT_S = 30.0
@@ -38,26 +42,22 @@ def live_subject(
     shape = model or view.shape
     if shape is None:
         raise ConfigError(f"{root} does not say what it serves: give --model")
-    notes = list(trace.notes)
-    base = _base_profile(view, shape, profiles, hardware)
-    found = recalibrate(base, [each.step for each in view.steps], shape)
-    if found is None:
-        notes.append(
-            f"{len(view.steps)} measured steps are too few to recalibrate with ({MIN_STEPS} are "
-            "not): the cost model is as it was"
-        )
-    else:
-        notes.append(found.says)
-    notes += [f"The plan that is served is stale: {f.says}" for f in view.findings if f.is_stale]
     config = view.config
-    device = find_device(base.device)
+    roles = list(Layout.parse(config.launch.layout).counts())
+    bases = {role: _base_profile(view, role, shape, profiles, hardware) for role in roles}
+    steps = {role: [each.step for each in view.steps if each.role is role] for role in roles}
+    found = recalibrate_roles(bases, steps, shape)
+    notes = [*trace.notes, *_sharing(trace), *found.notes]
+    notes += [f"The plan that is served is stale: {f.says}" for f in view.findings if f.is_stale]
+    devices = [find_device(bases[role].device) for role in roles]
     return Subject(
         model=shape,
         model_path=config.model.path,
         trace=trace.requests,
-        profiles=[found.profile if found else base, *profiles[1:]],
-        hardware=[name for name in hardware if find_device(name) != device],
-        today=today or f"{config.launch.layout}:{device.name}",
+        profiles=[*found.together.values(), *profiles[1:]],
+        by_role=found.by_role,
+        hardware=[name for name in hardware if find_device(name) not in devices],
+        today=today or f"{config.launch.layout}:{'+'.join(each.name for each in devices)}",
         slo=config.plan.slo,
         attainment=config.plan.attainment,
         budget=config.engine.max_num_batched_tokens,
@@ -66,15 +66,17 @@ def live_subject(
 
 
 def _base_profile(
-    view: AuditView, shape: ModelShape, given: Sequence[Profile], hardware: Sequence[str]
-) -> Profile:
-    """What steps were thought to cost where the deployment runs."""
-    profile = given[0] if given else view.profile
+    view: AuditView, role: Role, shape: ModelShape, given: Sequence[Profile],
+    hardware: Sequence[str],
+) -> Profile:  # fmt: skip
+    """What steps were thought to cost where the deployment's workers of this role run."""
+    profile = given[0] if given else view.profiles.get(role)
     if profile is None:
         if not hardware:
             raise ConfigError(
-                "the deployment has no cost model (plan.profile_file): give --profile FILE, which "
-                "baton profile writes, or what it runs on as the first of --hardware"
+                f"the deployment's {role.value} workers have no cost model (plan.profile_file): "
+                "give --profile FILE, which baton profile writes, or what they run on as the first "
+                "of --hardware"
             )
         return find_profile(find_device(hardware[0]), shape)
     try:
@@ -88,6 +90,23 @@ def _base_profile(
             ) from None
         return msgspec.structs.replace(profile, device=find_device(hardware[0]).name)
     return profile
+
+
+def _sharing(trace: Trace) -> Iterator[str]:
+    """What is known of prompts that begin alike, and how the plan takes it."""
+    found = sharing(trace.requests, (), trace.num_cached_tokens)
+    cached = "" if found.measured_ratio is None else f"{found.measured_ratio:.0%}"
+    if (infinite := found.infinite) is not None:
+        yield (
+            f"{infinite.token_ratio:.0%} of the prompt tokens begin as those of an earlier request "
+            f"do, and the plan counts with it; today's caches spared {cached}"
+        )
+    elif found.measured_ratio:
+        yield (
+            f"today's caches spared {cached} of the prompt tokens, but which prompts begin alike "
+            "is not recorded: the plan takes every prompt for new, and so asks for more prefill "
+            "than is needed"
+        )
 
 
 def _get(url: str, kind: type[T]) -> T:

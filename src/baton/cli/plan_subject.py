@@ -6,12 +6,14 @@ import msgspec
 
 from baton.core.cost import ModelShape, Profile
 from baton.twin.workload import TraceRequest
+from baton.types import Role
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """profiles: cost models of devices, in place of those that come with Baton. hardware: names of
-    further devices. budget: tokens of a step of what runs today. slo, attainment: what is promised
-    today. notes: what there is to say of them, as sentences without their stops."""
+    """profiles: cost models of devices, in place of those that come with Baton. by_role: those of
+    workers of one role, in place of their device's. hardware: names of further devices. budget:
+    tokens of a step of what runs today. slo, attainment: what is promised today. notes: what there
+    is to say of them, as sentences without their stops."""
 
     model: ModelShape
     model_path: str
@@ -23,3 +25,4 @@ class Subject(msgspec.Struct, frozen=True):
     attainment: float | None = None
     budget: int | None = None
     notes: list[str] = []
+    by_role: dict[Role, Profile] = {}

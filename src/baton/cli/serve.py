@@ -33,10 +33,11 @@ def run(args: argparse.Namespace) -> int:
             f"this configuration needs what Baton cannot run yet: {config.launch.needs}; choose "
             "another layout, or take launch.needs out if that is no longer so"
         )
-    if config.plan.profile_file:
+    if files := config.plan.profile_files():
         from baton.planner.profiles import read_profile
 
-        read_profile(Path(config.plan.profile_file).expanduser())
+        for file in files.values():
+            read_profile(Path(file).expanduser())
     from baton.launch.local import serve
 
     return serve(config)

@@ -9,8 +9,11 @@ from msgspec import Meta
 
 from baton.config.sections import Section
 from baton.errors import ConfigError
+from baton.types import Role
 
 NUM_DECILES = 9
+PROFILE_FIELDS = {Role.PREFILL: "prefill_profile_file", Role.DECODE: "decode_profile_file"}
+"""What a role's workers may have in place of `profile_file`."""
 
 Rate = Annotated[float, Meta(gt=0, le=1e9)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -27,6 +30,11 @@ class PlanConfig(Section, frozen=True):
             "next to the measured ones."
         ),
     ] = None
+    prefill_profile_file: Annotated[
+        str | None,
+        Meta(description="That of prefill workers, where they run on something else."),
+    ] = None
+    decode_profile_file: Annotated[str | None, Meta(description="That of decode workers.")] = None
     rate: Annotated[
         Rate | None, Meta(description="Requests a second in the busiest time that was planned for.")
     ] = None
@@ -57,13 +65,24 @@ class PlanConfig(Section, frozen=True):
     prompt_step_error: Annotated[
         Limit | None,
         Meta(
-            description="The profile's held-out error on steps with prompts: nine tenths of them "
-            "were off by less, as a share of the prediction."
+            description="The held-out error, on steps with prompts, of the profile of workers "
+            "that compute these: nine tenths were off by less, as a share of the prediction."
         ),
     ] = None
     decode_step_error: Annotated[
-        Limit | None, Meta(description="The same of steps without prompts.")
+        Limit | None,
+        Meta(description="The same of steps without prompts, and of workers that decode."),
     ] = None
+
+    def profile_field(self, role: Role) -> str:
+        """The field that says what steps of this role's workers cost; it may hold nothing."""
+        own = PROFILE_FIELDS.get(role)
+        return own if own and getattr(self, own) else "profile_file"
+
+    def profile_files(self) -> dict[str, str]:
+        """By the field that names it: each file that is named."""
+        names = ("profile_file", *PROFILE_FIELDS.values())
+        return {name: file for name in names if (file := getattr(self, name))}
 
     def validate(self) -> None:
         """Check what no type can.

@@ -46,10 +46,9 @@ def steady_steps(books: Books, latest: NextStep, plan: StepPlan) -> int:
     rooms = []  # for how many steps the blocks of each sequence last
     for chunk in chunks:
         seq, start = chunk.seq, chunk.start
-        if chunk.num_tokens != 1 or start < seq.num_prompt:
+        if chunk.num_tokens != 1 or start < seq.num_prompt or not chunk.samples:
             return 1  # it catches up with its prompt, or with what was drawn elsewhere
-        request = seq.request
-        if request.hand_off or request.sampling.stop_token_ids or not chunk.samples:
+        if seq.ends_early:
             return 1
         # The next token is drawn when `start + 1` are there.
         left = seq.max_tokens - start - 1
@@ -102,7 +101,8 @@ def advance(
         borders.sort()
         at_end = {order for update, _, order in borders if update == steps}
         _visit(books, plan, borders[: len(borders) - len(at_end)])
-    tell, first, last = books.update.deltas.append, nows[0], nows[-1]
+    tell, is_quiet = books.update.deltas.append, not books.tells_each
+    first, last = nows[0], nows[-1]
     for order, (chunk, tokens) in enumerate(zip(chunks, token_ids, strict=True)):
         seq = chunk.seq
         seq.num_computed = chunk.start + steps
@@ -113,14 +113,18 @@ def advance(
         if not seq.prefilled:
             seq.prefilled = first
         finish = finish_of(seq) if num_tokens >= seq.max_tokens and not ahead else None
+        if is_quiet and finish is None and seq.told_cached and not seq.num_preemptions:
+            continue
         request_id, choice, attempt = seq.id
+        num_told = seq.num_told
+        seq.num_told = num_there = num_tokens - ahead
         tell(
             TokenDelta(
                 request_id,
                 choice,
                 attempt,
-                num_tokens - ahead - seq.num_prompt - steps,
-                tuple(tokens),
+                num_told - seq.num_prompt,
+                tuple(tokens if num_told + steps == num_there else seq.token_ids[num_told:]),
                 None,
                 finish,
                 None,

@@ -54,12 +54,13 @@ class BlockPool:
         if count > self.num_free:
             raise MemoryError(f"{count} blocks wanted, {self.num_free} free")
         empty, refs = self._empty, self._refs
-        if count == 1 and empty:
-            refs[empty[-1]] = 1
-            return [empty.pop()]
+        if count == 1:  # most are for a token that an answer has no room for
+            block = empty.pop() if empty else self._evict(1)[0]
+            refs[block] = 1
+            return [block]
         taken = empty[: -count - 1 : -1]  # the last ones, the very last first
         del empty[len(empty) - len(taken) :]
-        taken += [self._evict() for _ in range(count - len(taken))]
+        taken += self._evict(count - len(taken))
         for block in taken:
             refs[block] = 1
         return taken
@@ -136,11 +137,15 @@ class BlockPool:
             assert block not in cached or key is not None, f"cached block {block} has no key"
         assert len(self._block_of) == sum(key is not None for key in self._key_of)
 
-    def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
-        key = self._key_of[block]
-        assert key is not None
-        del self._block_of[key]
-        self._key_of[block] = None
-        self.num_evictions += 1
-        return block
+    def _evict(self, count: int) -> list[int]:
+        cached, key_of, block_of = self._cached, self._key_of, self._block_of
+        evicted = []
+        for _ in range(count):
+            block, _ = cached.popitem(last=False)
+            key = key_of[block]
+            assert key is not None
+            del block_of[key]
+            key_of[block] = None
+            evicted.append(block)
+        self.num_evictions += count
+        return evicted

@@ -35,11 +35,15 @@ class Books:
     those that have blocks and are computed, in the order in which they began. suspects: see
     `alone`. Who imports or waits for an early fetch stands in `fetches`, who exports in `exports`.
     attempts: the latest of each request. deadlines: of the sequences. in_flight: steps that were
-    planned and not collected. update: what the outside has not been told of.
+    planned and not collected. update: what the outside has not been told of. tells_each: see
+    `Scheduler`.
     """
 
-    def __init__(self, config: SchedulerConfig, leases: LeaseTable, index: StoreIndex) -> None:
+    def __init__(
+        self, config: SchedulerConfig, leases: LeaseTable, index: StoreIndex, tells_each: bool
+    ) -> None:
         self.config = config
+        self.tells_each = tells_each
         self.counters: Counter[str] = new_counters()
         self.pool = BlockPool(config.num_blocks)
         self.exports = ExportTable(config, self.pool, index, leases)
@@ -106,7 +110,9 @@ class Books:
 
     def fail(self, seq: Sequence, now: float, error: ServeError) -> None:
         """It ends badly."""
-        self.update.deltas.append(error_delta(seq.id, seq.num_generated, error))
+        untold = tuple(seq.token_ids[seq.num_told :])
+        first_index = seq.num_told - seq.num_prompt
+        self.update.deltas.append(error_delta(seq.id, first_index, error, untold))
         self.end(seq, now)
 
     def end(self, seq: Sequence, now: float) -> None:

@@ -48,6 +48,7 @@ class NextStep:
             return self._planned()
         ahead, size = len(books.in_flight), config.kv_format.block_size
         prompts: list[Sequence] = []
+        chunks, num_planned = self.chunks, 0
         for seq in list(books.running.values()):
             start, expected = seq.num_scheduled, seq.num_expected
             if expected - start != 1:
@@ -55,10 +56,11 @@ class NextStep:
             elif ahead and not self._is_ready(seq):
                 continue
             elif seq.status is _RUNNING and (expected <= len(seq.blocks) * size or self._grow(seq)):
-                self.chunks[seq.id] = Chunk(seq, start, 1, True)
-                self.budget -= 1  # it lasts for all that may run
+                chunks[seq.id] = Chunk(seq, start, 1, True)
+                num_planned += 1
                 seq.num_scheduled = expected
                 seq.num_expected = expected + 1
+        self.budget -= num_planned  # it lasts for all that may run
         if prompts or books.waiting:
             # Whoever was preempted in this step must not take the blocks back in the same step.
             admits = books.counters["preemptions"] == num_preempted

@@ -11,8 +11,9 @@ from baton.types import FinishReason, TokenDelta
 def take_in(books: Books, plan: StepPlan, output: StepOutput, now: float) -> None:
     """See `Scheduler.update`."""
     num_generated = num_computed = 0
-    config, update, exports = books.config, books.update, books.exports
-    tell = update.deltas.append
+    update, exports = books.update, books.exports
+    keeps, size = books.config.keep_blocks, books.config.kv_format.block_size
+    tell, is_quiet = update.deltas.append, not books.tells_each
     counting = books.in_flight.end(plan.step)
     all_count = len(counting) == len(plan.chunks)
     for chunk, tokens, logprobs in zip(plan.chunks, output.token_ids, output.logprobs, strict=True):
@@ -20,13 +21,14 @@ def take_in(books: Books, plan: StepPlan, output: StepOutput, now: float) -> Non
         num_computed += num_tokens
         if not all_count and seq.id not in counting:
             continue  # ended or preempted while the step ran
-        start, hand_off = chunk.start, seq.request.hand_off
+        start, ends_early = chunk.start, seq.ends_early
         if start < seq.num_prompt:
             _count_prompt(books, seq, chunk)
         seq.num_computed = end = start + num_tokens
-        if end >= (seq.num_published + 1) * seq.block_size:
+        hand_off = ends_early and seq.request.hand_off
+        if end >= (seq.num_published + 1) * size:
             publish(books, seq)
-            if config.keep_blocks and not hand_off:
+            if keeps and not hand_off:
                 update.exports += exports.keep(seq)
         if hand_off:
             update.exports += exports.export_full_blocks(seq)
@@ -37,15 +39,21 @@ def take_in(books: Books, plan: StepPlan, output: StepOutput, now: float) -> Non
         num_generated += 1
         if not seq.prefilled:
             seq.prefilled = now
-        seq.token_ids.append(token)
-        num_there = len(seq.token_ids)
-        ends = num_there >= seq.max_tokens or seq.request.sampling.stop_token_ids
-        finish = finish_of(seq) if ends else None
+        token_ids = seq.token_ids
+        token_ids.append(token)
+        num_there = len(token_ids)
+        finish = finish_of(seq) if num_there >= seq.max_tokens or ends_early else None
+        if is_quiet and finish is None and seq.told_cached and not seq.num_preemptions:
+            continue  # `hand_off` ends with the token that is told at once
+        request_id, choice, attempt = seq.id
+        num_told = seq.num_told
         tell(
             TokenDelta(
-                *seq.id,
-                num_there - seq.num_prompt - 1,
-                (token,),
+                request_id,
+                choice,
+                attempt,
+                num_told - seq.num_prompt,
+                (token,) if num_told + 1 == num_there else tuple(token_ids[num_told:]),
                 None if logprobs is None else (logprobs,),
                 finish,
                 None,
@@ -53,12 +61,22 @@ def take_in(books: Books, plan: StepPlan, output: StepOutput, now: float) -> Non
             )
         )
         seq.told_cached = True
+        seq.num_told = num_there
         if finish is not None:
             finish_sequence(books, seq, now)
         elif hand_off:
             _await_seals(books, seq, now)
     books.counters["tokens_computed"] += num_computed
     books.counters["tokens_generated"] += num_generated
+
+
+def tell_rest(books: Books) -> None:
+    """See `Scheduler.tell_rest`."""
+    for seq in books.sequences.values():
+        if untold := tuple(seq.token_ids[seq.num_told :]):
+            first_index = seq.num_told - seq.num_prompt
+            books.update.deltas.append(TokenDelta(*seq.id, first_index, untold))
+            seq.num_told = len(seq.token_ids)
 
 
 def publish(books: Books, seq: Sequence) -> None:

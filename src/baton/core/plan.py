@@ -145,9 +145,12 @@ class Update:
     alone: list[Alone] = field(default_factory=list)
 
 
-def error_delta(seq_id: SequenceId, first_index: int, error: ServeError) -> TokenDelta:
-    """The last word on a sequence that ends badly."""
-    return TokenDelta(*seq_id, first_index, (), finish=FinishReason.ERROR, error=error.to_wire())
+def error_delta(
+    seq_id: SequenceId, first_index: int, error: ServeError, token_ids: tuple[int, ...] = ()
+) -> TokenDelta:
+    """The last word on a sequence that ends badly, with the tokens that were not told yet."""
+    end = FinishReason.ERROR
+    return TokenDelta(*seq_id, first_index, token_ids, finish=end, error=error.to_wire())
 
 
 class Runner(Protocol):

@@ -150,20 +150,26 @@ class Router:
 
     def __init__(self, pinned: Mapping[tuple[str, int], Pair] | None = None) -> None:
         self._workers: dict[str, _Worker] = {}
+        self._by_role: dict[Role, dict[str, _Worker]] = {role: {} for role in Role}
         self._placed: dict[tuple[str, int], _Placed] = {}
         self._pinned = pinned or {}
 
     def join(self, info: WorkerInfo) -> None:
         """A worker can take requests. One that was known starts anew, with an empty cache."""
-        self._workers[info.worker_id] = _Worker(info)
+        for workers in self._by_role.values():
+            workers.pop(info.worker_id, None)
+        worker = self._workers[info.worker_id] = _Worker(info)
+        self._by_role[info.role][info.worker_id] = worker
 
     def leave(self, worker_id: str) -> None:
         """A worker is gone or draining: nothing more is placed on it."""
-        self._workers.pop(worker_id, None)
+        worker = self._workers.pop(worker_id, None)
+        if worker is not None:
+            del self._by_role[worker.info.role][worker_id]
 
     def roles(self) -> set[Role]:
         """The roles that somebody plays."""
-        return {worker.info.role for worker in self._workers.values()}
+        return {role for role, workers in self._by_role.items() if workers}
 
     def place(
         self,
@@ -192,8 +198,8 @@ class Router:
         first_lent = first.num_had(wanted.at(first))
         lender = self._lender(first, first_lent, wanted.at(first))
         first.remember(wanted.at(first))
-        second.remember(wanted.at(second))
         if first is not second:
+            second.remember(wanted.at(second))
             first.store(wanted.at(first))
         self._placed[request_id, choice] = placed
         return Placement(
@@ -210,9 +216,10 @@ class Router:
     ) -> list[Candidate]:
         """Every way in which such a prompt can be placed now, by name. Changes nothing."""
         wanted = _Keys(keys, key_class)
-        by_role: dict[Role, list[_Worker]] = {role: [] for role in Role}
-        for _, worker in sorted(self._workers.items()):
-            by_role[worker.info.role].append(worker)
+        by_role = {
+            role: [worker for _, worker in sorted(workers.items())]
+            for role, workers in self._by_role.items()
+        }
         pairs = [(first, first) for first in by_role[Role.UNIFIED]]
         pairs += [(p, d) for p in by_role[Role.PREFILL] for d in by_role[Role.DECODE]]
         pairs += [(alone, alone) for alone in by_role[Role.DECODE]]
@@ -229,7 +236,7 @@ class Router:
         """Who computes the prompt, and who the answer: one unified worker, or one of each kind."""
         prefill = self._least(Role.PREFILL, num_tokens, wanted)
         unified = self._least(Role.UNIFIED, num_tokens, wanted)
-        decodes = [w for w in self._workers.values() if w.info.role is Role.DECODE]
+        decodes = self._by_role[Role.DECODE].values()
         split = prefill is not None and bool(decodes)
         if not split and unified is None:
             missing = "decode" if prefill else "prefill"
@@ -304,11 +311,12 @@ class Router:
             placed.decode.num_requests -= 1
 
     def _least(self, role: Role, num_tokens: int, keys: _Keys) -> _Worker | None:
-        return min(
-            (worker for worker in self._workers.values() if worker.info.role is role),
-            key=lambda w: (_work(w, num_tokens, keys), w.num_requests, w.info.worker_id),
-            default=None,
-        )
+        best, least = None, (0, 0, "")
+        for name, worker in self._by_role[role].items():
+            rank = _work(worker, num_tokens, keys), worker.num_requests, name
+            if best is None or rank < least:
+                best, least = worker, rank
+        return best
 
 
 def _num_leading(keys: Sequence[bytes], *held: Mapping[bytes, None]) -> int:
@@ -323,11 +331,12 @@ def _num_leading(keys: Sequence[bytes], *held: Mapping[bytes, None]) -> int:
 
 
 def _remember(held: OrderedDict[bytes, None], keys: Sequence[bytes], limit: int) -> None:
-    for key in keys:
-        if key in held:
-            held.move_to_end(key)
-        else:
+    if held.keys().isdisjoint(keys):
+        held.update(dict.fromkeys(keys))
+    else:
+        for key in keys:
             held[key] = None
+            held.move_to_end(key)
     while len(held) > limit:
         held.popitem(last=False)
 

@@ -36,7 +36,10 @@ from baton.types import Lend, Request, Sealed, WorkerLoad
 class Scheduler:
     """Policy of one worker. Every call is deterministic in its arguments.
 
-    extend_keys: what the keys of full blocks are made of (see `keys`). `books` may be read by the
+    extend_keys: what the keys of full blocks are made of (see `keys`). tells_each: every token is
+    told when it was drawn; else the first one is, and the others with the last, or when
+    `tell_rest` is called, for who counts steps can tell when they were drawn. A sequence that was
+    preempted, and so was not in every step, has each told from then on. `books` may be read by the
     tests; everyone else gets along with what stands in it and is named here too.
     """
 
@@ -46,8 +49,10 @@ class Scheduler:
         leases: LeaseTable,
         index: StoreIndex,
         extend_keys: ExtendKeys = extend_chain,
+        *,
+        tells_each: bool = True,
     ) -> None:
-        self.books = books = Books(config, leases, index)
+        self.books = books = Books(config, leases, index, tells_each)
         self.config = config
         self.counters = books.counters
         self.pool = books.pool
@@ -187,6 +192,10 @@ class Scheduler:
         update, self.books.update = self.books.update, Update()
         update.sealed += self.exports.take_news()
         return update
+
+    def tell_rest(self) -> None:
+        """Tell the tokens that were kept back (see `tells_each`)."""
+        outcome.tell_rest(self.books)
 
     # What others ask -------------------------------------------------------------------------
 

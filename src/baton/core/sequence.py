@@ -40,8 +40,10 @@ class Sequence:
     `num_scheduled` (tokens computed or being computed) and `num_expected` (tokens there or being
     drawn) run ahead of `num_computed` and `num_tokens`; else they are equal to them. `codec` is
     that of the KV it took over, `origin` names whose arithmetic that KV comes from if it is not our
-    own; what it computes from that is of the same numerics class. `leave` is a suspect's: None,
-    asked for (False), or given (see `alone`). Times are the caller's monotonic seconds, 0.0 until
+    own; what it computes from that is of the same numerics class. `leave` is for suspects: None,
+    asked for (False), or given (`alone`). `num_told`: tokens, from the prompt's first on, that the
+    outside knows. `ends_early`: a token may end it before `max_tokens` are there. Times are the
+    caller's monotonic seconds, 0.0 until known.
     known.
     """
 
@@ -54,6 +56,7 @@ class Sequence:
         "blocks",
         "codec",
         "deadline",
+        "ends_early",
         "exported",
         "finished",
         "first_scheduled",
@@ -72,6 +75,7 @@ class Sequence:
         "num_prompt_computed",
         "num_published",
         "num_scheduled",
+        "num_told",
         "order",
         "origin",
         "prefilled",
@@ -95,6 +99,7 @@ class Sequence:
         self.token_ids: list[int] = [*request.prompt, *request.emitted]
         self.num_prompt = len(request.prompt)
         self.max_tokens = self.num_prompt + request.sampling.max_tokens
+        self.ends_early = request.hand_off or bool(request.sampling.stop_token_ids)
         self.block_size = block_size
         self.root = root
         self.codec = RAW
@@ -105,7 +110,7 @@ class Sequence:
         self.blocks: list[int] = []
         self.num_computed = 0
         self.num_scheduled = 0
-        self.num_expected = len(self.token_ids)
+        self.num_expected = self.num_told = len(self.token_ids)
         self.num_published = 0
         self.num_kept = 0
         self.num_cached = 0

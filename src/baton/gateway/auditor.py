@@ -7,6 +7,7 @@ it is logged when a judgement changes, and put together for whoever asks.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from baton.config import Config
@@ -33,35 +34,32 @@ class Auditor:
         self,
         config: Config | None = None,
         shape: ModelShape | None = None,
-        profile: Profile | None = None,
+        profiles: Mapping[Role, Profile] | None = None,
     ) -> None:
-        """Raises ConfigError if the plan cannot be read."""
+        """profiles: what steps of each role's workers cost.
+
+        Raises:
+            ConfigError: the plan cannot be read.
+        """
         self._config = config or Config()
-        self._shape, self._profile = shape, profile
-        self._audit = Audit(profile.cost(shape) if profile else None)
+        self._shape, self._profiles = shape, dict(profiles or {})
+        self._audit = Audit({role: each.cost(shape) for role, each in self._profiles.items()})
         self._watch = PlanWatch(self._config.plan)
         self._findings: dict[Reason, Finding] = {}
         self._judged_at: float | None = None
 
     @classmethod
     def open(cls, config: Config, model_dir: Path) -> Auditor:
-        """With the cost model that the plan names, for the model that is served.
+        """With the cost models that the plan names, for the model that is served.
 
         Raises:
-            ConfigError: the profile cannot be read, or is none.
+            ConfigError: a profile cannot be read, or is none.
         """
-        shape = _shape(config, model_dir)
-        name = config.plan.profile_file
-        if name is None:
-            return cls(config, shape)
-        try:
-            profile = Profile.from_json(Path(name).expanduser().read_bytes())
-        except OSError as error:
-            raise ConfigError(
-                f"plan.profile_file: cannot read {name}: {error.strerror}; correct it, or leave it "
-                "out"
-            ) from None
-        return cls(config, shape, profile)
+        plan = config.plan
+        read = {field: _read(field, name) for field, name in plan.profile_files().items()}
+        mine = {role: read.get(plan.profile_field(role)) for role in Role}
+        known = {role: profile for role, profile in mine.items() if profile is not None}
+        return cls(config, _shape(config, model_dir), known)
 
     # What happens -------------------------------------------------------------------------------
 
@@ -132,11 +130,20 @@ class Auditor:
         return AuditView(
             self._config,
             self._shape,
-            self._profile,
+            self._profiles,
             self.findings(),
             self.errors(),
             list(self._audit.steps()),
         )
+
+
+def _read(field: str, name: str) -> Profile:
+    try:
+        return Profile.from_json(Path(name).expanduser().read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"plan.{field}: cannot read {name}: {error.strerror}; correct it, or leave it out"
+        ) from None
 
 
 def _shape(config: Config, model_dir: Path) -> ModelShape | None:

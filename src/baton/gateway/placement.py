@@ -35,6 +35,7 @@ from baton.gateway.dispatch import Readiness, ServedModel
 from baton.gateway.fabric_check import FabricCheck
 from baton.gateway.registry import Registry
 from baton.gateway.watch import Watch
+from baton.observe.block_ids import BlockIds
 from baton.observe.events import RecentRequests, Waterfall
 from baton.rpc.client import WorkerLink
 from baton.rpc.messages import Hello, StepReport
@@ -86,6 +87,7 @@ class PlacingDispatcher:
         )
         self.fabric_check = FabricCheck(self.registry, router)
         self.recent = RecentRequests()
+        self._block_ids = BlockIds()
         self.watch = Watch(patience_s, self._froze)
         self.auditor = auditor or Auditor()
         self._table = RequestTable(router, policy)
@@ -273,6 +275,11 @@ class PlacingDispatcher:
         if life.first_token_at is not None:
             waterfall.ttft_s = life.first_token_at - life.received
         waterfall.e2e_s = life.ended_at - life.received
+        if life.content is not None:
+            size = waterfall.block_size = life.content.block_size
+            waterfall.prompt_blocks = self._block_ids.of(
+                life.keys[: waterfall.num_prompt_tokens // size]
+            )
         self.recent.add(waterfall)
         self.auditor.finished(waterfall)
         logger.info(

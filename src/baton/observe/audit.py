@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -63,6 +63,7 @@ class WorkerStep(msgspec.Struct, frozen=True):
     """A step that a worker told of."""
 
     worker: str
+    role: Role
     step: MeasuredStep
 
 
@@ -79,10 +80,13 @@ class _Worker:
 
 
 class Audit:
-    """Pairs of predicted and measured seconds. What is no positive number is left out."""
+    """Pairs of predicted and measured seconds. What is no positive number is left out.
 
-    def __init__(self, cost: CostModel | None = None) -> None:
-        self._cost = cost
+    costs: what steps of a role's workers are predicted by; those of other roles are only kept.
+    """
+
+    def __init__(self, costs: Mapping[Role, CostModel] | None = None) -> None:
+        self._costs = costs or {}
         self._workers: dict[str, _Worker] = {}
 
     def join(self, worker_id: str, role: Role) -> None:
@@ -112,9 +116,9 @@ class Audit:
         if worker is None or not _is_sound(step):
             return
         worker.steps[shape.has_prompt].append(step)
-        if self._cost is not None:
+        if (cost := self._costs.get(worker.role)) is not None:
             stage = Stage.PROMPT_STEP if shape.has_prompt else Stage.DECODE_STEP
-            self._compare(worker_id, stage, self._cost.step_s(shape), step.elapsed_s)
+            self._compare(worker_id, stage, cost.step_s(shape), step.elapsed_s)
 
     def errors(self, stages: Iterable[Stage] = tuple(Stage)) -> list[StageError]:
         """Of every worker and each of `stages` that something is known of, in a fixed order."""
@@ -130,7 +134,7 @@ class Audit:
         for name, worker in sorted(self._workers.items()):
             for kept in worker.steps.values():
                 for step in kept:
-                    yield WorkerStep(name, step)
+                    yield WorkerStep(name, worker.role, step)
 
     def _compare(
         self, worker_id: str, stage: Stage, predicted_s: float | None, measured_s: float

@@ -26,7 +26,8 @@ class Waterfall(msgspec.Struct, kw_only=True):
     from there to the last token. ttft_s and e2e_s are the gateway's own. num_early_blocks: blocks
     of the prompt that the decode worker had fetched, verified, when the first token came, and so
     before anybody waited for them. received_unix_s: seconds since 1970 when the gateway received
-    it, by the wall clock, for traces alone: nothing is decided by it.
+    it, by the wall clock, for traces alone: nothing is decided by it. prompt_blocks: ids of the
+    prompt's full blocks of block_size tokens (see `block_ids`): equal where prompts begin alike.
     """
 
     request_id: str
@@ -51,6 +52,8 @@ class Waterfall(msgspec.Struct, kw_only=True):
     ttft_s: float = 0.0
     e2e_s: float = 0.0
     received_unix_s: float = 0.0
+    block_size: int = 0
+    prompt_blocks: bytes = b""
 
     def add(self, times: StageTimes, *, took_over: bool) -> None:
         """Count the stages of one leg; `took_over` says that it began with a handoff."""

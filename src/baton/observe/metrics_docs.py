@@ -77,8 +77,8 @@ STAGES: dict[Stage, str] = {
     Stage.PREFILL: "From there to the first token.",
     Stage.TRANSFER: "What the decode worker waited for blocks of the prompt.",
     Stage.DECODE: "The mean gap between two tokens of a request.",
-    Stage.PROMPT_STEP: "A step with prompts in it, by `plan.profile_file`.",
-    Stage.DECODE_STEP: "A step without, by `plan.profile_file`.",
+    Stage.PROMPT_STEP: "A step with prompts in it, by the profile of the worker's role.",
+    Stage.DECODE_STEP: "A step without, by the same.",
 }
 """What the label `stage` of `PREDICTION_ERROR` may be."""
 

@@ -5,6 +5,9 @@ broken when the strain is above 1 by more than chance explains in so few request
 when it is below 1: between the two it stays what it was, so that it does not flap. Nothing is
 called anything before `MIN_REQUESTS`.
 
+A role's workers are held to what a plan expects of them: prompt steps of decode workers, which are
+what a failure or a preemption leaves, are not judged.
+
 `PlanWatch` is told of requests and errors and owns the last `WINDOW` of them. It knows no clock.
 """
 
@@ -15,12 +18,14 @@ import math
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from baton.config import PlanConfig, parse_deciles
 from baton.observe.audit import Stage, StageError
 from baton.observe.slo import Slo
+from baton.types import Role
 
 WINDOW = 300
 """Requests that are looked at: as many as a plan is made for by default."""
@@ -44,8 +49,24 @@ class Reason(enum.StrEnum):
     STEP_ERROR = "step_error"
 
 
-NOISE = dict.fromkeys(Reason, 2.0) | {Reason.ATTAINMENT: 5.0}
-"""Over the root of the requests seen: how far above 1 chance may bring a strain."""
+NOISE = 2.0
+"""Standard deviations above 1 that chance may bring a strain to."""
+
+JUDGED = {
+    Stage.PROMPT_STEP: (Role.PREFILL, Role.UNIFIED),
+    Stage.DECODE_STEP: (Role.DECODE, Role.UNIFIED),
+}
+"""Whose steps the plan's errors are of."""
+
+
+class _Strain(NamedTuple):
+    """noise: what a standard deviation of the strain is, times the root of `num_seen`."""
+
+    reason: Reason
+    value: float
+    num_seen: int
+    says: str
+    noise: float = 1.0
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -90,27 +111,30 @@ class PlanWatch:
         self._low_since: float | None = None
 
     def arrived(self, now: float) -> None:
+        """A request was placed."""
         self._arrivals.append(now)
 
     def ended(self, request: Ended) -> None:
+        """A request has ended, well or badly."""
         self._ended.append(request)
 
     def judge(self, now: float, errors: Sequence[StageError] = ()) -> list[Finding]:
         """Every assumption of which enough is known, as of now, in the order of `Reason`."""
         found = [*self._rates(now), *self._lengths(), *self._promise(), *self._steps(errors)]
-        judged = [self._settle(*each) for each in found]
+        judged = [self._settle(each) for each in found]
         known = {each.reason for each in judged}
         self._stale &= known
         return judged
 
-    def _settle(self, reason: Reason, strain: float, count: int, says: str) -> Finding:
-        if strain > 1 + NOISE[reason] / math.sqrt(count):
+    def _settle(self, strain: _Strain) -> Finding:
+        reason = strain.reason
+        if strain.value > 1 + NOISE * strain.noise / math.sqrt(strain.num_seen):
             self._stale.add(reason)
-        elif strain < 1:
+        elif strain.value < 1:
             self._stale.discard(reason)
-        return Finding(reason, strain, reason in self._stale, says)
+        return Finding(reason, strain.value, reason in self._stale, strain.says)
 
-    def _rates(self, now: float) -> list[tuple[Reason, float, int, str]]:
+    def _rates(self, now: float) -> list[_Strain]:
         plan, count = self._plan, len(self._arrivals)
         span = now - self._arrivals[0] if count else 0.0
         if count < MIN_REQUESTS or span <= 0:
@@ -120,7 +144,7 @@ class PlanWatch:
         found = []
         if plan.max_rate:
             limit = f"{says}, planned for up to {plan.max_rate:.3g}"
-            found.append((Reason.RATE_HIGH, rate / plan.max_rate, count, limit))
+            found.append(_Strain(Reason.RATE_HIGH, rate / plan.max_rate, count, limit))
         if plan.min_rate:
             strain = plan.min_rate / rate
             if strain <= 1:
@@ -128,13 +152,14 @@ class PlanWatch:
             elif self._low_since is None:
                 self._low_since = now
             quiet_s = 0.0 if self._low_since is None else now - self._low_since
-            limit = f"{says} for {quiet_s / 3600:.1f} h, planned for {plan.min_rate:.3g} or more"
+            lasts = f", less for {quiet_s / 3600:.1f} h" if quiet_s else ""
+            limit = f"{says}, planned for {plan.min_rate:.3g} or more{lasts}"
             # Below it for less than a day, it is on the border.
             border = min(strain, 1.0) if quiet_s < QUIET_S else strain
-            found.append((Reason.RATE_LOW, border, count, limit))
+            found.append(_Strain(Reason.RATE_LOW, border, count, limit))
         return found
 
-    def _lengths(self) -> list[tuple[Reason, float, int, str]]:
+    def _lengths(self) -> list[_Strain]:
         whole = [each for each in self._ended if not each.failed]
         found = []
         prompts = [each.num_prompt_tokens for each in whole]
@@ -146,14 +171,14 @@ class PlanWatch:
             if planned and len(values) >= MIN_REQUESTS:
                 middle = sorted(values)[len(values) // 2]
                 says = (
-                    f"half of the last {len(values)} requests have more than {middle} {of} tokens, "
+                    f"the median of the last {len(values)} requests is {middle} {of} tokens, "
                     f"planned for {planned[len(planned) // 2]:.6g}"
                 )
                 strain = shift(planned, values) / LENGTH_SHIFT
-                found.append((reason, strain, len(values), says))
+                found.append(_Strain(reason, strain, len(values), says))
         return found
 
-    def _promise(self) -> list[tuple[Reason, float, int, str]]:
+    def _promise(self) -> list[_Strain]:
         share, count = self._plan.attainment, len(self._ended)
         if share is None or not self._slo.limits or count < MIN_REQUESTS:
             return []
@@ -163,9 +188,11 @@ class PlanWatch:
             says += f", foreseen {foreseen:.1%}"
         # One late request in the window is none too many.
         allowed = max(1 - share, 1 / WINDOW)
-        return [(Reason.ATTAINMENT, (1 - kept) / allowed, count, says)]
+        # Of requests that break it with this probability, each on its own.
+        noise = math.sqrt((1 - allowed) / allowed)
+        return [_Strain(Reason.ATTAINMENT, (1 - kept) / allowed, count, says, noise)]
 
-    def _steps(self, errors: Sequence[StageError]) -> list[tuple[Reason, float, int, str]]:
+    def _steps(self, errors: Sequence[StageError]) -> list[_Strain]:
         """The worst worker's, of steps with prompts or without."""
         limits = {
             Stage.PROMPT_STEP: self._plan.prompt_step_error,
@@ -174,15 +201,17 @@ class PlanWatch:
         found = []
         for each in errors:
             limit = limits.get(each.stage)
-            if limit is None or each.num_recent < MIN_REQUESTS:
+            if limit is None or each.role not in JUDGED[each.stage]:
+                continue
+            if each.num_recent < MIN_REQUESTS:
                 continue
             says = (
                 f"{each.stage} on {each.worker} is off by {each.median:.0%} (measured / predicted "
                 f"{each.ratio:.2f}), and the profile was off by less than {limit:.0%}"
             )
             strain = each.median / max(limit, LEAST_ERROR)
-            found.append((Reason.STEP_ERROR, strain, each.num_recent, says))
-        return [max(found, key=lambda each: each[1])] if found else []
+            found.append(_Strain(Reason.STEP_ERROR, strain, each.num_recent, says))
+        return [max(found, key=lambda each: each.value)] if found else []
 
 
 def shift(deciles: Sequence[float], values: Sequence[float]) -> float:

@@ -166,11 +166,11 @@ class Gateway:
         self._carry_out()
 
     def _carry_out(self, times: Sequence[float] = ()) -> None:
-        """Do what the table wants done; `times` are those of the tokens that it passes on."""
+        """Do what the table wants done; `times`: when the tokens that it passes on were here."""
         outcome = self.table.take()
         for delta in outcome.deltas:
             record = self.records[delta.request_id]
-            record.take(delta, times, self._deployment.message_s)
+            record.take(delta, times)
             if delta.finish is FinishReason.ERROR:
                 code = "internal_error" if delta.error is None else delta.error.code
                 detail = "" if delta.error is None else delta.error.message

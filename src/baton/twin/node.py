@@ -10,7 +10,8 @@ News cuts them short: the steps that have ended by then are taken in, the one th
 
 Copies into the store run beside, one after the other, and are acknowledged before the next step
 that begins after their end. Tokens that nobody decides by are told to the gateway together, with
-the times at which they were drawn.
+the times at which they were drawn: the scheduler tells them together, and as a sequence draws one
+in every step unless it was preempted, the ends of the steps are their times.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from baton.twin.report import Report, Tokens
 from baton.twin.results import NodeTotals
 from baton.twin.runner import CostRunner
 from baton.twin.tracing import Tracer
+from baton.types import FinishReason, TokenDelta
 
 MAX_JUMP = 256
 """Steps in one event: what they give to the store is copied only when they are over."""
@@ -53,7 +55,8 @@ class _State(enum.Enum):
 
 
 class Node:
-    """A worker process. `tell` gets its reports at the time at which they are made."""
+    """A worker process. `tell` gets its reports at the time at which they are made; tokens have the
+    times at which the gateway gets them, if each was sent at once: `message_s` later."""
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class Node:
         fetcher: Fetcher,
         tell: Callable[[Node, Report], None],
         tracer: Tracer | None,
+        message_s: float = 0.0,
     ) -> None:
         self.setup = setup
         self.totals = NodeTotals()
@@ -70,6 +74,7 @@ class Node:
         self._fetcher = fetcher
         self._tell_gateway = tell
         self._tracer = tracer
+        self._message_s = message_s
         self._frozen_until = 0.0
         self.start()
 
@@ -79,7 +84,9 @@ class Node:
         setup = self.setup
         self.index = StoreIndex(setup.limits.num_frames)
         self.leases = LeaseTable(setup.worker_id, self.epoch, bytes(32), self.index)
-        self.scheduler = Scheduler(setup.limits, self.leases, self.index, extend_names)
+        self.scheduler = Scheduler(
+            setup.limits, self.leases, self.index, extend_names, tells_each=False
+        )
         self._runner = CostRunner(self._clock, setup.cost, setup.depth)
         self._state = _State.IDLE
         self._inbox: list[Message] = []
@@ -90,6 +97,8 @@ class Node:
         self._step_s = 0.0
         self._copies: deque[tuple[float, bytes]] = deque()
         self._copier_free_at = 0.0
+        self._told_at: list[float] = []  # by step so far: when its tokens are at the gateway
+        self._next_step: dict[str, int] = {}  # by request: that of the first token not told yet
         self._held: dict[str, Tokens] = {}  # by request; there is one choice
 
     @property
@@ -123,7 +132,9 @@ class Node:
         tokens: list[Tokens] = []
         if ended:
             self._take_in(ended, ended[-1])
-            tokens = self._keep_back(self.scheduler.take(), ended)
+            tokens = self._keep_back(self.scheduler.take(), len(ended))
+        self.scheduler.tell_rest()
+        tokens += self._keep_back(self.scheduler.take(), 0)
         self._tell_gateway(self, Report([*tokens, *self._held.values()]))
         self._state = _State.DEAD
         self._version += 1
@@ -166,7 +177,7 @@ class Node:
         if runner.pending and (runner.pending == runner.depth or not plan.chunks):
             self._await_step()
             return
-        self._pass_on([now])
+        self._pass_on(0)
         if runner.pending:
             self._await(now, self._turn)
         else:
@@ -197,7 +208,7 @@ class Node:
         ends, self._ends = self._ends, []
         foreseen, ends[-1] = ends[-1], self._clock.now  # later, if the process was frozen
         self._take_in(ends, foreseen)
-        self._pass_on(ends)
+        self._pass_on(len(ends))
         if self.scheduler.exports.num_awaited and self._copies:
             self._state = _State.SEALING
             limit = self._clock.now + SEAL_WAIT_SHARE * self._step_s
@@ -208,7 +219,7 @@ class Node:
     def _end_sealing(self) -> None:
         self._state = _State.STEP
         self._acknowledge_copies()
-        self._pass_on([self._clock.now])
+        self._pass_on(0)
         self._turn()
 
     def _rest(self) -> None:
@@ -233,7 +244,8 @@ class Node:
         scheduler, runner = self.scheduler, self._runner
         plan = self._submitted.popleft()
         began = runner.began
-        self.totals.count(plan, began, ends)
+        self.totals.count(runner.oldest, began, ends)
+        self._told_at += [end + self._message_s for end in ends]
         if len(ends) == 1:
             output = runner.collect()
             self._step_s += STEP_TIME_WEIGHT * (output.elapsed_s - self._step_s)
@@ -251,35 +263,55 @@ class Node:
 
     # What goes out ---------------------------------------------------------------------------
 
-    def _pass_on(self, ends: list[float]) -> None:
-        """Begin the copies that are due, and tell the gateway what it may decide by."""
+    def _pass_on(self, num_ended: int) -> None:
+        """Begin the copies that are due, and tell the gateway what it may decide by.
+
+        num_ended: steps that were taken in since the last time.
+        """
         update = self.scheduler.take()
         if update.exports:
             self._copy([order.key for order in update.exports])
-        tokens = self._keep_back(update, ends)
+        tokens = self._keep_back(update, num_ended)
         told = update.sealed, update.landed, update.handoffs
         if tokens or any(told) or update.alone:
             self._tell_gateway(self, Report(tokens, *told, update.times, update.alone))
 
-    def _keep_back(self, update: Update, ends: list[float]) -> list[Tokens]:
+    def _keep_back(self, update: Update, num_ended: int) -> list[Tokens]:
         """Keep tokens back, and return those that must go: of a leg's beginning, and of its end."""
         held, due = self._held, []
         for delta in update.deltas:
             request_id = delta.request_id
+            times = self._times(delta, num_ended)
             tokens = held.get(request_id)
             if tokens is None or tokens.first.attempt != delta.attempt:
-                tokens = Tokens(delta, ends[: len(delta.token_ids)])
+                tokens = Tokens(delta, times)
                 if delta.finish is None and delta.num_cached is None:
                     held[request_id] = tokens
                 else:
                     due.append(tokens)
                 continue
             tokens.last = delta
-            if delta.token_ids:  # else it is an error
-                tokens.times += ends
+            tokens.times += times
             if delta.finish is not None:
                 due.append(held.pop(request_id))
         return due
+
+    def _times(self, delta: TokenDelta, num_ended: int) -> list[float]:
+        """When the gateway gets the tokens of `delta`: the newest are of the steps that have just
+        ended, those that were kept back of one step after the other, from the last told on."""
+        ended, count = self._told_at, len(delta.token_ids)
+        num_new = 0 if delta.finish is FinishReason.ERROR else num_ended
+        if count == num_new:
+            begin, times = 0, ended[len(ended) - count :]
+        else:
+            begin = self._next_step[delta.request_id] if count else 0
+            times = ended[begin : begin + count - num_new] + ended[len(ended) - num_new :]
+        assert len(times) == count, "a sequence was in every step, or was preempted"
+        if delta.finish is not None:
+            self._next_step.pop(delta.request_id, None)
+        else:
+            self._next_step[delta.request_id] = len(ended) if num_new else begin + count
+        return times
 
     def _copy(self, keys: list[bytes]) -> None:
         link, size = self.setup.copy, self.setup.limits.kv_format.block_bytes

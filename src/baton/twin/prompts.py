@@ -15,6 +15,8 @@ from baton.core.keys import KEY_BYTES
 from baton.twin.workload import TraceRequest
 
 VOCAB_SIZE = 1 << 62
+_PLACES: list[bytes] = []
+"""Numbers of blocks in a prompt, as they stand in names; as many as were asked for."""
 _OWN = 1 << 40
 """Numbers from here on are requests' own; below are ids of blocks."""
 _HALF = KEY_BYTES // 2
@@ -26,20 +28,27 @@ def extend_names(
     """An `ExtendKeys`: 32 bytes a block, the first half of them telling tenants apart."""
     prefix, first = root[:_HALF], len(keys)
     last = token_ids[(first + 1) * block_size - 1]
+    places = _places(number)
     if number == first + 1:  # an answer that has filled a block
-        keys.append(prefix + (last << 64 | first).to_bytes(_HALF, "little"))
+        keys.append(prefix + last.to_bytes(8, "little") + places[first])
         return
     if not first and last >= _OWN:  # all that follows is the request's own
         names = _own_names(prefix, last)
-        names += [
-            prefix + (last << 64 | i).to_bytes(_HALF, "little") for i in range(len(names), number)
-        ]
+        begin = prefix + last.to_bytes(8, "little")
+        names += [begin + place for place in places[len(names) : number]]
         keys += names[:number]
         return
     lasts = token_ids[(first + 1) * block_size - 1 : number * block_size : block_size]
     keys += [
-        prefix + (last << 64 | i).to_bytes(_HALF, "little") for i, last in enumerate(lasts, first)
+        prefix + last.to_bytes(8, "little") + place
+        for last, place in zip(lasts, places[first:number], strict=True)
     ]
+
+
+def _places(number: int) -> list[bytes]:
+    """At least `number` of them."""
+    _PLACES.extend(place.to_bytes(8, "little") for place in range(len(_PLACES), number))
+    return _PLACES
 
 
 @lru_cache(maxsize=4096)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from baton.core.plan import StepPlan
+from baton.core.cost import StepShape
 from baton.observe.results import RequestResult
 from baton.twin.workload import TraceRequest
 from baton.types import Role, TokenDelta
@@ -26,9 +26,9 @@ class Record:
         self.failure: str | None = None
         self.detail = ""
 
-    def take(self, delta: TokenDelta, times: Sequence[float], delay_s: float) -> None:
-        """Tokens that were drawn at `times` and arrived `delay_s` later."""
-        self.events += [at + delay_s for at in times]
+    def take(self, delta: TokenDelta, times: Sequence[float]) -> None:
+        """Tokens that arrived at `times`."""
+        self.events += times
         if delta.num_cached is not None:
             self.cached_tokens = delta.num_cached
 
@@ -65,11 +65,11 @@ class NodeTotals:
         self.num_seqs = 0
         self.busy_s = 0.0
 
-    def count(self, plan: StepPlan, began: float, ends: Sequence[float]) -> None:
-        """Steps of one shape that ended at these times, the first of which began at `began`."""
+    def count(self, shape: StepShape, began: float, ends: Sequence[float]) -> None:
+        """Steps of as many tokens, which ended at these times; the first began at `began`."""
         self.num_steps += len(ends)
-        self.num_tokens += plan.num_tokens * len(ends)
-        self.num_seqs += len(plan.chunks) * len(ends)
+        self.num_tokens += shape.num_tokens * len(ends)
+        self.num_seqs += shape.num_seqs * len(ends)
         self.busy_s += ends[-1] - began
 
 

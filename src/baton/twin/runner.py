@@ -55,6 +55,11 @@ class CostRunner:
         self._steps.append(_Step(plan, shaped, elapsed_s, self._free_at))
 
     @property
+    def oldest(self) -> StepShape:
+        """The shape of the oldest step."""
+        return self._steps[0].shape
+
+    @property
     def began(self) -> float:
         """When the oldest step began."""
         return self._steps[0].end - self._steps[0].elapsed_s

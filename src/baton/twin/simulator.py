@@ -74,7 +74,7 @@ class Simulator:
         for setup in deployment.workers:
             if tracer is not None:
                 tracer.worker(setup.worker_id)
-            node = Node(self.clock, setup, self._fetcher, self._told, tracer)
+            node = Node(self.clock, setup, self._fetcher, self._told, tracer, deployment.message_s)
             self.nodes[setup.worker_id] = node
         self.gateway = Gateway(
             self.clock, deployment, self.nodes, trace, Router() if router is None else router

@@ -107,7 +107,7 @@ def explain(
         [reasons(attempt) for attempt in history.attempts],
         _parts(history, wanted, num_tokens),
         no_twin=no_twin,
-        notes=_notes(history),
+        notes=_notes(history, world),
     )
     if what_if is None:
         return explanation
@@ -227,8 +227,18 @@ def _first_parts(first: StageTimes, predicted: Predicted, borrows: bool) -> list
     return parts
 
 
-def _notes(history: History) -> list[str]:
+def _notes(history: History, world: World) -> list[str]:
+    measured = {
+        (profile.model.name, profile.model.num_layers, facts.config.kv_format.num_layers)
+        for name, facts in world.facts.items()
+        if (profile := world.profiles.get(history.workers[name].role)) is not None
+    }
     return [
+        f"the profile is of {model}, which has {theirs} layers, and what was served has {ours}: "
+        "the twin's steps cost what those of that model do"
+        for model, theirs, ours in sorted(measured)
+        if theirs != ours
+    ] + [
         f"attempt {each.number}: this version of Baton would decide otherwise than the log says; "
         "what is shown is this version's decision"
         for each in history.attempts

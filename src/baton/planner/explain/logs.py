@@ -9,6 +9,9 @@ from baton.errors import BatonError, ConfigError
 from baton.planner.explain.facts import Facts, read_facts
 from baton.planner.explain.history import History, Key, read_history
 
+HEAD_BYTES = 1 << 16
+"""Of a file, that surely hold its header."""
+
 
 class Logs:
     """What is in a directory, by its headers.
@@ -22,12 +25,12 @@ class Logs:
         self._directory = directory
         self._gateways: list[Path] = []
         self._workers: dict[tuple[str, int], Path] = {}
-        self._epochs: dict[str, list[int]] = {}
         try:
             files = sorted(directory.glob("*.log")) if directory.is_dir() else []
             for file in files:
-                if data := file.read_bytes():
-                    self._sort(file, data)
+                with file.open("rb") as opened:
+                    if head := opened.read(HEAD_BYTES):
+                        self._sort(file, head)
         except OSError as error:
             raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from None
         if not self._gateways:
@@ -36,16 +39,15 @@ class Logs:
                 "and give that directory"
             )
 
-    def _sort(self, file: Path, data: bytes) -> None:
+    def _sort(self, file: Path, head: bytes) -> None:
         try:
-            header, _ = log.read(data)
+            header, _ = log.read(head)
         except log.BadLog as error:
             raise log.BadLog(f"{file}: {error}") from None
         if isinstance(header, log.RouterHeader):
             self._gateways.append(file)
         else:
             self._workers[header.worker_id, header.epoch] = file
-            self._epochs.setdefault(header.worker_id, []).append(header.epoch)
 
     def history(self, wanted: Key) -> History:
         """What the gateway that placed the request tells.
@@ -81,10 +83,10 @@ class Logs:
     def _facts(self, name: str, epoch: int) -> Facts:
         file = self._workers.get((name, epoch))
         if file is None:
-            if name in self._epochs:
+            if any(name == known for known, _ in self._workers):
                 raise log.BadLog(
-                    f"the logs of {name} are of other starts than the one that was there: its log "
-                    "began after the request"
+                    f"the logs of {name} are of other starts than the one that was there: keep "
+                    "those of all starts together"
                 )
             raise log.BadLog(f"there is no log of {name}: keep those of all processes together")
         try:

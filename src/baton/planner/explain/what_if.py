@@ -17,7 +17,7 @@ import msgspec
 from baton.core.cost import CostModel, HeldOut, Link, Profile
 from baton.core.life import HandoffPolicy
 from baton.core.router import Pair, Router
-from baton.errors import BatonError
+from baton.errors import BatonError, ConfigError
 from baton.observe.results import RequestResult
 from baton.planner.explain.facts import Facts
 from baton.planner.explain.history import History, Key, Passed
@@ -32,6 +32,8 @@ from baton.types import Role
 
 HORIZON = 2.0
 """Requests that came later than so many times the life of the one in question are left out."""
+TIMEOUT_S = 3600.0
+"""Of a request in the twin: what really ended there is not to time out here."""
 MAX_MESSAGE_S = 0.02
 """Where a message seems to take longer, or less than nothing, the clocks are not one host's."""
 
@@ -77,7 +79,8 @@ class WhatIf:
 
     Raises:
         NoTwin: it cannot be led there.
-        ConfigError: too few steps were logged, and no profile is given.
+        ConfigError: too few steps were logged, and no profile is given; or profiles are given, and
+            none for the workers of a role.
     """
 
     def __init__(self, world: World, max_before: int) -> None:
@@ -112,6 +115,12 @@ class WhatIf:
         world = self._world
         roles = {name: info.role for name, info in world.history.workers.items()}
         if world.profiles:
+            for role in dict.fromkeys(roles.values()):
+                if role not in world.profiles:
+                    raise ConfigError(
+                        f"{role.value} workers have no profile: give --profile FILE for all, or "
+                        f"--profile {role.value}=FILE"
+                    )
             return {name: world.profiles[role].cost() for name, role in roles.items()}
         costs: dict[str, CostModel] = {}
         pauses = [each.pause_s for each in world.facts.values() if each.pause_s is not None]
@@ -173,7 +182,7 @@ def _window(world: World, max_before: int) -> list[Key]:
 
 
 def _others(world: World, keys: Sequence[Key]) -> list[Key]:
-    """Who was under way at the same time, from first to last token."""
+    """Who was under way at the same time, from its placement to its end, and drew a token."""
     mine = world.life
     assert mine.ended_s is not None
     found = []
@@ -255,7 +264,7 @@ def _deployment(world: World, costs: Mapping[str, CostModel]) -> Deployment:
         policy,
         Link(0.0, per_block_s=fetch_s),
         message_s=_message_s(world),
-        request_timeout_s=3600.0,
+        request_timeout_s=TIMEOUT_S,
         max_queued_requests=1 << 30,
     )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
 
 from baton.config import PlanConfig
+from baton.config.plan import PROFILE_FIELDS
 from baton.core.cost import Profile
 from baton.observe.audit import quantile
 from baton.planner.plan.certainty import DECODE_KINDS, PROMPT_KINDS
@@ -14,15 +17,12 @@ from baton.types import Role
 
 
 def assumptions(
-    plan: Plan, window: Sequence[TraceRequest], profile_file: str | None = None
+    plan: Plan, window: Sequence[TraceRequest], profile_files: Mapping[str, str] | None = None
 ) -> PlanConfig:
-    """window: the requests that the twin ran; profile_file: where `profile_of` the plan lies."""
+    """window: the requests that the twin ran; profile_files: where `profiles_of` the plan lie."""
     trial, rate = plan.chosen.trial, plan.traffic.rate
-    workers = plan.chosen.candidate.workers
-    decode = workers.get(Role.DECODE) or workers[Role.UNIFIED]
     low, high = rate_range(plan)
-    return PlanConfig(
-        profile_file=profile_file,
+    assumed = PlanConfig(
         rate=_short(rate),
         min_rate=None if low is None else _short(low),
         max_rate=_short(high),
@@ -33,16 +33,21 @@ def assumptions(
         predicted_attainment=_short(trial.attainment),
         predicted_ttft_s=_short(trial.ttft_s),
         predicted_tpot_s=_short(trial.tpot_s),
-        prompt_step_error=_error(profile_of(plan), PROMPT_KINDS),
-        decode_step_error=_error(decode[0].offer.profile, DECODE_KINDS),
+        prompt_step_error=_worst(_of_roles(plan, Role.PREFILL, Role.UNIFIED), PROMPT_KINDS),
+        decode_step_error=_worst(_of_roles(plan, Role.DECODE, Role.UNIFIED), DECODE_KINDS),
     )
+    return msgspec.structs.replace(assumed, **(profile_files or {}))
 
 
-def profile_of(plan: Plan) -> Profile:
-    """Of the workers that compute prompts: a deployment that Baton runs has like devices."""
+def profiles_of(plan: Plan) -> dict[str, Profile]:
+    """What the chosen workers' steps cost, by the field of `PlanConfig` that names its file: one
+    for all, or one a role where they are not the same."""
     workers = plan.chosen.candidate.workers
-    kind, _ = workers.get(Role.PREFILL) or workers[Role.UNIFIED]
-    return kind.offer.profile
+    mine = {role: kind.offer.profile_of(role) for role, (kind, _) in workers.items()}
+    first = next(iter(mine.values()))
+    if all(profile == first for profile in mine.values()):
+        return {"profile_file": first}
+    return {PROFILE_FIELDS.get(role, "profile_file"): profile for role, profile in mine.items()}
 
 
 def rate_range(plan: Plan) -> tuple[float | None, float]:
@@ -65,11 +70,20 @@ def deciles(values: Sequence[int]) -> str:
     return " ".join(f"{quantile(numbers, tenth / 10):.6g}" for tenth in range(1, 10))
 
 
-def _error(profile: Profile, kinds: Sequence[str]) -> float | None:
-    """Nine tenths of the held-out errors of the first kind that is known are less."""
-    known = {each.kind: each for each in profile.held_out}
-    found = next((known[kind] for kind in kinds if kind in known), None)
-    return None if found is None else found.p90
+def _of_roles(plan: Plan, *roles: Role) -> list[Profile]:
+    """Of those of these roles that the plan has workers of."""
+    workers = plan.chosen.candidate.workers
+    return [workers[role][0].offer.profile_of(role) for role in roles if role in workers]
+
+
+def _worst(profiles: Iterable[Profile], kinds: Sequence[str]) -> float | None:
+    """Nine tenths of the held-out errors of each profile, of the first kind that it knows, are
+    less."""
+    found = []
+    for profile in profiles:
+        known = {each.kind: each.p90 for each in profile.held_out}
+        found += [known[kind] for kind in kinds if kind in known][:1]
+    return max(found, default=None)
 
 
 def _short(value: float) -> float:

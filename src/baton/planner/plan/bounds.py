@@ -77,14 +77,14 @@ class _Decoding(NamedTuple):
 
 
 class _Prompts:
-    """Seconds that prompts take on one kind of worker that does nothing else.
+    """Seconds that prompts take on one kind of worker, in one role, that does nothing else.
 
     watts: of one of its devices meanwhile. ride: what a prompt costs beside `most // 2` running
     answers, as a share of what it costs alone.
     """
 
-    def __init__(self, kind: Kind, traffic: Traffic) -> None:
-        self.cost = cost = kind.cost()
+    def __init__(self, kind: Kind, role: Role, traffic: Traffic) -> None:
+        self.cost = cost = kind.cost(role)
         alone: list[float] = []
         for whole, new, _ in traffic.samples:
             seconds = 0.0
@@ -137,7 +137,7 @@ class Arithmetic:
 
     def least_workers(self, kind: Kind, role: Role) -> int:
         """The least number of workers of one role that keep up; 0 if no number does."""
-        rate, prompts = self.traffic.rate, self._of(kind)
+        rate, prompts = self.traffic.rate, self._of(kind, role)
         if role is Role.PREFILL:
             return max(1, math.ceil(rate * prompts.mean_s / MAX_LOAD))
         count = 1
@@ -154,11 +154,11 @@ class Arithmetic:
     # The two styles --------------------------------------------------------------------------
 
     def _unified(self, kind: Kind, count: int, share: float) -> Prediction:
-        traffic, prompts = self.traffic, self._of(kind)
+        traffic, prompts = self.traffic, self._of(kind, Role.UNIFIED)
         cost, ride = prompts.cost, prompts.ride
         rate = traffic.rate * share / count
         busy = rate * prompts.mean_s * ride
-        batch = self._batch(kind, rate, busy)
+        batch = self._batch(prompts, rate, busy)
         if batch is None:
             return _saturated(max(busy, MAX_LOAD * SLACK))
         shape = _decode_shape(batch, traffic)
@@ -182,7 +182,7 @@ class Arithmetic:
         traffic = self.traffic
         (first, num_first), (second, num_second) = workers[Role.PREFILL], workers[Role.DECODE]
         rate = traffic.rate * share
-        prompts = self._of(first)
+        prompts = self._of(first, Role.PREFILL)
         busy = rate / num_first * prompts.mean_s
         num_bytes = traffic.mean_prompt * first.model.kv_bytes_per_token * way.wire_share
         wire = rate * num_bytes / way.link.bytes_per_s / min(num_first, num_second)
@@ -197,11 +197,11 @@ class Arithmetic:
         watts = {}
         for role, mean in ((Role.PREFILL, prompts.watts), (Role.DECODE, decoding.watts)):
             kind = workers[role][0]
-            power = self._of(kind).power
+            power = kind.power
             if power is not None and mean is not None:
                 watts[role] = Watts(power.idle_w * kind.num_devices, mean * kind.num_devices)
         return self._prediction(
-            max(busy, wire, decoding.batch / (self._of(second).most + 1)),
+            max(busy, wire, decoding.batch / (self._of(second, Role.DECODE).most + 1)),
             alone_s + wait_s,
             decoding.step_s + gap_s,
             alone_s,
@@ -231,32 +231,34 @@ class Arithmetic:
 
     # What they share -------------------------------------------------------------------------
 
-    def _of(self, kind: Kind) -> _Prompts:
-        found = self._prompts.get(kind.key)
+    def _of(self, kind: Kind, role: Role) -> _Prompts:
+        key = kind.key(role)
+        found = self._prompts.get(key)
         if found is None:
-            found = self._prompts[kind.key] = _Prompts(kind, self.traffic)
+            found = self._prompts[key] = _Prompts(kind, role, self.traffic)
         return found
 
     def _decoding(self, kind: Kind, rate: float) -> _Decoding | None:
         """At so many sequences a second for each worker; None if they grow without end."""
-        name = (kind.key, rate)
+        name = (kind.key(Role.DECODE), rate)
         if name not in self._decodings:
-            found, batch = None, self._batch(kind, rate, 0.0)
+            known = self._of(kind, Role.DECODE)
+            found, batch = None, self._batch(known, rate, 0.0)
             if batch is not None:
-                known, shape = self._of(kind), _decode_shape(batch, self.traffic)
+                shape = _decode_shape(batch, self.traffic)
                 watts = None if known.power is None else known.cost.watts(shape, known.power)
                 found = _Decoding(batch, known.cost.stage_s(shape), watts)
             self._decodings[name] = found
         return self._decodings[name]
 
-    def _batch(self, kind: Kind, rate: float, busy: float) -> int | None:
+    def _batch(self, worker: _Prompts, rate: float, busy: float) -> int | None:
         """Sequences that decode at a time on one worker; None if they grow without end.
 
         The iteration rises to the least fixed point and so ends at once or at the most.
         """
         if busy >= 1:
             return None
-        cost, most, batch = self._of(kind).cost, self._of(kind).most, 1
+        cost, most, batch = worker.cost, worker.most, 1
         while True:
             step_s = cost.stage_s(_decode_shape(batch, self.traffic)) / (1 - busy)
             needed = math.ceil(rate * self.traffic.mean_output * step_s)

@@ -1,9 +1,10 @@
 """How sure a plan is: runs of the twin with cost models that are off as they were found to be.
 
-Each draw takes, for every device, one ratio measured / predicted from its profile's held-out
-errors for steps with prompts and one for steps without, and the twin runs the trace again on steps
-that take so many times as long. An error is taken to hold for the whole run, of all workers of a
-device: those of single steps would cancel out, which a wrong profile does not.
+Each draw takes, for every cost model (a device's, or those of its roles), one ratio measured /
+predicted from its held-out errors for steps with prompts and one for steps without, and the twin
+runs the trace again on steps that take so many times as long. An error is taken to hold for the
+whole run, of all workers with this cost model: those of single steps would cancel out, which a
+wrong profile does not.
 """
 
 from __future__ import annotations
@@ -33,18 +34,20 @@ class Certainty(msgspec.Struct, frozen=True):
 
 def draws(offered: Sequence[Offer], count: int, seed: int) -> list[Ratios]:
     """Ratios for each draw; empty if no profile knows its error."""
-    known = [each for each in offered if _errors(each.profile) is not None]
+    known = {
+        name: errors
+        for offer in offered
+        for name, profile in offer.profiles().items()
+        if (errors := _errors(profile)) is not None
+    }
     rng = random.Random(seed)
-    found: list[Ratios] = []
-    for _ in range(count if known else 0):
-        drawn = {}
-        for offer in known:
-            prompt, decode = _errors(offer.profile) or ((1.0,), (1.0,))
-            drawn[offer.device.name] = (
-                _between(prompt, rng.random()), _between(decode, rng.random())
-            )  # fmt: skip
-        found.append(drawn)
-    return found
+    return [
+        {
+            name: (_between(prompt, rng.random()), _between(decode, rng.random()))
+            for name, (prompt, decode) in known.items()
+        }
+        for _ in range(count if known else 0)
+    ]
 
 
 def certainty(trials: Sequence[Trial], attainment: float) -> Certainty | None:

@@ -10,6 +10,7 @@ from baton.core.cost import ModelShape, Parallel, Power, Profile, StepCost
 from baton.errors import ConfigError
 from baton.planner.hardware import Device, find_device, find_price
 from baton.planner.profiles import find_profile
+from baton.types import Role
 
 USABLE = 0.9
 """Of a device's memory; the rest is activations and the runtime. An assumption."""
@@ -19,16 +20,34 @@ MAX_WIDER = 4
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """A device that may be used: its cost model and its price per device and hour."""
+    """A device that may be used: its cost model and its price per device and hour.
+
+    own: cost models of workers of a role, where they were measured apart (other cores, other
+    software); `profile` is that of all others.
+    """
 
     device: Device
     profile: Profile
     usd_per_hour: float
+    own: Mapping[Role, Profile] = {}
 
     @property
     def name(self) -> str:
         """As short as it is known: `H100` rather than `H100 SXM`."""
         return min((self.device.name, *self.device.aliases), key=len)
+
+    def profile_of(self, role: Role) -> Profile:
+        """What workers of this role cost."""
+        return self.own.get(role, self.profile)
+
+    def profile_name(self, role: Role) -> str:
+        """Tells the cost models of all offers apart."""
+        return f"{self.device.name}/{role.value}" if role in self.own else self.device.name
+
+    def profiles(self) -> dict[str, Profile]:
+        """All its cost models by `profile_name`, that without a role first."""
+        own = {self.profile_name(role): profile for role, profile in self.own.items()}
+        return {self.device.name: self.profile, **own}
 
 
 class Kind(msgspec.Struct, frozen=True):
@@ -65,12 +84,13 @@ class Kind(msgspec.Struct, frozen=True):
         """Of one of its devices."""
         return self.offer.profile.power or self.offer.device.power()
 
-    @property
-    def key(self) -> tuple[str, Parallel, int]:
-        return self.offer.device.name, self.parallel, self.budget
+    def key(self, role: Role) -> tuple[str, Parallel, int]:
+        """Equal where `cost` is: of kinds for one model."""
+        return self.offer.profile_name(role), self.parallel, self.budget
 
-    def cost(self) -> StepCost:
-        return self.offer.profile.cost(self.model, self.parallel)
+    def cost(self, role: Role) -> StepCost:
+        """What steps of its workers of this role take."""
+        return self.offer.profile_of(role).cost(self.model, self.parallel)
 
 
 def offers(
@@ -78,10 +98,12 @@ def offers(
     model: ModelShape,
     profiles: Sequence[Profile] = (),
     prices: Mapping[str, float] | None = None,
+    by_role: Mapping[Role, Profile] | None = None,
 ) -> list[Offer]:
     """The devices of these names, and those that the profiles are of.
 
-    prices: dollars per device and hour by name, in place of the price list's.
+    prices: dollars per device and hour by name, in place of the price list's. by_role: profiles of
+    workers of one role, in place of their device's.
 
     Raises:
         ConfigError: a device is not known, or has no price.
@@ -102,7 +124,12 @@ def offers(
                 )
             usd = listed.usd_per_device_hour
         profile = given.get(name) or find_profile(device, model)
-        found.append(Offer(device, profile, usd))
+        roles = {
+            role: each
+            for role, each in (by_role or {}).items()
+            if find_device(each.device) == device and each != profile
+        }
+        found.append(Offer(device, profile, usd, roles))
     if not found:
         raise ConfigError("no hardware to plan with: give --hardware such as H100,L40S")
     return found

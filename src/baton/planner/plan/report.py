@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from baton.core.cost import Profile
 from baton.observe.slo import duration
 from baton.planner.plan.candidates import Candidate, Style
 from baton.planner.plan.flips import Flip
@@ -167,17 +168,20 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def basis(offered: Sequence[Offer]) -> Iterator[str]:
-    """Where prices and cost models come from, a line a device."""
+    """Where prices and cost models come from, a line a device, and one a role of its own."""
     for offer in offered:
-        profile = offer.profile
-        how = f"{profile.engine}, {profile.model.name}, {profile.date}"
-        if not profile.measured:
-            how = "a datasheet estimate, nothing measured"
-        errors = ", ".join(f"{each.kind} {each.median:.0%}" for each in profile.held_out)
-        yield (
-            f"{offer.name}: {_usd(offer.usd_per_hour)} a device and hour; cost model: {how}"
-            + (f"; held-out median error: {errors}" if errors else "")
-        )
+        price = f"{_usd(offer.usd_per_hour)} a device and hour"
+        yield f"{offer.name}: {price}; {_cost_model(offer.profile)}"
+        for role, profile in offer.own.items():
+            yield f"{offer.name}, {role.value} workers: {_cost_model(profile)}"
+
+
+def _cost_model(profile: Profile) -> str:
+    how = f"{profile.engine}, {profile.model.name}, {profile.date}"
+    if not profile.measured:
+        how = "a datasheet estimate, nothing measured"
+    errors = ", ".join(f"{each.kind} {each.median:.0%}" for each in profile.held_out)
+    return f"cost model: {how}" + (f"; held-out median error: {errors}" if errors else "")
 
 
 def document(plan: Plan, offered: Sequence[Offer]) -> dict[str, object]:

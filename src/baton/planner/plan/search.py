@@ -43,8 +43,8 @@ class Space(msgspec.Struct, frozen=True):
             least = arithmetic.least_workers(kind, role)
             return range(least, least + MORE) if least else range(0)
 
-        first = {kind.key: counts(kind, Role.PREFILL) for kind in self.kinds}
-        second = {kind.key: counts(kind, Role.DECODE) for kind in self.kinds}
+        first = {kind.key(Role.PREFILL): counts(kind, Role.PREFILL) for kind in self.kinds}
+        second = {kind.key(Role.DECODE): counts(kind, Role.DECODE) for kind in self.kinds}
         for kind in self.kinds:
             both = counts(kind, Role.UNIFIED)
             yield from unified(kind, both)
@@ -56,7 +56,9 @@ class Space(msgspec.Struct, frozen=True):
                 if prefill.budget != decode.budget:
                     continue  # a configuration has one token budget
                 for way in ways(prefill, decode, self.links, self.codecs):
-                    yield from split(prefill, decode, way, first[prefill.key], second[decode.key])
+                    num_first = first[prefill.key(Role.PREFILL)]
+                    num_second = second[decode.key(Role.DECODE)]
+                    yield from split(prefill, decode, way, num_first, num_second)
 
 
 class Found(msgspec.Struct, frozen=True):

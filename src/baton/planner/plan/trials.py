@@ -30,7 +30,7 @@ from baton.twin.workload import TraceRequest
 NEVER = 1e9
 """Stands for infinite, which JSON has no number for."""
 Ratios = Mapping[str, tuple[float, float]]
-"""By device: measured / predicted of steps with prompts, and of steps without."""
+"""By `Offer.profile_name`: measured / predicted of steps with prompts, and of steps without."""
 
 
 class Trial(msgspec.Struct, frozen=True):
@@ -229,7 +229,7 @@ def deployment_of(
     longest = max(each.num_prompt_tokens + each.num_output_tokens for each in trace)
     config = config_of(candidate, longest)
     profiles = {
-        role: msgspec.structs.replace(kind.offer.profile, model=kind.model)
+        role: msgspec.structs.replace(kind.offer.profile_of(role), model=kind.model)
         for role, (kind, _) in candidate.workers.items()
     }
     way = candidate.way
@@ -243,8 +243,8 @@ def deployment_of(
         useful = worker.limits.max_num_seqs * worker.limits.num_blocks_for(longest + 1)
         held = kind.kv_tokens // worker.limits.kv_format.block_size
         limits = msgspec.structs.replace(worker.limits, num_blocks=min(held, useful))
-        own = kind.cost()
-        ratio = ratios.get(kind.offer.device.name)
+        own = kind.cost(worker.role)
+        ratio = ratios.get(kind.offer.profile_name(worker.role))
         cost: CostModel = own if ratio is None else Scaled(own, *ratio)
         workers.append(msgspec.structs.replace(worker, limits=limits, cost=cost))
     return msgspec.structs.replace(whole, workers=tuple(workers))
