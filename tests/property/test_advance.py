@@ -207,7 +207,7 @@ def race(
         if not tells_each:
             seen["kept back"] += mine["told"] != other["told"]
             seen["preempted"] += any(
-                s.num_preemptions for s in jumper.scheduler._sequences.values()
+                s.num_preemptions for s in jumper.scheduler.books.sequences.values()
             )
             for name, told in other["told"].items():
                 if told[2] is not None:  # it has ended
