@@ -52,6 +52,17 @@ def test_a_second_silent_end_convicts_only_the_one_that_was_alone() -> None:
     assert set(legs(gateway.join("u0"))) == {"r", "y"}, "they stood still beside it"
 
 
+def test_what_stood_still_beside_it_is_no_suspect() -> None:
+    gateway = Gateway("u0")
+    gateway.add("r")
+    dies(gateway, "u0")
+    _, leg = submitted(gateway.join("u0"))
+    gateway.add("x")
+    asks(gateway, "u0", leg)
+    assert ended(dies(gateway, "u0")) == "worker_lost"
+    assert not legs(gateway.join("u0"))["x"].alone
+
+
 def test_without_anybody_alone_nobody_is_convicted() -> None:
     """Killed again and again before anything had begun: that says nothing of the requests."""
     gateway = Gateway("u0")

@@ -32,10 +32,10 @@ def keys_of(reader: SchedulerConfig, tokens: Sequence[int]) -> tuple[bytes, ...]
     return tuple(chain(root, tokens, reader.kv_format.block_size))
 
 
-def sealed(first: int, *names: bytes) -> Sealed:
-    digests = tuple(b"digest of " + name for name in names)
-    frames = tuple(range(first, first + len(names)))
-    return Sealed("r", 0, 0, grant("p0"), first, names, digests, frames)
+def sealed(first: int, *keys: bytes) -> Sealed:
+    digests = tuple(b"digest of " + key for key in keys)
+    frames = tuple(range(first, first + len(keys)))
+    return Sealed("r", 0, 0, grant("p0"), first, keys, digests, frames)
 
 
 def made(theirs: int, ours: int) -> Offers:
@@ -44,30 +44,57 @@ def made(theirs: int, ours: int) -> Offers:
 
 def test_what_completes_none_of_the_readers_blocks_waits() -> None:
     offers, keys = made(4, 6), keys_of(config(6), TOKENS)
-    assert offers.add(sealed(0, b"a"), TOKENS) is None
-    second = offers.add(sealed(1, b"b"), TOKENS)
+    a, b, c, *_ = keys_of(config(4), TOKENS)
+    assert offers.add(sealed(0, a), TOKENS) is None
+    second = offers.add(sealed(1, b), TOKENS)
     assert second is not None
-    assert (second.first, second.keys, second.frames) == (0, (b"a", b"b"), (0, 1))
+    assert (second.first, second.keys, second.frames) == (0, (a, b), (0, 1))
     assert second.recast == Recast(config(4).kv_format, "exact", 0, keys[:1])
-    third = offers.add(sealed(2, b"c"), TOKENS)
+    third = offers.add(sealed(2, c), TOKENS)
     assert third is not None
-    assert (third.first, third.keys) == (1, (b"b", b"c")), "b is part of both"
-    assert third.digests == (b"digest of b", b"digest of c")
+    assert (third.first, third.keys) == (1, (b, c)), "b is part of both"
+    assert third.digests == (b"digest of " + b, b"digest of " + c)
     assert third.recast is not None
     assert (third.recast.first, third.recast.keys) == (1, keys[1:2])
 
 
 def test_one_block_may_complete_several() -> None:
-    offered = made(6, 2).add(sealed(0, b"a"), TOKENS)
+    offered = made(6, 2).add(sealed(0, keys_of(config(6), TOKENS)[0]), TOKENS)
     assert offered is not None and offered.recast is not None
     assert offered.recast.keys == keys_of(config(2), TOKENS)[:3]
 
 
 def test_after_a_gap_nothing_is_offered() -> None:
-    offers = made(4, 2)
-    assert offers.add(sealed(1, b"b"), TOKENS) is None
-    assert offers.add(sealed(0, b"a"), TOKENS) is not None
-    assert offers.add(sealed(0, b"a"), TOKENS) is None, "a repeat"
+    offers, (a, b, *_) = made(4, 2), keys_of(config(4), TOKENS)
+    assert offers.add(sealed(1, b), TOKENS) is None
+    assert offers.add(sealed(0, a), TOKENS) is not None
+    assert offers.add(sealed(0, a), TOKENS) is None, "a repeat"
+
+
+@pytest.mark.parametrize("field", ["digests", "frames"])
+def test_what_has_not_as_many_of_each_is_offered_to_nobody_and_fetched_by_nobody(
+    field: str,
+) -> None:
+    whole = sealed(0, keys_of(config(4), TOKENS)[0])
+    torn = msgspec.structs.replace(whole, **{field: ()})
+    assert made(4, 2).add(torn, TOKENS) is None
+    offered = made(4, 2).add(whole, TOKENS)
+    assert offered is not None
+    worker = SimWorker(config(2))
+    worker.scheduler.offer(msgspec.structs.replace(offered, **{field: ()}), 0.0)
+    worker.scheduler.offer(msgspec.structs.replace(offered, first=-1), 0.0)
+    worker.step(0.0)
+    assert not worker.imports
+
+
+def test_blocks_of_other_tokens_are_not_offered() -> None:
+    """They would come to bear keys of tokens that they are not of."""
+    offers, (a, b, c, *_) = made(4, 2), keys_of(config(4), TOKENS)
+    other = keys_of(config(4), (*TOKENS[:4], *TOKENS[5:9]))[1]
+    assert offers.add(sealed(0, a), TOKENS) is not None
+    assert offers.add(sealed(1, other), TOKENS) is None
+    assert offers.add(sealed(2, c), TOKENS) is None
+    assert made(4, 2).add(sealed(0, a, b, c), TOKENS[:11]) is None, "more than there are tokens"
 
 
 @pytest.mark.parametrize(("theirs", "ours"), SIZES)
@@ -152,11 +179,12 @@ def test_the_gateway_offers_what_the_decode_worker_can_use() -> None:
             table.freeze("p0", 1.0, None)
             table.thaw("p0", 1.0)
         table.take()
-        told = msgspec.structs.replace(sealed(0, b"a", b"b"), attempt=attempt)
+        theirs = keys_of(config(4), PROMPT)
+        told = msgspec.structs.replace(sealed(0, *theirs), attempt=attempt)
         table.sealed("p0", told, 1.0)
         (offer,) = table.take().instructions
         assert isinstance(offer, Offer)
-        assert (offer.worker_id, offer.sealed.keys) == ("d0", (b"a", b"b"))
+        assert (offer.worker_id, offer.sealed.keys) == ("d0", theirs)
         assert offer.sealed.recast == Recast(
             config(4).kv_format, "exact", 0, keys_of(config(2), PROMPT)[:4]
         )

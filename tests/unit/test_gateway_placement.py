@@ -20,6 +20,7 @@ from baton.observe.events import Waterfall
 from baton.observe.metrics import GATEWAY_EVENTS, Metrics
 from baton.rpc.messages import Hello, StepReport
 from baton.types import (
+    Alone,
     FinishReason,
     Grant,
     KvFormat,
@@ -272,6 +273,26 @@ def test_a_worker_that_says_that_its_step_failed_is_not_given_it_a_third_time(
             assert error.code == "worker_lost"
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had is a suspect, is given leave to be alone, and ends if that worker ends then."""
+
+    async def run() -> None:
+        here = Harness(monkeypatch, "u0")
+        asked = await begin(here.read())
+        here.lose("u0")
+        here.join("u0")
+        assert [(leg.attempt, leg.alone) for leg in here.links["u0"].legs()] == [(1, True)]
+        here.report("u0", alone=(Alone("r", 0, 1),))
+        assert here.links["u0"].told[-1] == ("proceed", "r", 0, 1)
+        here.lose("u0")
+        await asyncio.sleep(0)
+        error = asked.result().error
+        assert error is not None
+        assert error.code == "worker_lost"
 
     asyncio.run(run())
 

@@ -79,7 +79,8 @@ class EarlyFetches:
     ) -> ImportOrder | None:
         """The same, of blocks that become ours on the way. They come raw."""
         config, pool = self._config, self._pool
-        if not can_take(config, recast):
+        is_whole = len(sealed.keys) == len(sealed.digests) == len(sealed.frames)
+        if not is_whole or sealed.first < 0 or not can_take(config, recast):
             return None
         ours, theirs = config.kv_format.block_size, recast.kv_format.block_size
         kv_class = origin(config, recast)

@@ -4,7 +4,8 @@
     unlike ends    as soon as it completes blocks of the reader's: the sealed blocks that hold their
                    tokens, with the reader's own keys for them (`Recast`)
 
-Only the gateway has the tokens by then, so the reader's keys are worked out here, once a prompt.
+Only the gateway has the tokens by then, so the reader's keys are worked out here, once a prompt,
+and the writer's, for blocks of other tokens must not come to bear those keys.
 """
 
 from __future__ import annotations
@@ -26,27 +27,29 @@ class Offers:
     ) -> None:
         self._writer = writer
         self._reader = reader
-        self._root = root_key(reader.fingerprint, reader.numerics, salt)
+        self._salt = salt
         self._extend_keys = extend_keys
         self._sealed: list[tuple[bytes, bytes, int]] = []
+        self._theirs: list[bytes] = []  # keys of the writer's blocks
         self._keys: list[bytes] = []
         self._num_offered = 0
 
     def add(self, sealed: Sealed, tokens: Sequence[int]) -> Sealed | None:
         """More was sealed of a sequence that begins with `tokens`; what to offer, if anything.
 
-        Blocks come in order; from a gap on nothing is offered.
+        Blocks come in order; from a gap on, or one of other tokens, nothing is offered.
         """
         fmt, ours = self._writer.kv_format, self._reader.block_size
-        if fmt is None or sealed.first != len(self._sealed):
+        num_sealed = sealed.first + len(sealed.keys)
+        if fmt is None or sealed.first != len(self._sealed) or not self._are_of(sealed, tokens):
             return None
         theirs = fmt.block_size
         self._sealed += zip(sealed.keys, sealed.digests, sealed.frames, strict=True)
-        first, end = self._num_offered, min(len(self._sealed) * theirs, len(tokens)) // ours
+        first, end = self._num_offered, num_sealed * theirs // ours
         if end == first:
             return None
         self._num_offered = end
-        self._extend_keys(self._keys, self._root, tokens, ours, end)
+        self._extend(self._keys, self._reader, tokens, end)
         begin = first * ours // theirs
         keys, digests, frames = zip(*self._sealed[begin : -(-end * ours // theirs)], strict=True)
         return Sealed(
@@ -60,6 +63,21 @@ class Offers:
             frames,
             Recast(fmt, self._writer.numerics, first, tuple(self._keys[first:end])),
         )
+
+    def _are_of(self, sealed: Sealed, tokens: Sequence[int]) -> bool:
+        """Whether these are the writer's blocks of these tokens."""
+        end = sealed.first + len(sealed.keys)
+        is_whole = len(sealed.keys) == len(sealed.digests) == len(sealed.frames)
+        if not is_whole or end * self._writer.block_size > len(tokens):
+            return False
+        self._extend(self._theirs, self._writer, tokens, end)
+        return tuple(self._theirs[sealed.first : end]) == sealed.keys
+
+    def _extend(
+        self, keys: list[bytes], of: Content, tokens: Sequence[int], num_blocks: int
+    ) -> None:
+        root = root_key(of.fingerprint, of.numerics, self._salt)
+        self._extend_keys(keys, root, tokens, of.block_size, num_blocks)
 
 
 def offers(members: Members, life: Life, sealed: Sealed, extend_keys: ExtendKeys) -> list[Offer]:

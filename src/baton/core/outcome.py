@@ -125,9 +125,10 @@ def take_over(books: Books, seq: Sequence, num_verified: int, now: float) -> Non
 
 
 def give_up_fetches(books: Books, now: float) -> None:
-    """What waited for fetches that do not end goes back to the queue; none reads its handoff again.
+    """What waited for fetches that do not end goes back to the queue.
 
-    A sequence that imports comes back as one that was preempted does: to other blocks.
+    A sequence that imports comes back as one that was preempted does: to other blocks, and without
+    reading its handoff again.
     """
     for seq in books.fetches.give_up(now):
         if seq.status is Status.IMPORTING:
