@@ -358,11 +358,11 @@ class SimWorker:
     def _check_plan(self, before: Before, plan: StepPlan) -> None:
         scheduler = self.scheduler
         planned = {chunk.seq.id for chunk in plan.chunks}
-        for seq_id in planned & {seq.id for seq in scheduler.books.suspects}:
+        for seq_id in planned & scheduler.books.suspects.keys():
             beside = {chunk.seq.id for before, _ in self.runner._work for chunk in before.chunks}
             assert planned | beside == {seq_id}, "a suspect is not alone"
         active = (Status.RUNNING, Status.IMPORTING)
-        assert sum(s.status in active for s in scheduler.books.suspects) <= 1
+        assert sum(s.status in active for s in scheduler.books.suspects.values()) <= 1
         if before.suspect is not None and before.suspect.status is Status.RUNNING:
             assert planned <= {before.suspect.id}
             assert planned or self.runner.pending, "it has the step, and does not use it"

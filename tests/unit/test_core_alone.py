@@ -161,7 +161,7 @@ def test_a_suspect_to_hand_off_is_alone_until_its_token() -> None:
     steps.step(2)
     assert {"s"} in steps.batches
     suspects = steps.worker.scheduler.books.suspects
-    assert [seq.status for seq in suspects] == [Status.EXPORTING]
+    assert [seq.status for seq in suspects.values()] == [Status.EXPORTING]
     steps.step()
     assert steps.batches[-1] == {"a"}, "the others go on while it is copied"
 

@@ -16,8 +16,6 @@ A step of its own is one beside which no other is in flight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from baton.core.sequence import Sequence, SequenceId, Status
 
 ALONE_TOKENS = 4
@@ -31,38 +29,19 @@ def has_got_on(num_drawn: int) -> bool:
     return num_drawn >= ALONE_TOKENS
 
 
-class Suspects:
+class Suspects(dict[SequenceId, Sequence]):
     """Those of one worker that have not ended and have not got on; pure, kept in its books."""
-
-    def __init__(self) -> None:
-        self._suspects: dict[SequenceId, Sequence] = {}
-
-    def __len__(self) -> int:
-        return len(self._suspects)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._suspects.values())
-
-    def __contains__(self, seq_id: SequenceId) -> bool:
-        return seq_id in self._suspects
-
-    def add(self, seq: Sequence) -> None:
-        self._suspects[seq.id] = seq
-
-    def discard(self, seq_id: SequenceId) -> None:
-        """It is none any more, if it was one."""
-        self._suspects.pop(seq_id, None)
 
     def running(self) -> Sequence | None:
         """The one that has the next step to itself; those that have got on are taken out."""
         found = None
-        for seq in list(self):
+        for seq in list(self.values()):
             if has_got_on(seq.num_generated - len(seq.request.emitted)):
-                self.discard(seq.id)
+                del self[seq.id]
             elif seq.status is Status.RUNNING:
                 found = seq
         return found
 
     def may_enter(self, seq: Sequence) -> bool:
         """Whether `seq` may be admitted: anyone may, but of suspects one at a time."""
-        return seq.id not in self or not any(each.status in _ACTIVE for each in self)
+        return seq.id not in self or not any(each.status in _ACTIVE for each in self.values())

@@ -64,7 +64,7 @@ class Books:
         seq.admitted_before = self.admission.num_admitted_tokens
         self.sequences[seq.id] = seq
         if seq.request.alone:
-            self.suspects.add(seq)
+            self.suspects[seq.id] = seq
         if not self.fetches.detain(seq):
             self.waiting.add(seq)
         self.deadlines.add(seq)
@@ -74,10 +74,23 @@ class Books:
         seq.status = Status.WAITING
         self.waiting.add(seq)
 
+    def begin(self, seq: Sequence, now: float) -> None:
+        """It was admitted: it runs, or first fetches what others have of it."""
+        self.waiting.discard(seq.id)
+        if self.fetches.order(seq, now):
+            seq.status = Status.IMPORTING
+        else:
+            self.run(seq)
+
     def run(self, seq: Sequence) -> None:
         """It has its blocks, and what was to be fetched."""
         seq.status = Status.RUNNING
         self.running[seq.id] = seq
+
+    def close(self, seq: Sequence) -> None:
+        """Nothing more is computed for it: only copies keep it here."""
+        del self.running[seq.id]
+        seq.status = Status.EXPORTING
 
     def preempt(self, seq: Sequence) -> None:
         """A running one gives back its blocks, keeps its tokens, and waits again."""
@@ -106,7 +119,7 @@ class Books:
         del self.sequences[seq.id]
         self.attempts.end(seq.id)
         self.waiting.discard(seq.id)
-        self.suspects.discard(seq.id)
+        self.suspects.pop(seq.id, None)
         self.fetches.forget(seq.id)
         self.running.pop(seq.id, None)
         self.exports.abandon(seq.id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from baton.core.books import Books
 from baton.core.plan import Chunk, StepOutput, StepPlan
-from baton.core.sequence import Sequence, Status
+from baton.core.sequence import Sequence
 from baton.types import FinishReason, TokenDelta
 
 
@@ -116,6 +116,5 @@ def _count_prompt(books: Books, seq: Sequence, chunk: Chunk) -> None:
 def _await_seals(books: Books, seq: Sequence, now: float) -> None:
     """Its prompt is computed and its first token drawn: only copies keep it here."""
     books.update.exports += books.exports.close(seq)
-    del books.running[seq.id]
-    seq.status = Status.EXPORTING
+    books.close(seq)
     try_commit(books, seq, now)
