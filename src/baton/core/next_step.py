@@ -25,7 +25,7 @@ class NextStep:
     """Plans one step after the other; pure, owned by the scheduler, whose books it works on.
 
     number: of the step that was planned last, from 1 on. chunks: what it computes. budget: tokens
-    that it had left. max_running: sequences that may be active at a time.
+    that it had left.
     """
 
     def __init__(self, books: Books) -> None:
@@ -34,7 +34,7 @@ class NextStep:
         self.budget = 0
         # A decode takes one token of the budget, so no more of them may run than it has.
         config = books.config
-        self.max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._config = config
         self._books = books
 
@@ -71,7 +71,7 @@ class NextStep:
 
     def has_room(self) -> bool:
         """Whether the step that was planned last could have taken a sequence more."""
-        return self.budget > 0 and self._books.num_active() < self.max_running
+        return self.budget > 0 and self._books.num_active() < self._max_running
 
     def moved_on(self, steps: int, in_flight: Seq[Chunk]) -> StepPlan | None:
         """So many steps more were planned, by `advance`. Returns the last, if it is in flight.
@@ -111,12 +111,12 @@ class NextStep:
         """Share the rest of the budget among prompts, and admit those whose turn it is."""
         books, waiting = self._books, self._books.waiting
         promised = 0
-        if admits and waiting and books.num_active() < self.max_running:
+        if admits and waiting and books.num_active() < self._max_running:
             promised = books.admission.promised(books.running.values())
         begun = [seq for seq in prompts if seq.status is _RUNNING]
         begun.sort(key=rank, reverse=True)
         while self.budget > 0:
-            admits = admits and bool(waiting) and books.num_active() < self.max_running
+            admits = admits and bool(waiting) and books.num_active() < self._max_running
             if admits and not (begun and rank(begun[-1]) < rank(waiting.head)):
                 seq = waiting.head
                 admits = self._admit(seq, promised, now)
@@ -177,9 +177,5 @@ class NextStep:
             return False
         if not books.admission.admit(seq, promised, now, alone=not books.num_active()):
             return False
-        books.waiting.discard(seq.id)
-        if books.fetches.order(seq, now):
-            seq.status = Status.IMPORTING
-        else:
-            books.run(seq)
+        books.begin(seq, now)
         return True
