@@ -47,8 +47,8 @@ class Scheduler:
 
     extend_keys: what the keys of full blocks are made of (see `keys`). tells_each: every token is
     told when it was drawn; else the first one is, and the others with the last, or when
-    `tell_rest` is called, for who counts steps can tell when they were drawn. A sequence that was
-    preempted, and so was not in every step, has each told from then on.
+    `tell_rest` is called, for who counts steps can tell when they were drawn. A sequence that
+    missed a step, preempted or not, has each told from then on.
     """
 
     def __init__(
@@ -60,7 +60,6 @@ class Scheduler:
         *,
         tells_each: bool = True,
     ) -> None:
-        self.tells_each = tells_each
         self.config = config
         self.counters: Counter[str] = new_counters()
         self.pool = BlockPool(config.num_blocks)
@@ -68,6 +67,7 @@ class Scheduler:
         self.fetches = Fetches(config, self.pool, index, self.counters)
         self.admission = Admission(config, self.pool, self.exports, self.counters)
         self._extend_keys = extend_keys
+        self._tells_each = tells_each
         self._leases = leases
         self._in_flight = InFlight(self.pool)
         # A decode takes one token of the budget, so no more of them may run than it has.
@@ -108,6 +108,7 @@ class Scheduler:
         root = root_key(self.config.fingerprint, self.config.numerics, request.salt)
         size = self.config.kv_format.block_size
         seq = Sequence(request, root, size, now, self._extend_keys)
+        seq.tells_each = self._tells_each
         self._num_added += 1
         seq.order = self._num_added
         seq.max_tokens = min(seq.max_tokens, self.config.max_model_len)
@@ -193,22 +194,24 @@ class Scheduler:
         self._chunks, self._budget = {}, self.config.max_num_batched_tokens
         num_preempted = self.counters["preemptions"]
         if self._suspects and alone.plan(self):
+            for seq in self._running.values():
+                seq.tells_each = True
             return self._planned()
         ahead, size = len(self._in_flight), self.config.kv_format.block_size
         prompts: list[Sequence] = []
-        chunks, num_planned = self._chunks, 0
         for seq in list(self._running.values()):
             start, expected = seq.num_scheduled, seq.num_expected
             if expected - start != 1:
                 prompts.append(seq)
             elif ahead and not self._is_ready(seq):
-                continue
+                seq.tells_each = True  # it misses a step
             elif seq.status is _RUNNING and (expected <= len(seq.blocks) * size or self._grow(seq)):
-                chunks[seq.id] = Chunk(seq, start, 1, True)
-                num_planned += 1
+                self._chunks[seq.id] = Chunk(seq, start, 1, True)
+                self._budget -= 1  # it lasts for all that may run
                 seq.num_scheduled = expected
                 seq.num_expected = expected + 1
-        self._budget -= num_planned  # it lasts for all that may run
+            else:
+                seq.tells_each = True
         if prompts or self._waiting:
             # Whoever was preempted in this step must not take the blocks back in the same step.
             admits = self.counters["preemptions"] == num_preempted
@@ -352,6 +355,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self.counters["preemptions"] += 1
         seq.num_preemptions += 1
+        seq.tells_each = True
         self._in_flight.drop(seq)
         self.pool.release(seq.blocks)
         seq.reset()

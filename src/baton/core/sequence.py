@@ -40,10 +40,10 @@ class Sequence:
     `num_scheduled` (tokens computed or being computed) and `num_expected` (tokens there or being
     drawn) run ahead of `num_computed` and `num_tokens`; else they are equal to them. `codec` is
     that of the KV it took over, `origin` names whose arithmetic that KV comes from if it is not our
-    own; what it computes from that is of the same numerics class. `num_told`: tokens, from the
-    prompt's first on, that the outside knows. `ends_early`: a token may end it before `max_tokens`
-    are there. Times are the caller's monotonic seconds, 0.0 until
-    known.
+    own; what it computes from that is of the same numerics class. `ends_early`: it may end before
+    `max_tokens` are there. `num_told`: tokens, from the prompt's first on, that the outside knows;
+    `tells_each`: it is told every one when it is drawn (see `Scheduler`). Times are the caller's
+    monotonic seconds, 0.0 until known.
     """
 
     __slots__ = (
@@ -80,6 +80,7 @@ class Sequence:
         "request",
         "root",
         "status",
+        "tells_each",
         "token_ids",
         "told_cached",
     )
@@ -113,6 +114,7 @@ class Sequence:
         self.num_kept = 0
         self.num_cached = 0
         self.told_cached = False
+        self.tells_each = True
         self.num_prompt_computed = 0
         self.num_imported_blocks = 0
         self.num_preemptions = 0
