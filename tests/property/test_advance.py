@@ -206,9 +206,7 @@ def race(
         mine, other = jumper.state(), walker.state()
         if not tells_each:
             seen["kept back"] += mine["told"] != other["told"]
-            seen["preempted"] += any(
-                s.num_preemptions for s in jumper.scheduler.books.sequences.values()
-            )
+            seen["preempted"] += any(s["num_preemptions"] for s in mine["sequences"].values())
             for name, told in other["told"].items():
                 if told[2] is not None:  # it has ended
                     assert mine["told"][name] == told, "an end tells what was kept back"
@@ -217,10 +215,11 @@ def race(
                 jumper.collect()
                 mine, other = jumper.state(), walker.state()
             else:
-                for state in (mine, other):
-                    del state["told"]
-                    for values in state["sequences"].values():
-                        del values["num_told"]
+                del mine["told"], other["told"]
+                for values in mine["sequences"].values():
+                    values["num_told"] = other["sequences"][values["id"]]["num_told"]
+            for values in mine["sequences"].values():
+                values["tells_each"] = True
         assert mine == other
         jumper.scheduler.check()
     seen["deltas"] += jumper.num_deltas

@@ -198,7 +198,12 @@ def test_what_is_given_is_not_asked_for(
     assert "Today's 4U H100" in printed
     assert "0 measured steps of unified" not in printed
     assert "0 measured steps of decode workers are too few to recalibrate with" in printed
+    assert "left out" not in printed
     assert load_config(tmp_path / "plan.yaml").plan.rate == pytest.approx(2.0)
+    gateway["/audit"] = view(steps=[told("u0", Role.UNIFIED, STEPS[0], 1.0)])
+    plan(tmp_path)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 measured steps are of workers that 2P1D has none of: left out." in printed
 
 
 def test_a_machine_that_is_in_no_list_is_taken_for_one_that_is(

@@ -48,6 +48,9 @@ def live_subject(
     steps = {role: [each.step for each in view.steps if each.role is role] for role in roles}
     found = recalibrate_roles(bases, steps, shape)
     notes = [*trace.notes, *_sharing(trace), *found.notes]
+    if strays := sum(each.role not in roles for each in view.steps):
+        layout = config.launch.layout
+        notes.append(f"{strays} measured steps are of workers that {layout} has none of: left out")
     notes += [f"The plan that is served is stale: {f.says}" for f in view.findings if f.is_stale]
     devices = [find_device(bases[role].device) for role in roles]
     return Subject(

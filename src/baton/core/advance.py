@@ -101,8 +101,7 @@ def advance(
         borders.sort()
         at_end = {order for update, _, order in borders if update == steps}
         _visit(books, plan, borders[: len(borders) - len(at_end)])
-    tell, is_quiet = books.update.deltas.append, not books.tells_each
-    first, last = nows[0], nows[-1]
+    tell, first, last = books.update.deltas.append, nows[0], nows[-1]
     for order, (chunk, tokens) in enumerate(zip(chunks, token_ids, strict=True)):
         seq = chunk.seq
         seq.num_computed = chunk.start + steps
@@ -113,7 +112,7 @@ def advance(
         if not seq.prefilled:
             seq.prefilled = first
         finish = finish_of(seq) if num_tokens >= seq.max_tokens and not ahead else None
-        if is_quiet and finish is None and seq.told_cached and not seq.num_preemptions:
+        if not seq.tells_each and finish is None and seq.told_cached:
             continue
         request_id, choice, attempt = seq.id
         num_told = seq.num_told

@@ -35,15 +35,11 @@ class Books:
     those that have blocks and are computed, in the order in which they began. suspects: see
     `alone`. Who imports or waits for an early fetch stands in `fetches`, who exports in `exports`.
     attempts: the latest of each request. deadlines: of the sequences. in_flight: steps that were
-    planned and not collected. update: what the outside has not been told of. tells_each: see
-    `Scheduler`.
+    planned and not collected. update: what the outside has not been told of.
     """
 
-    def __init__(
-        self, config: SchedulerConfig, leases: LeaseTable, index: StoreIndex, tells_each: bool
-    ) -> None:
+    def __init__(self, config: SchedulerConfig, leases: LeaseTable, index: StoreIndex) -> None:
         self.config = config
-        self.tells_each = tells_each
         self.counters: Counter[str] = new_counters()
         self.pool = BlockPool(config.num_blocks)
         self.exports = ExportTable(config, self.pool, index, leases)
@@ -100,6 +96,7 @@ class Books:
         """A running one gives back its blocks, keeps its tokens, and waits again."""
         self.counters["preemptions"] += 1
         seq.num_preemptions += 1
+        seq.tells_each = True
         self.in_flight.drop(seq)
         self.pool.release(seq.blocks)
         if (told := self.suspects.give_way(seq)) is not None:

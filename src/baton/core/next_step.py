@@ -45,22 +45,24 @@ class NextStep:
         self.chunks, self.budget = {}, config.max_num_batched_tokens
         num_preempted = books.counters["preemptions"]
         if books.suspects and self._plan_alone():
+            for seq in books.running.values():
+                seq.tells_each = True
             return self._planned()
         ahead, size = len(books.in_flight), config.kv_format.block_size
         prompts: list[Sequence] = []
-        chunks, num_planned = self.chunks, 0
         for seq in list(books.running.values()):
             start, expected = seq.num_scheduled, seq.num_expected
             if expected - start != 1:
                 prompts.append(seq)
             elif ahead and not self._is_ready(seq):
-                continue
+                seq.tells_each = True  # it misses a step
             elif seq.status is _RUNNING and (expected <= len(seq.blocks) * size or self._grow(seq)):
-                chunks[seq.id] = Chunk(seq, start, 1, True)
-                num_planned += 1
+                self.chunks[seq.id] = Chunk(seq, start, 1, True)
+                self.budget -= 1  # it lasts for all that may run
                 seq.num_scheduled = expected
                 seq.num_expected = expected + 1
-        self.budget -= num_planned  # it lasts for all that may run
+            else:
+                seq.tells_each = True
         if prompts or books.waiting:
             # Whoever was preempted in this step must not take the blocks back in the same step.
             admits = books.counters["preemptions"] == num_preempted

@@ -11,9 +11,8 @@ from baton.types import FinishReason, TokenDelta
 def take_in(books: Books, plan: StepPlan, output: StepOutput, now: float) -> None:
     """See `Scheduler.update`."""
     num_generated = num_computed = 0
-    update, exports = books.update, books.exports
-    keeps, size = books.config.keep_blocks, books.config.kv_format.block_size
-    tell, is_quiet = update.deltas.append, not books.tells_each
+    config, update, exports = books.config, books.update, books.exports
+    tell = update.deltas.append
     counting = books.in_flight.end(plan.step)
     all_count = len(counting) == len(plan.chunks)
     for chunk, tokens, logprobs in zip(plan.chunks, output.token_ids, output.logprobs, strict=True):
@@ -21,14 +20,13 @@ def take_in(books: Books, plan: StepPlan, output: StepOutput, now: float) -> Non
         num_computed += num_tokens
         if not all_count and seq.id not in counting:
             continue  # ended or preempted while the step ran
-        start, ends_early = chunk.start, seq.ends_early
+        start, hand_off = chunk.start, seq.ends_early and seq.request.hand_off
         if start < seq.num_prompt:
             _count_prompt(books, seq, chunk)
         seq.num_computed = end = start + num_tokens
-        hand_off = ends_early and seq.request.hand_off
-        if end >= (seq.num_published + 1) * size:
+        if end >= (seq.num_published + 1) * seq.block_size:
             publish(books, seq)
-            if keeps and not hand_off:
+            if config.keep_blocks and not hand_off:
                 update.exports += exports.keep(seq)
         if hand_off:
             update.exports += exports.export_full_blocks(seq)
@@ -39,11 +37,11 @@ def take_in(books: Books, plan: StepPlan, output: StepOutput, now: float) -> Non
         num_generated += 1
         if not seq.prefilled:
             seq.prefilled = now
-        token_ids = seq.token_ids
-        token_ids.append(token)
-        num_there = len(token_ids)
-        finish = finish_of(seq) if num_there >= seq.max_tokens or ends_early else None
-        if is_quiet and finish is None and seq.told_cached and not seq.num_preemptions:
+        seq.token_ids.append(token)
+        num_there = len(seq.token_ids)
+        ends = num_there >= seq.max_tokens or seq.ends_early
+        finish = finish_of(seq) if ends else None
+        if not seq.tells_each and finish is None and seq.told_cached:
             continue  # `hand_off` ends with the token that is told at once
         request_id, choice, attempt = seq.id
         num_told = seq.num_told
@@ -53,7 +51,7 @@ def take_in(books: Books, plan: StepPlan, output: StepOutput, now: float) -> Non
                 choice,
                 attempt,
                 num_told - seq.num_prompt,
-                (token,) if num_told + 1 == num_there else tuple(token_ids[num_told:]),
+                (token,) if num_told + 1 == num_there else tuple(seq.token_ids[num_told:]),
                 None if logprobs is None else (logprobs,),
                 finish,
                 None,

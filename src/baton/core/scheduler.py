@@ -38,9 +38,9 @@ class Scheduler:
 
     extend_keys: what the keys of full blocks are made of (see `keys`). tells_each: every token is
     told when it was drawn; else the first one is, and the others with the last, or when
-    `tell_rest` is called, for who counts steps can tell when they were drawn. A sequence that was
-    preempted, and so was not in every step, has each told from then on. `books` may be read by the
-    tests; everyone else gets along with what stands in it and is named here too.
+    `tell_rest` is called, for who counts steps can tell when they were drawn. A sequence that
+    missed a step, preempted or not, has each told from then on. `books` may be read by the tests;
+    everyone else gets along with what stands in it and is named here too.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Scheduler:
         *,
         tells_each: bool = True,
     ) -> None:
-        self.books = books = Books(config, leases, index, tells_each)
+        self.books = books = Books(config, leases, index)
         self.config = config
         self.counters = books.counters
         self.pool = books.pool
@@ -62,6 +62,7 @@ class Scheduler:
         self._next_step = NextStep(books)
         self._leases = leases
         self._extend_keys = extend_keys
+        self._tells_each = tells_each
         self._draining = False
 
     # What comes in ---------------------------------------------------------------------------
@@ -88,6 +89,7 @@ class Scheduler:
         root = root_key(self.config.fingerprint, self.config.numerics, request.salt)
         size = self.config.kv_format.block_size
         seq = Sequence(request, root, size, now, self._extend_keys)
+        seq.tells_each = self._tells_each
         seq.max_tokens = min(seq.max_tokens, self.config.max_model_len)
         books.enter(seq)
 

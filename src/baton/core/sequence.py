@@ -41,9 +41,10 @@ class Sequence:
     drawn) run ahead of `num_computed` and `num_tokens`; else they are equal to them. `codec` is
     that of the KV it took over, `origin` names whose arithmetic that KV comes from if it is not our
     own; what it computes from that is of the same numerics class. `leave` is for suspects: None,
-    asked for (False), or given (`alone`). `num_told`: tokens, from the prompt's first on, that the
-    outside knows. `ends_early`: a token may end it before `max_tokens` are there. Times are the
-    caller's monotonic seconds, 0.0 until known.
+    asked for (False), or given (`alone`). `ends_early`: it may end before `max_tokens` are there.
+    `num_told`: tokens, from the prompt's first on, that the outside knows; `tells_each`: it is told
+    every one when it is drawn (see `Scheduler`). Times are the caller's monotonic seconds, 0.0 until
+    known.
     known.
     """
 
@@ -82,6 +83,7 @@ class Sequence:
         "request",
         "root",
         "status",
+        "tells_each",
         "token_ids",
         "told_cached",
     )
@@ -115,6 +117,7 @@ class Sequence:
         self.num_kept = 0
         self.num_cached = 0
         self.told_cached = False
+        self.tells_each = True
         self.num_prompt_computed = 0
         self.num_imported_blocks = 0
         self.num_preemptions = 0
