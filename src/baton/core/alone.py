@@ -66,7 +66,7 @@ class Suspects(dict[SequenceId, Sequence]):
             seq.leave = True
 
     def give_way(self, seq: Sequence) -> Alone | None:
-        """`seq` gives its blocks back. What is to be told if it was alone: others go on beside it."""
+        """`seq` gives its blocks back. What is to be told if it was alone: others go on."""
         was_alone = seq.leave is not None and seq.id in self
         seq.leave = None
         return Alone(*seq.id, begins=False) if was_alone else None

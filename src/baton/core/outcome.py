@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from baton.core.books import Books
 from baton.core.plan import Chunk, StepOutput, StepPlan
-from baton.core.sequence import Sequence
+from baton.core.sequence import Sequence, Status
 from baton.types import FinishReason, TokenDelta
 
 

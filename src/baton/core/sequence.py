@@ -43,9 +43,8 @@ class Sequence:
     own; what it computes from that is of the same numerics class. `leave` is for suspects: None,
     asked for (False), or given (`alone`). `ends_early`: it may end before `max_tokens` are there.
     `num_told`: tokens, from the prompt's first on, that the outside knows; `tells_each`: it is told
-    every one when it is drawn (see `Scheduler`). Times are the caller's monotonic seconds, 0.0 until
-    known.
-    known.
+    every one when it is drawn (see `Scheduler`). Times are the caller's monotonic seconds, 0.0
+    until known.
     """
 
     __slots__ = (
