@@ -39,7 +39,7 @@ serve: $(INSTALLED) ## Serve the demo model on port 8000 until Ctrl-C
 	$(BIN)/baton serve --model $(MODEL)
 
 # The unit tests on one core, the others beside them.
-check: $(INSTALLED) ## Lint, types and unit tests, in under 100 s
+check: $(INSTALLED) ## Lint, types and unit tests, in under two minutes
 	@$(MAKE) --no-print-directory -j2 --output-sync=line unit types lint
 
 lint: $(INSTALLED)
