@@ -22,6 +22,7 @@ from baton.observe.audit import StageError
 from baton.observe.audit_view import AuditView
 from baton.planner.plan.assumptions import deciles
 from baton.planner.profiles import read_profile
+from baton.types import Role
 
 SHORT, LONG, ANSWERS = (8, 24), (100, 140), (40, 56)
 BATCH = 40
@@ -188,7 +189,8 @@ def test_a_plan_from_what_was_measured(
     assert plan.slo == SLO
     assert plan.profile_file is not None
     view = _audit(served)
-    before, after = _off(view, view.profile), _off(view, read_profile(Path(plan.profile_file)))
+    before = _off(view, view.profiles[Role.DECODE])
+    after = _off(view, read_profile(Path(plan.profile_file)))
     assert after < 0.5 < before, (before, after)
     assert plan.decode_step_error is not None and plan.decode_step_error > 0
 
