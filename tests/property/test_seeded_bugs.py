@@ -77,10 +77,11 @@ class Deep(BlindMachine):
 def stale_hash(patch: Patch) -> None:
     """An evicted block's key stays findable."""
 
-    def evict(self: BlockPool) -> int:
-        block, _ = self._cached.popitem(last=False)
-        self._key_of[block] = None
-        return block
+    def evict(self: BlockPool, count: int) -> list[int]:
+        blocks = [self._cached.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self._key_of[block] = None
+        return blocks
 
     patch.setattr(BlockPool, "_evict", evict)
 

@@ -69,6 +69,7 @@ def _measure(config: Config, seconds: float, name: str) -> tuple[Profile, int]:
     from baton.model.hub import resolve_model
     from baton.observe.progress import counting_progress, loading_progress
     from baton.planner.profile import Measured, Policy, StepTime, fit_profile, step_grid
+    from baton.worker.telling import telling
 
     if config.engine.cpus:
         os.sched_setaffinity(0, parse_cpus(config.engine.cpus, "engine.cpus"))
@@ -87,7 +88,8 @@ def _measure(config: Config, seconds: float, name: str) -> tuple[Profile, int]:
         found = bench.time_steps(
             [chunks for _, chunks in steps], seconds, counted or (lambda done, total: None)
         )
-    policy = bench.time_policy(engine.max_num_seqs, engine.max_num_batched_tokens)
+    with telling() as outside:
+        policy = bench.time_policy(engine.max_num_seqs, engine.max_num_batched_tokens, outside)
     export_s, import_s = bench.time_copies()
     times = [
         StepTime(kind, chunks, elapsed_s)

@@ -1,6 +1,7 @@
 """Times of chosen steps, of the engine's own work and of copies into the store, on this machine.
 
-Everything runs as in a worker: the same runner, KV pool, scheduler and arena, one engine thread.
+Everything runs as in a worker: the same runner, KV pool, scheduler and arena, one engine thread,
+and beside it whatever tells a gateway of the steps (`Outside`).
 What a step computes does not matter to its time, so sequences are made up and share blocks of a
 pool of zeros. A busy machine disturbs: rounds over all steps are interleaved, in an order that is
 shuffled anew each time, the first round is thrown away, and medians are kept.
@@ -12,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -25,7 +27,7 @@ from baton.core.sequence import Sequence as Seq
 from baton.core.step_cost import ChunkShape
 from baton.core.store_index import StoreIndex
 from baton.engine.build import LoadedModel
-from baton.engine.engine import Engine
+from baton.engine.engine import Emitted, Engine
 from baton.engine.inbox import Submit
 from baton.engine.runner import TorchRunner
 from baton.errors import ConfigError
@@ -44,6 +46,17 @@ COPY_BLOCKS = 64
 SAMPLING = SamplingParams(max_tokens=1 << 30, temperature=1.0)
 
 Told = Callable[[int, int], None]
+
+
+class Outside(Protocol):
+    """Who is told of each step, as a gateway is; `worker.telling` has the real one.
+
+    cpu_s: CPU seconds that this has taken so far, without the engine's own thread.
+    """
+
+    def told(self, emitted: Emitted) -> None: ...
+
+    def cpu_s(self) -> float: ...
 
 
 class StepSamples(msgspec.Struct, frozen=True):
@@ -115,11 +128,13 @@ class Bench:
         )
 
     def time_policy(
-        self, max_num_seqs: int, max_num_batched_tokens: int
+        self, max_num_seqs: int, max_num_batched_tokens: int, outside: Outside
     ) -> list[tuple[int, float]]:
-        """(decoding sequences, median seconds a step beside the runner's), at several batches.
+        """(decoding sequences, CPU seconds a step beside the runner's), at several batches.
 
-        On a GPU the engine thread works while the device computes, so it counts for nothing.
+        The median of what the engine's thread does, and the mean of what the others do, who take
+        it from the same cores while the next step is computed. On a GPU all that happens while
+        the device computes, so it counts for nothing.
         """
         if self.runner.depth > 1:
             return []
@@ -130,21 +145,24 @@ class Bench:
             if num_seqs > min(max_num_seqs, max_num_batched_tokens) or max_context < 32:
                 continue
             timed = _Timed(self.runner)
-            engine = self._engine(timed, max_num_seqs, max_num_batched_tokens)
+            engine = self._engine(timed, max_num_seqs, max_num_batched_tokens, outside.told)
             num_steps = min(POLICY_STEPS, max_context - 16)
             params = msgspec.structs.replace(SAMPLING, max_tokens=num_steps)
             for number in range(num_seqs):
                 prompt = tuple((7 * number + i) % self._vocab for i in range(8))
                 engine.inbox.put(Submit(Request(f"policy-{number}", prompt, params)))
             own = []
+            others_s, num_turns = outside.cpu_s(), 0
             while True:
-                timed.elapsed_s, timed.num_chunks = 0.0, 0
-                begin = time.perf_counter()
+                timed.cpu_s, timed.num_chunks = 0.0, 0
+                begin = time.thread_time()
                 if not engine.step():
                     break
+                num_turns += 1
                 if timed.num_chunks == num_seqs:
-                    own.append(time.perf_counter() - begin - timed.elapsed_s)
-            found.append((num_seqs, max(statistics.median(own), 1e-9)))
+                    own.append(time.thread_time() - begin - timed.cpu_s)
+            others_s = (outside.cpu_s() - others_s) / num_turns
+            found.append((num_seqs, max(statistics.median(own) + others_s, 1e-9)))
         return found
 
     def time_copies(self) -> tuple[float, float]:
@@ -199,7 +217,13 @@ class Bench:
             self.runner.collect()
         return self.runner.collect().elapsed_s
 
-    def _engine(self, runner: Runner, max_num_seqs: int, max_num_batched_tokens: int) -> Engine:
+    def _engine(
+        self,
+        runner: Runner,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        told: Callable[[Emitted], None],
+    ) -> Engine:
         config = SchedulerConfig(
             kv_format=self.kv_format,
             num_blocks=self.kv.num_blocks,
@@ -213,15 +237,15 @@ class Bench:
         )
         index = StoreIndex(0)
         scheduler = Scheduler(config, LeaseTable("profile", 1, bytes(32), index), index)
-        return Engine(scheduler, runner, self.kv, lambda emitted: None)
+        return Engine(scheduler, runner, self.kv, told)
 
 
 class _Timed:
-    """Passes plans on; knows how long the runner took and for how many chunks."""
+    """Passes plans on; knows what the runner took of its thread's CPU, and for how many chunks."""
 
     def __init__(self, runner: TorchRunner) -> None:
         self._runner = runner
-        self.elapsed_s, self.num_chunks = 0.0, 0
+        self.cpu_s, self.num_chunks = 0.0, 0
 
     @property
     def depth(self) -> int:
@@ -236,13 +260,13 @@ class _Timed:
         return self._runner.progress
 
     def submit(self, plan: StepPlan) -> None:
-        begin = time.perf_counter()
+        begin = time.thread_time()
         self._runner.submit(plan)
-        self.elapsed_s += time.perf_counter() - begin
+        self.cpu_s += time.thread_time() - begin
         self.num_chunks = len(plan.chunks)
 
     def collect(self) -> StepOutput:
-        begin = time.perf_counter()
+        begin = time.thread_time()
         output = self._runner.collect()
-        self.elapsed_s += time.perf_counter() - begin
+        self.cpu_s += time.thread_time() - begin
         return output

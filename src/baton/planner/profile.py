@@ -47,7 +47,7 @@ class StepTime(msgspec.Struct, frozen=True):
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """What the engine's thread does beside the step itself, for so many decoding sequences."""
+    """What a worker does beside the step itself, for so many decoding sequences."""
 
     num_seqs: int
     seconds: float
