@@ -29,6 +29,8 @@ def test_a_profile_of_this_machine(tmp_path: Path) -> None:
     assert profile.measured and profile.engine == "baton"
     cost = profile.cost()
     one, many = (StepShape.of((ChunkShape(1, 200, True),) * num) for num in (1, 16))
+    extra = [each.extra_s for each in profile.rests]
+    assert len(extra) == 4 and extra == sorted(extra) and extra[0] >= 0.0
     assert 1e-5 < cost.step_s(one) < cost.step_s(many) < 1.0
 
 

@@ -17,7 +17,9 @@ from baton.core.cost import (
     Parallel,
     Power,
     Profile,
+    Rest,
     StepShape,
+    after_rest_s,
     model_shape,
     shape,
     transfer_s,
@@ -238,3 +240,10 @@ def test_profile_survives_json() -> None:
 def test_no_profile_is_refused_with_a_sentence(text: bytes) -> None:
     with pytest.raises(ConfigError, match="no profile of this version"):
         Profile.from_json(text)
+
+
+def test_what_a_rest_costs_is_on_the_lines_between_what_was_measured() -> None:
+    rests = (Rest(0.01, 0.001), Rest(0.05, 0.003))
+    found = [after_rest_s(rests, rest_s) for rest_s in (0.0, 0.005, 0.01, 0.03, 0.05, 9.0)]
+    assert found == pytest.approx([0.0, 0.0005, 0.001, 0.002, 0.003, 0.003])
+    assert after_rest_s((), 1.0) == 0.0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import pytest
 from twin_worlds import BLOCK_BYTES, deployment
 
+from baton.core.cost import Rest
 from baton.core.life import HandoffPolicy
 from baton.core.plan import Update
 from baton.core.scheduler import Scheduler
@@ -77,6 +79,23 @@ def counter(result: RunResult, name: str) -> int:
 
 
 # Times ------------------------------------------------------------------------------------------
+
+
+def test_a_step_after_a_rest_takes_longer() -> None:
+    """The first one of a prompt that finds the worker idle, and no other."""
+    it = deployment(unified=1)
+    rests = (Rest(0.1, 0.004), Rest(1.0, 0.04))
+    workers = tuple(msgspec.structs.replace(each, rests=rests) for each in it.workers)
+    first, second = run(
+        msgspec.structs.replace(it, workers=workers),
+        [TraceRequest(2.0, 600, 2), TraceRequest(2.5, 88, 2)],
+    ).requests
+    prefill_s = step_s(256) + step_s(256) + step_s(88)
+    assert first.ttft_s == pytest.approx(2 * MESSAGE_S + prefill_s + 0.04)
+    assert first.itl_s == pytest.approx([step_s(1)])
+    rest_s = 2.5 - (2.0 + first.e2e_s - 2 * MESSAGE_S)
+    extra_s = 0.004 + (rest_s - 0.1) / 0.9 * 0.036
+    assert second.ttft_s == pytest.approx(2 * MESSAGE_S + step_s(88) + extra_s)
 
 
 def test_a_lone_request_takes_its_steps() -> None:

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(config: Config, seconds: float, name: str) -> tuple[Profile, int]:
+    from baton.core.cost import Rest
     from baton.core.model_shape import model_shape
     from baton.engine.build import load_model, resolve_limits
     from baton.engine.profiling import Bench
@@ -90,6 +91,7 @@ def _measure(config: Config, seconds: float, name: str) -> tuple[Profile, int]:
         )
     with telling() as outside:
         policy = bench.time_policy(engine.max_num_seqs, engine.max_num_batched_tokens, outside)
+    rests = bench.time_rests()
     export_s, import_s = bench.time_copies()
     times = [
         StepTime(kind, chunks, elapsed_s)
@@ -110,6 +112,7 @@ def _measure(config: Config, seconds: float, name: str) -> tuple[Profile, int]:
         import_s=import_s,
         block_size=engine.block_size,
         block_bytes=bench.kv.block_bytes,
+        rests=tuple(Rest(*each) for each in rests),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         notes=notes,
     )
@@ -131,6 +134,11 @@ def _print(profile: Profile, num_rounds: int) -> None:
         f"{profile.block_bytes:,} bytes goes into the store in {1e6 * export:.0f} us and comes "
         f"out of it in {1e6 * load:.0f} us."
     )
+    if profile.rests:
+        after = (
+            f"{1000 * each.extra_s:.2g} ms after {1000 * each.rest_s:g}" for each in profile.rests
+        )
+        print(f"What a step takes longer after a rest: {', '.join(after)} ms.")
 
 
 def _machine(device: str) -> str:

@@ -8,6 +8,7 @@ is `step_cost`'s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -38,10 +39,12 @@ __all__ = [
     "Parallel",
     "Power",
     "Profile",
+    "Rest",
     "SteadyCost",
     "StepCost",
     "StepParts",
     "StepShape",
+    "after_rest_s",
     "model_shape",
     "shape",
     "transfer_s",
@@ -63,12 +66,31 @@ class HeldOut(msgspec.Struct, frozen=True):
     ratios: tuple[float, ...] = ()
 
 
+class Rest(msgspec.Struct, frozen=True):
+    """A step takes `extra_s` longer if its worker had nothing to do for `rest_s` before: caches are
+    cold by then, and cores asleep."""
+
+    rest_s: float
+    extra_s: float
+
+
+def after_rest_s(rests: Sequence[Rest], rest_s: float) -> float:
+    """Seconds that a step takes longer, between those measured (in order of `rest_s`) by a line."""
+    before = Rest(0.0, 0.0)
+    for each in rests:
+        if rest_s < each.rest_s:
+            share = (rest_s - before.rest_s) / (each.rest_s - before.rest_s)
+            return before.extra_s + share * (each.extra_s - before.extra_s)
+        before = each
+    return before.extra_s
+
+
 class Profile(msgspec.Struct, frozen=True):
     """A calibrated cost model. `measured` is false where all of it comes from a datasheet.
 
     model: the shape that was measured. fits: which coefficients the data determined; the others are
     assumptions, told in `notes`. export_s, import_s: seconds a block of KV takes into the store and
-    out of it. date: of the measurements, ISO 8601.
+    out of it. rests: what steps after a rest take longer. date: of the measurements, ISO 8601.
     """
 
     engine: str
@@ -86,6 +108,7 @@ class Profile(msgspec.Struct, frozen=True):
     block_bytes: int = 0
     export_s: float = 0.0
     import_s: float = 0.0
+    rests: tuple[Rest, ...] = ()
     format: Literal[1] = 1
 
     def cost(self, model: ModelShape | None = None, parallel: Parallel | None = None) -> StepCost:

@@ -43,6 +43,8 @@ LIMIT_S = 540
 POLICY_SEQS = (1, 4, 16, 32)
 POLICY_STEPS = 60
 COPY_BLOCKS = 64
+RESTS_S = (0.002, 0.01, 0.05, 0.2)
+REST_ROUNDS = 12
 SAMPLING = SamplingParams(max_tokens=1 << 30, temperature=1.0)
 
 Told = Callable[[int, int], None]
@@ -164,6 +166,27 @@ class Bench:
             others_s = (outside.cpu_s() - others_s) / num_turns
             found.append((num_seqs, max(statistics.median(own) + others_s, 1e-9)))
         return found
+
+    def time_rests(self) -> list[tuple[float, float]]:
+        """(seconds of rest, by how many a step after it takes longer), medians over two steps.
+
+        Each is compared with the same step made once more, at once. On a GPU nothing is looked for.
+        """
+        if self.runner.depth > 1:
+            return []
+        plans = [self._plan((ChunkShape(1, 64, True),)), self._plan((ChunkShape(64, 0, True),))]
+        extra: dict[float, list[float]] = {rest_s: [] for rest_s in RESTS_S}
+        for _ in range(REST_ROUNDS):
+            for rest_s, found in extra.items():
+                for plan in plans:
+                    time.sleep(rest_s)
+                    rested_s = self._time(plan)
+                    found.append(rested_s - self._time(plan))
+        most, increasing = 0.0, []
+        for rest_s, found in extra.items():
+            most = max(most, statistics.median(found))  # a longer rest spares nothing
+            increasing.append((rest_s, most))
+        return increasing
 
     def time_copies(self) -> tuple[float, float]:
         """(seconds to copy and digest a block into a store, seconds to read one), medians."""

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import scipy.optimize
 
-from baton.core.cost import ChunkShape, Coefficients, ModelShape, Profile, StepCost, StepShape
+from baton.core.cost import ChunkShape, Coefficients, ModelShape, Profile, Rest, StepCost, StepShape
 from baton.errors import ConfigError
 from baton.planner.calibrate import Observation, cross_validate, fit_steps
 
@@ -66,6 +66,7 @@ class Measured(msgspec.Struct, frozen=True):
     block_size: int
     block_bytes: int
     date: str
+    rests: tuple[Rest, ...] = ()
     notes: str = ""
 
 
@@ -159,6 +160,7 @@ def fit_profile(measured: Measured) -> Profile:
         block_bytes=measured.block_bytes,
         export_s=measured.export_s,
         import_s=measured.import_s,
+        rests=measured.rests,
     )
 
 

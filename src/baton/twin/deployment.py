@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from baton.core.cost import CostModel, Link
+from baton.core.cost import CostModel, Link, Rest
 from baton.core.life import HandoffPolicy
 from baton.core.limits import SchedulerConfig
 from baton.errors import ConfigError
@@ -19,6 +19,7 @@ class WorkerSetup(msgspec.Struct, frozen=True):
     """One worker. Workers of one `port` share a host.
 
     depth: steps in flight (see `core.in_flight`). copy: into and out of its own block store.
+    rests: what a step takes longer that finds it idle.
     """
 
     worker_id: str
@@ -28,6 +29,7 @@ class WorkerSetup(msgspec.Struct, frozen=True):
     depth: int = 1
     copy: Link = Link(10e9)
     port: str = ""
+    rests: tuple[Rest, ...] = ()
 
 
 class Deployment(msgspec.Struct, frozen=True):

@@ -87,7 +87,7 @@ class Node:
         self.scheduler = Scheduler(
             setup.limits, self.leases, self.index, extend_names, tells_each=False
         )
-        self._runner = CostRunner(self._clock, setup.cost, setup.depth)
+        self._runner = CostRunner(self._clock, setup.cost, setup.depth, setup.rests)
         self._state = _State.IDLE
         self._inbox: list[Message] = []
         self._submitted: deque[StepPlan] = deque()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from baton.core.cost import CostModel, SteadyCost, StepShape, shape
+from baton.core.cost import CostModel, Rest, SteadyCost, StepShape, after_rest_s, shape
 from baton.core.plan import StepOutput, StepPlan
 from baton.twin.clock import Clock
 
@@ -22,14 +22,18 @@ class CostRunner:
     """Implements `core.plan.Runner` on virtual time.
 
     What a step draws for a sequence is its request's seed, so that answers are told apart. A step
-    that was submitted while another one runs begins when that one ends.
+    that was submitted while another one runs begins when that one ends. rests: what a step takes
+    longer that finds the worker idle.
     """
 
-    def __init__(self, clock: Clock, cost: CostModel, depth: int) -> None:
+    def __init__(
+        self, clock: Clock, cost: CostModel, depth: int, rests: Sequence[Rest] = ()
+    ) -> None:
         self._clock = clock
         self._cost = cost
         self._steady = cost if isinstance(cost, SteadyCost) else None
         self._depth = depth
+        self._rests = rests
         self._steps: deque[_Step] = deque()
         self._free_at = 0.0
 
@@ -51,6 +55,8 @@ class CostRunner:
     def _begin(self, plan: StepPlan, now: float) -> None:
         shaped = shape(plan)
         elapsed_s = self._cost.step_s(shaped)
+        if self._rests and now > self._free_at:
+            elapsed_s += after_rest_s(self._rests, now - self._free_at)
         self._free_at = (self._free_at if self._free_at > now else now) + elapsed_s
         self._steps.append(_Step(plan, shaped, elapsed_s, self._free_at))
 

@@ -63,6 +63,7 @@ def deployment(
                     depth=2 if config.engine.device == "cuda" else 1,
                     copy=copy,
                     port=HOST if link is None else worker_id,
+                    rests=profile.rests,
                 )
             )
     import_s = max((profiles[role].import_s for role in counts), default=0.0)

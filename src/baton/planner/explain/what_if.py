@@ -254,6 +254,7 @@ def _deployment(world: World, costs: Mapping[str, CostModel]) -> Deployment:
                 mine.depth,
                 Link(1e15, per_block_s=copy_s) if copy_s else Link(COPY_BYTES_PER_S),
                 HOST,
+                world.profiles[info.role].rests if profiles else (),
             )
         )
     took_early = any(each.took_early for each in facts.values())
