@@ -197,6 +197,9 @@ class TestPlan:
         assert [m.key for m in half] == whole[:7]
         assert plan.next_window(WORKLOAD, ENGINES, 1, half) == whole[7]
 
+    def test_nothing_is_left_when_all_engines_have_failed(self) -> None:
+        assert plan.next_window(WORKLOAD, [], 2, []) is None
+
     def test_later_rounds_do_not_change_the_chosen_budget(self) -> None:
         first = [window("vllm", b, 0.4, 20 if b == 256 else 0) for b in WORKLOAD.budgets["vllm"]]
         later = [window("vllm", 256, 0.4, 0, number=1)]

@@ -83,5 +83,5 @@ def _wanted_rates(
 
 
 def _turned(engines: Sequence[str], number: int) -> list[str]:
-    start = number % len(engines)
+    start = number % max(1, len(engines))  # all may have failed
     return [*engines[start:], *engines[:start]]
