@@ -290,7 +290,10 @@ def digests_match(frame: Frame, digest: bytes) -> bool:
 
 
 class Before:
-    """What a scheduler had before it planned a step; `ranks` are those of prompts."""
+    """What a scheduler had before it planned a step.
+
+    `ranks` are those of prompts, `late_ranks` of what waits for fetches, if these are given up now.
+    """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.suspect = scheduler.books.suspects.running()
@@ -301,6 +304,10 @@ class Before:
         self.awaited = {seq.id for seq in self.running if seq.num_expected > seq.num_tokens}
         prompts = [seq for seq in self.running if seq.num_unscheduled > 1]
         self.ranks = {seq.id: rank(seq) for seq in (*prompts, *self.waiting)}
+        self.late_ranks = {seq.id: rank(seq) for seq in self.arriving}
+        for seq in scheduler.books.sequences.values():
+            if seq.status is Status.IMPORTING:  # it comes back as one that was preempted
+                self.late_ranks[seq.id] = (False, 0, seq.order)
 
 
 class SimWorker:
@@ -394,7 +401,8 @@ class SimWorker:
             others = sched.num_transfers + sched.fetches.num_given_up
             assert elsewhere or others, "nothing else held blocks"
         elif alive and alive[0].id not in planned:
-            passing = [before.ranks[seq_id] for seq_id in planned & set(before.ranks)]
+            ranks = before.late_ranks | before.ranks
+            passing = [ranks[seq_id] for seq_id in planned & set(ranks)]
             first = before.ranks.get(alive[0].id)
             assert first is not None, "the oldest did not progress"
             assert any(other < first for other in passing), "the oldest did not progress"
