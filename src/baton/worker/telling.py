@@ -89,8 +89,13 @@ def telling() -> Iterator[Telling]:
     """A server that is read from.
 
     Raises:
-        BatonError: its reader does not come.
+        BatonError: its reader does not come, or the kernel does not count what it takes.
     """
+    if not Path("/proc/self/schedstat").exists():
+        raise BatonError(
+            "this kernel does not count the CPU time of threads (there is no /proc/self/schedstat), "
+            "so a profile would be too fast: measure on one that does"
+        )
     others = frozenset(os.listdir(_TASKS))
     with tempfile.TemporaryDirectory(prefix="baton-profile-") as name, uvloop_thread() as loop:
         secret = create_secret(Path(name))
