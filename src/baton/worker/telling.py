@@ -93,7 +93,7 @@ def telling() -> Iterator[Telling]:
     """
     if not Path("/proc/self/schedstat").exists():
         raise BatonError(
-            "this kernel does not count the CPU time of threads (there is no /proc/self/schedstat), "
+            "this kernel does not count the CPU time of threads (no /proc/self/schedstat), "
             "so a profile would be too fast: measure on one that does"
         )
     others = frozenset(os.listdir(_TASKS))
